@@ -1,0 +1,112 @@
+"""A run's settings, in one frozen dataclass: defaults, command-line help, validation, to and from JSON.
+
+A setting whose default is None is computed: from the task (`TASKS`), or as its help says.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+
+PROCEDURES = ("standard", "bon", "won", "rewind")
+METHODS = ("ppo", "grpo", "ipo", "bonbon", "bond", "qrpo", "pkpo")
+
+# A task is one entry: models (hub names, directories, or this package's own), data, lengths in tokens, and what differs
+# from the embedded task's training. `data` is a hub data set and the function of data.py that turns a row into prompts.
+TASKS = {
+    "reviews": dict(policy="reviews", reward="reviews", judge="reviews", max_prompt_tokens=64, max_new_tokens=28,
+                    prompts=512, steps=60, lr=1e-3),
+}
+
+
+def setting(default, text: str, **options):
+    return field(default=default, metadata={"help": text, **options})
+
+
+@dataclass(frozen=True)
+class Config:
+    task: str = setting("reviews", f"{', '.join(TASKS)}, or a .jsonl file of prompts")
+    transform: str = setting("identity", "Phi: identity, log, exp<t>, bon_fp, won_fp, optimal; none is uncalibrated RLHF")
+    kl: float | None = setting(None, "budget in nats per response; beta follows from the theory (default 1.0)")
+    beta: float | None = setting(None, "KL strength, instead of --kl")
+    procedure: str = setting("bon", "inference-time procedure the run is aligned for", choices=PROCEDURES)
+    n: int | None = setting(None, "samples the procedure draws (default 4; rewind: the most draws, 32)")
+    method: str = setting("ppo", "algorithm", choices=METHODS)
+    K: int = setting(100, "reference samples a prompt for the calibration, Eq. 12")
+    baseline: str = setting("loo", "what a return is compared with: a value head, or the leave-one-out mean of the prompt",
+                            choices=("value", "loo"))
+    steps: int | None = setting(None, "policy updates (default: the task's)")
+    seed: int = setting(0, "seed of every random draw")
+    out: str | None = setting(None, "run directory (default runs/TASK-TRANSFORM)")
+    cache: str = setting("runs/cache", "where reference samples are kept for the next run")
+    device: str = setting("auto", "auto, cpu or cuda")
+    policy: str | None = setting(None, "hub name, directory or .gguf file of pi_ref (default: the task's)")
+    reward: str | None = setting(None, "reward model: a task's, a hub name or a directory (default: the task's)")
+    judge: str | None = setting(None, "judge model, likewise")
+    prompts: int | None = setting(None, "training prompts (default: the task's)")
+    batch: int = setting(64, "prompts a step")
+    G: int = setting(8, "samples of a prompt in a step")
+    minibatch: int = setting(256, "responses an optimizer step")
+    ppo_epochs: int = setting(1, "passes over a rollout")
+    lr: float | None = setting(None, "learning rate of the policy (default: the task's)")
+    clip: float = setting(.2, "PPO's clipping range of the ratio")
+    lam: float = setting(.95, "GAE's lambda")
+    max_new_tokens: int | None = setting(None, "longest response (default: the task's)")
+    max_prompt_tokens: int | None = setting(None, "longest prompt (default: the task's)")
+
+    def __post_init__(self):
+        def need(ok: bool, name: str, rule: str):
+            if not ok:
+                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: {rule}")
+
+        need(self.task in TASKS or self.task.endswith(".jsonl"), "task",
+             f"use one of {', '.join(TASKS)}, or a .jsonl file with a \"prompt\" a line")
+        need(self.kl is None or self.beta is None, "beta", f"give --kl or --beta, not both (--kl is {self.kl})")
+        need(self.kl is None or 0 < self.kl < float("inf"), "kl", "the budget is a positive number of nats")
+        need(self.beta is None or 0 < self.beta < float("inf"), "beta", "the KL strength is a positive number")
+        for name in ("procedure", "method", "baseline"):
+            known = self.__dataclass_fields__[name].metadata["choices"]
+            need(getattr(self, name) in known, name, f"use one of {', '.join(known)}")
+        for name in ("n", "K", "steps", "prompts", "batch", "G", "minibatch", "ppo_epochs", "max_new_tokens",
+                     "max_prompt_tokens"):
+            need(getattr(self, name) is None or getattr(self, name) >= 1, name, "use a whole number of at least 1")
+        for name in ("lr", "clip"):
+            need(getattr(self, name) is None or getattr(self, name) > 0, name, "use a positive number")
+        need(0 <= self.lam <= 1, "lam", "use a number from 0 to 1")
+        need(self.device in ("auto", "cpu") or self.device.startswith("cuda"), "device", "use auto, cpu or cuda")
+
+    def resolved(self) -> Config:
+        """The same run with every computed default filled in, but for beta, which is the theory's (`train.py`)."""
+        task = TASKS.get(self.task, TASKS["reviews"])
+        filled = {name: task[name] for name in task if getattr(self, name, 0) is None}
+        name = Path(self.task).stem + f"-{self.transform}" + (f"-{self.method}" if self.method != "ppo" else "")
+        return replace(self, **filled, n=self.n or (32 if self.procedure == "rewind" else 4),
+                       kl=1.0 if self.kl is None and self.beta is None else self.kl, out=self.out or f"runs/{name}")
+
+    def save(self, path: Path, **more):
+        """Write every setting, and `more` (versions, resolved beta), as JSON under a temporary name, then rename."""
+        write_json(path, asdict(self) | more)
+
+    @classmethod
+    def load(cls, path: Path) -> tuple[Config, dict]:
+        """The run's settings and what else was stored beside them."""
+        stored = json.loads(path.read_text())
+        names = {f.name for f in fields(cls)}
+        return cls(**{k: v for k, v in stored.items() if k in names}), {k: v for k, v in stored.items() if k not in names}
+
+    @classmethod
+    def add_arguments(cls, parser: argparse.ArgumentParser):
+        for f in fields(cls):
+            kind = {"int": int, "float": float}.get(f.type.split(" ")[0], str)
+            default = "" if f.default is None else f" (default {f.default})"
+            parser.add_argument(f"--{f.name.replace('_', '-')}", type=kind, default=f.default, metavar=f.type.split(" ")[0],
+                                help=f.metadata["help"] + default)
+
+
+def write_json(path: Path, value):
+    """JSON in one step: a reader never sees half a file."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(value, indent=1) + "\n")
+    temporary.replace(path)

@@ -1,0 +1,117 @@
+"""pi_ref of the embedded task: a byte-level BPE tokenizer and a small GPT-2, trained on reviews, editorials and tweets.
+
+Every text starts with the token of its source; that of a review is the tokenizer's BOS, so that a prompt, which the
+tokenizer begins with BOS, is always continued as a review. The average of the weights over the last steps (EMA) is kept.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tqdm import tqdm
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+BOS = {"reviews": "<|review|>", "editorials": "<|editorial|>", "tweets": "<|tweet|>"}
+
+
+def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Byte-level BPE of `vocab_size` tokens; BOS, EOS and PAD are three tokens, so that no mask can lose an EOS."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=["<|pad|>", "<|end|>", *BOS.values()], show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    bos = BOS["reviews"]
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A", special_tokens=[(bos, tokenizer.token_to_id(bos))])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=bos, eos_token="<|end|>", pad_token="<|pad|>",
+                                   padding_side="left", clean_up_tokenization_spaces=False)
+
+
+def encode(tokenizer, rows: list[tuple[str, str]], context: int) -> list[list[int]]:
+    """Token ids of (source, text) rows: the source's token, the text, EOS; cut at the context length."""
+    ids = tokenizer([text for _, text in rows], add_special_tokens=False)["input_ids"]
+    first = {name: tokenizer.convert_tokens_to_ids(token) for name, token in BOS.items()}
+    return [([first[source], *line, tokenizer.eos_token_id])[:context] for (source, _), line in zip(rows, ids)]
+
+
+def pad(lines: list[list[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Right-padded ids and mask, (B, L) each."""
+    longest = max(map(len, lines))
+    ids = torch.tensor([line + [pad_id] * (longest - len(line)) for line in lines])
+    mask = torch.tensor([[1] * len(line) + [0] * (longest - len(line)) for line in lines])
+    return ids, mask
+
+
+def nll(model, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Negative log-likelihood of every token after the first, in nats, summed over the batch."""
+    logits = model(ids, attention_mask=mask).logits[:, :-1].float()
+    losses = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view_as(ids[:, 1:])
+    return (losses * mask[:, 1:]).sum()
+
+
+@torch.no_grad()
+def perplexity(model, tokenizer, texts: list[str]) -> tuple[float, float]:
+    """Perplexity of reviews (EOS counts) per token and per word."""
+    model.eval()
+    lines = sorted(encode(tokenizer, [("reviews", text) for text in texts], model.config.n_positions), key=len)
+    total = sum(nll(model, *pad(lines[i:i + 64], tokenizer.pad_token_id)).item() for i in range(0, len(lines), 64))
+    words = sum(len(text.split()) for text in texts)
+    return math.exp(total / sum(len(line) - 1 for line in lines)), math.exp(total / words)
+
+
+def batches(lines: list[list[int]], size: int, generator: torch.Generator) -> list[list[int]]:
+    """One epoch of index lists, similar lengths together, in random order."""
+    order = torch.randperm(len(lines), generator=generator).tolist()
+    chunks = [sorted(order[i:i + 50 * size], key=lambda j: len(lines[j])) for i in range(0, len(order), 50 * size)]
+    groups = [chunk[i:i + size] for chunk in chunks for i in range(0, len(chunk), size)]
+    return [groups[i] for i in torch.randperm(len(groups), generator=generator).tolist()]
+
+
+def train_policy(sources: dict[str, list[str]], out: Path, *, vocab_size: int = 2048, n_embd: int = 128,
+                 n_layer: int = 4, n_head: int = 4, dropout: float = 0.1, lr: float = 3e-3, batch: int = 64,
+                 epochs: float = 20, weight_decay: float = 0.1, seed: int = 0, valid: list[str] = (), log=print):
+    """Train tokenizer and model on {source: texts}; `valid` texts are only reported on. Returns (model, tokenizer)."""
+    torch.manual_seed(seed)
+    tokenizer = train_tokenizer([text for texts in sources.values() for text in texts], vocab_size)
+    config = GPT2Config(vocab_size=len(tokenizer), n_positions=128, n_embd=n_embd, n_layer=n_layer, n_head=n_head,
+                        activation_function="gelu_pytorch_tanh", resid_pdrop=dropout, embd_pdrop=dropout,
+                        attn_pdrop=dropout, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+                        pad_token_id=tokenizer.pad_token_id)
+    model = GPT2LMHeadModel(config)
+    average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(.998))
+    lines = encode(tokenizer, [(source, text) for source, texts in sources.items() for text in texts], 128)
+    generator = torch.Generator().manual_seed(seed)
+    schedule = [group for _ in range(math.ceil(epochs)) for group in batches(lines, batch, generator)]
+    schedule = schedule[:int(len(schedule) * epochs / math.ceil(epochs))]
+    decayed = [p for p in model.parameters() if p.dim() > 1]
+    optimizer = torch.optim.AdamW([{"params": decayed, "weight_decay": weight_decay},
+                                   {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.}],
+                                  lr=lr, betas=(.9, .98), fused=True)
+    start = time.time()
+    for step, group in enumerate(tqdm(schedule, "policy", disable=None)):
+        scale = min(1, step / 200) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / len(schedule))))
+        for param_group in optimizer.param_groups:
+            param_group["lr"] = lr * scale
+        model.train()
+        ids, mask = pad([lines[j] for j in group], tokenizer.pad_token_id)
+        loss = nll(model, ids, mask) / mask[:, 1:].sum()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.)
+        optimizer.step()
+        average.update_parameters(model)
+        if valid and (step % 1000 == 999 or step == len(schedule) - 1):
+            log(f"step {step + 1}/{len(schedule)} {time.time() - start:.0f} s loss {loss.item():.3f} "
+                "perplexity per token %.2f per word %.1f, average %.2f %.1f"
+                % (*perplexity(model, tokenizer, valid), *perplexity(average.module, tokenizer, valid)))
+    model = average.module.eval()
+    model.half().save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    return model.float(), tokenizer
