@@ -72,6 +72,15 @@ def gae(token_rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0,
     return advantages, advantages + values
 
 
+def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """ratio - 1 - log ratio, ratio = pi_ref / pi of a token sampled from pi: its mean is KL(pi || pi_ref), it is >= 0.
+
+    For reports, and for GRPO's original loss. As a loss its gradient is that of KL(pi_ref || pi).
+    """
+    logratio = ref_logprobs - logprobs
+    return logratio.exp() - 1 - logratio
+
+
 def loo_advantages(returns: Tensor) -> Tensor:
     """Leave-one-out advantages (RLOO, Kool et al. 2019): a return minus the mean return of the prompt's other samples.
 
@@ -102,8 +111,8 @@ def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask
 
     Summed over tokens, averaged over the B responses: the policy gradient of the objective per response, whatever the
     lengths, and micro-batches of one size can be averaged. Advantages (B, 1) hold for every token of a response.
-    Stats, means over tokens: approx_kl (nats a token, pi_old against pi, the k3 estimator), clipfrac (share of ratios
-    outside 1 +- clip).
+    Stats, means over tokens: approx_kl (KL(pi_old || pi) in nats a token, by k3), clipfrac (share of ratios outside
+    1 +- clip).
     """
     pad = ~mask.bool()
     logratio = (logprobs - old_logprobs).masked_fill(pad, 0)  # before exp: a NaN there would reach the gradient
@@ -111,7 +120,7 @@ def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask
     advantages = advantages.expand_as(ratio).masked_fill(pad, 0)
     surrogate = torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
     with torch.no_grad():
-        stats = {"approx_kl": masked_mean(ratio - 1 - logratio, mask),
+        stats = {"approx_kl": masked_mean(k3(old_logprobs, logprobs), mask),
                  "clipfrac": masked_mean(((ratio - 1).abs() > clip).float(), mask)}
     return -surrogate.sum() / len(mask), stats
 

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from minictrl.ppo import (explained_variance, gae, loo_advantages, masked_mean, normalise, policy_loss, token_rewards,
-                          value_loss)
+from minictrl.ppo import (explained_variance, gae, k3, loo_advantages, masked_mean, normalise, policy_loss,
+                          token_rewards, value_loss)
 
 LENGTHS = torch.tensor([1, 3, 5, 4])
 MASK = (torch.arange(5) < LENGTHS[:, None]).long()
@@ -117,8 +117,8 @@ def test_clipped_surrogate_by_hand():
     assert torch.isclose(loss, torch.tensor(-(1.2 - 1.5 + .5 - .8 + 2.2), dtype=torch.float64))
     assert torch.allclose(-logprobs.grad, torch.tensor([[0, -1.5, .5, 0, 2.2, 0]], dtype=torch.float64))
     assert math.isclose(stats["clipfrac"], 4 / 5, rel_tol=1e-6)
-    k3 = [r - 1 - math.log(r) for r in (1.5, 1.5, .5, .5, 1.1)]
-    assert math.isclose(stats["approx_kl"], sum(k3) / 5)
+    expected = [r - 1 - math.log(r) for r in (1.5, 1.5, .5, .5, 1.1)]
+    assert math.isclose(stats["approx_kl"], sum(expected) / 5)
 
 
 def test_k1_in_the_reward_has_the_gradient_of_the_exact_objective():
@@ -129,14 +129,14 @@ def test_k1_in_the_reward_has_the_gradient_of_the_exact_objective():
 
 
 def test_k3_as_a_loss_has_the_gradient_of_the_forward_kl_instead():
-    """Why token_rewards holds the KL: k3 = e^l - 1 - l, l = log pi_ref - log pi, differentiated sample by sample."""
+    """Why the KL is in the reward: k3 has the right mean, but differentiated sample by sample it follows another KL."""
     logits, ref_logits = randn(4, 3).requires_grad_(), randn(4, 3, seed=2)
     logp, ref_logp = response_logprobs(logits).sum(1), response_logprobs(ref_logits).sum(1)
-    k3 = (ref_logp - logp).exp() - 1 - (ref_logp - logp)
+    estimate = k3(logp, ref_logp)
     forward_kl, reverse_kl = ref_logp.exp() @ (ref_logp - logp), logp.exp() @ (logp - ref_logp)
     of_k3, of_forward, of_reverse = (torch.autograd.grad(x, logits, retain_graph=True)[0]
-                                     for x in (logp.exp().detach() @ k3, forward_kl, reverse_kl))
-    assert torch.isclose(logp.exp() @ k3, reverse_kl)  # the value is right
+                                     for x in (logp.exp().detach() @ estimate, forward_kl, reverse_kl))
+    assert torch.isclose(logp.exp() @ estimate, reverse_kl)  # the value is right
     assert torch.allclose(of_k3, of_forward) and (of_k3 - of_reverse).norm() > .2 * of_reverse.norm()
 
 
