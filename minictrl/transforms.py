@@ -1,0 +1,66 @@
+"""Transforms Phi of the calibrated reward (Sec. 4): a name of the command line -> a function on tensors in [0, 1].
+
+A new transform is one function in CLOSED_FORMS. Chosen where the paper leaves it open: `log` bounds u below by 1/(2K),
+half of the smallest positive C_hat, for an empirical C_hat of 0 has no logarithm.
+"""
+
+import re
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from minictrl import theory
+
+Phi = Callable[[Tensor], Tensor]
+
+MAX_T = 80  # e^80 is still a float32
+KNOWN = "identity, log, exp<t> (exp5, exp-10, ...), bon_fp, won_fp, optimal, none"
+
+
+def identity(u: Tensor) -> Tensor:
+    """The best for the standard win rate (IPO)."""
+    return u
+
+
+def log(u: Tensor) -> Tensor:
+    """Best-of-N distillation: beta = 1/(N - 1) is Best-of-N itself."""
+    return u.log()
+
+
+def exp(t: float) -> Phi:
+    """Exponential tilting (Eq. 11): sign(t) e^{t u}; t > 0 rewards the top, t < 0 punishes the bottom."""
+    return lambda u: (t * u).exp() if t > 0 else -(t * u).exp()
+
+
+CLOSED_FORMS: dict[str, Phi] = {"identity": identity, "log": log}
+
+
+def get_transform(
+    name: str, *, procedure: str | theory.Procedure = "bon", n: int = 4, beta: float | None = None, K: int | None = 100
+) -> Phi | None:
+    """Phi by name: an increasing function on tensors in [0, 1], any shape, dtype and device kept. None for `none`.
+
+    `none` is uncalibrated RLHF: there is no Phi, the raw reward is used. bon_fp, won_fp and optimal are the fixed points of
+    Corollary 2 and Theorem 1, solved at this n and beta (optimal: for this procedure). K: samples of the calibration,
+    for log's bound at 1/(2K); None for no bound, u = C itself. Raises ValueError on a name or value that has no transform.
+    """
+    if K is not None:
+        theory.at_least_1("K", K)
+    tilt = re.fullmatch(r"exp([+-]?(\d+\.?\d*|\.\d+))", name)
+    if name == "none":
+        return None
+    if name in theory.FIXED_POINTS:
+        if beta is None:
+            raise ValueError(f"transform {name!r} is solved at the run's beta; pass beta (theory.beta_for_kl has it for a KL)")
+        return theory.fixed_point(name, procedure, n, beta)
+    if tilt:
+        t = float(tilt[1])
+        if not 0 < abs(t) <= MAX_T:
+            raise ValueError(f"transform {name!r}: t must be in [-{MAX_T}, {MAX_T}] and not 0; use identity, exp10 or exp-10")
+        return exp(t)
+    if name not in CLOSED_FORMS:
+        raise ValueError(f"unknown transform {name!r}; known: {KNOWN}")
+    if name == "log" and K is not None:
+        return lambda u: log(u.clamp(min=1 / (2 * K)))
+    return CLOSED_FORMS[name]
