@@ -47,6 +47,13 @@ def centres(ref: Tensor) -> Tensor:
     return cdf(ref)[..., :-1] + ref / 2
 
 
+def slopes(values: Tensor, centres: Tensor) -> Tensor:
+    """(G,) slope inside each cell, no steeper than to either neighbour, and 0 at a peak: a jump between cells stays one."""
+    rise = values.diff() / centres.diff()
+    left, right = torch.cat([rise[:1], rise]), torch.cat([rise, rise[-1:]])
+    return torch.where(left * right > 0, torch.where(left.abs() < right.abs(), left, right), 0.0)
+
+
 def kl(log_ratio: Tensor, ref: Tensor) -> float:
     """KL(pi || pi_ref) in nats, the mean over prompts."""
     return (ref * log_ratio.exp() * log_ratio).sum(-1).mean().item()

@@ -26,7 +26,7 @@ Procedure = Callable[[Tensor, Tensor, int], Tensor]
 
 FINE = 32_000  # cells for a Phi in closed form: KL and win rate to 1e-7
 COARSE = 4_000  # cells of the solver, which visits them a hundred times: KL to 4e-6, win rate to 1e-6
-POINTS = 20_000  # midpoint grid of optimal_transform
+POINTS = 400_000  # midpoint grid of optimal_transform: for large N the optimum has a spike at u = 1, 1e-4 wide and less
 MAX_KL = 16.0  # nats; a policy beyond it lives on the last 1e-7 of [0, 1], where the cells end
 CONVERGED = 1e-5  # nats; the solver stops at 1e-8, or where rounding stops it, and fails above this
 FIXED_POINTS = {"bon_fp": "bon", "won_fp": "won", "optimal": None}  # -> what it is solved for; None: the procedure at hand
@@ -82,9 +82,13 @@ def win_rate(density: Tensor, procedure: str | Procedure, n: int) -> float:
     Raises ValueError on a density that is negative or does not integrate to 1, an unknown procedure, n < 1.
     """
     mass, n = _mass(density), at_least_1("n", n)
-    parts = math.ceil(2 * FINE / len(mass))  # the same density on narrower cells, so that ties weigh nothing
-    mass = mass.repeat_interleave(parts) / parts
-    return mass_win_rate(mass, torch.full_like(mass, 1 / len(mass)), procedure, n).item()
+    G = len(mass)
+    slope = cells.slopes(mass, torch.arange(G)).clamp(-2 * mass, 2 * mass)  # linear inside its cells, nowhere negative
+    u = torch.cat([torch.linspace(0, 1, G + 1, dtype=torch.float64), cdf(cells.grid(FINE))]).unique()
+    i = (u * G).long().clamp(max=G - 1)
+    t = u * G - i
+    F = cdf(mass)[i] + t * (mass[i] + (t - 1) * slope[i] / 2)  # on cells narrow enough for any n, so that ties weigh nothing
+    return mass_win_rate(F.diff().clamp(min=0), u.diff(), procedure, n).item()
 
 
 def kl(density: Tensor) -> float:
@@ -130,7 +134,7 @@ def beta_for_kl(transform: Transform, kl: float, *, procedure: str | Procedure =
         Phi, ref = _cells(transform)
         return 1 / cells.tilt_to_kl(Phi, kl, ref)[1]
     best = _optimum(_solved_for(transform, T), n, kl=kl)
-    if best.residual > CONVERGED:
+    if not best.residual < CONVERGED:
         raise ValueError(f"kl {kl:g} is out of reach: the win rate misses 1 by {1 - best.win_rate:.0e} there; ask for less")
     return best.beta
 
@@ -175,7 +179,7 @@ def optimal_transform(procedure: str | Procedure, n: int, beta: float) -> tuple[
 
     procedure: a name, or any differentiable function (mass, u, n) -> mass like those of PROCEDURES.
     Returns the midpoint grid u (POINTS,) and Phi on it with Phi(1) = 0, float64: the policy is f = e^{Phi/beta} / Z.
-    Raises ValueError where the ascent does not converge: never a Phi that is not the fixed point.
+    Raises ValueError where the ascent does not converge or the policy is too narrow: never a Phi that is not the optimum's.
     """
     u = midpoints(POINTS)
     return u, fixed_point("optimal", procedure, n, beta)(u)
@@ -248,7 +252,11 @@ def ascend(
 
 @lru_cache(maxsize=512)
 def _optimum(T: Procedure, n: int, beta: float | None = None, kl: float | None = None) -> Optimum:
-    return ascend(T, n, cells.grid(COARSE), beta=beta, kl=kl)
+    best = ascend(T, n, cells.grid(COARSE), beta=beta, kl=kl)
+    rise = max(best.log_ratio[0] - best.log_ratio[1], best.log_ratio[-1] - best.log_ratio[-2]).item()
+    if beta is not None and rise > 0.05:  # the density should be flat across a cell of 2e-9
+        raise ValueError(f"beta {beta:g}, n {n}: the optimum is a spike narrower than the theory's cells; use a larger beta")
+    return best
 
 
 def _solved_for(name: str, T: Procedure) -> Procedure:
@@ -256,13 +264,15 @@ def _solved_for(name: str, T: Procedure) -> Procedure:
 
 
 def _interpolated(best: Optimum) -> Callable[[Tensor], Tensor]:
-    knots = cells.centres(cells.grid(COARSE))
+    """Phi between the cells' centres."""
+    ref = cells.grid(COARSE)
+    edges, centres = cdf(ref) - 1e-13, cells.centres(ref)  # rewind's u = .85 belongs to the cell above
+    slope = cells.slopes(best.Phi, centres)
 
     def Phi(u: Tensor) -> Tensor:
-        x, xp, fp = u.detach().double(), knots.to(u.device), best.Phi.to(u.device)
-        i = torch.searchsorted(xp, x).clamp(1, len(xp) - 1)
-        part = ((x - xp[i - 1]) / (xp[i] - xp[i - 1])).clamp(0, 1)
-        return torch.lerp(fp[i - 1], fp[i], part).to(u.dtype)
+        x = u.detach().double().cpu().contiguous()
+        i = torch.searchsorted(edges, x, right=True).sub(1).clamp(0, len(ref) - 1)
+        return (best.Phi[i] + slope[i] * (x - centres[i])).to(u)
 
     return Phi
 
@@ -316,8 +326,8 @@ def _positive(name: str, x: float) -> float:
 
 def _mass(density: Tensor) -> Tensor:
     f = torch.as_tensor(density, dtype=torch.float64)
-    if f.ndim != 1 or not len(f) or not f.isfinite().all() or f.min() < 0:
-        raise ValueError(f"density of shape {tuple(f.shape)}: must be (G,), finite and nowhere negative; clamp it at 0")
+    if f.ndim != 1 or len(f) < 2 or not f.isfinite().all() or f.min() < 0:
+        raise ValueError(f"density of shape {tuple(f.shape)}: must be (G,) with G of at least 2, finite, nowhere negative; clamp it at 0")
     if abs(f.mean().item() - 1) > 1e-3:
         raise ValueError(f"density integrates to {f.mean().item():.6g} on the midpoint grid: must be 1; divide it by its mean")
     return f / f.sum()

@@ -1,0 +1,218 @@
+"""minictrl/theory.py against closed forms, simulation, and numbers computed by other code on a 400,000-point grid."""
+
+import math
+import warnings
+
+import numpy as np
+import pytest
+import torch
+
+from minictrl import cells, theory
+
+TRANSFORMS = ["identity", "log", "exp5", "exp10", "exp-5", "exp-10"]
+
+
+# at 1 nat: beta, standard, BoN 2, 4, 32, WoN 2, 4, 32
+ONE_NAT = {
+    "identity": (0.136064, 0.86458, 0.87333, 0.87700, 0.87991, 0.93680, 0.97446, 0.99420),
+    "log": (0.188487, 0.86311, 0.86311, 0.86311, 0.86311, 0.94413, 0.98588, 0.99999),
+    "exp5": (34.1979, 0.83897, 0.89640, 0.91922, 0.93107, 0.85850, 0.85719, 0.84622),
+    "exp10": (5315.25, 0.80102, 0.89049, 0.93510, 0.95365, 0.78911, 0.77117, 0.75105),
+    "exp-5": (0.0171803, 0.85669, 0.84356, 0.83523, 0.82654, 0.94819, 0.99121, 1.00000),
+    "exp-10": (0.000958474, 0.84789, 0.82474, 0.80948, 0.79351, 0.94752, 0.99267, 1.00000),
+}
+
+
+@pytest.mark.parametrize("name", ONE_NAT)
+def test_beta_and_win_rates_at_one_nat(name):
+    beta, *wins = ONE_NAT[name]
+    assert theory.beta_for_kl(name, 1.0) == pytest.approx(beta, rel=4e-6)
+    for (procedure, n), win in zip([("standard", 1)] + [(p, n) for p in ("bon", "won") for n in (2, 4, 32)], wins):
+        assert theory.at_kl(name, 1.0, procedure, n) == pytest.approx(win, abs=6e-6)  # they are rounded to 5 digits
+
+
+@pytest.mark.parametrize(
+    "procedure, n, beta, kl, win",
+    [
+        ("bon", 4, 0.1, 0.8909, 0.93117),
+        ("bon", 4, 0.02, 1.9833, 0.98348),
+        ("bon", 2, 0.1, 1.0970, 0.90725),
+        ("bon", 32, 0.02, 0.6079, 0.99577),
+        ("won", 4, 0.1, 0.6836, 0.97500),
+        ("won", 2, 0.1, 1.0136, 0.95000),
+    ],
+)
+def test_optimum_at_known_points(procedure, n, beta, kl, win):
+    (our_kl,), (our_win,) = theory.tradeoff("optimal", procedure, n, [beta])
+    assert our_kl == pytest.approx(kl, abs=1e-4) and our_win == pytest.approx(win, abs=6e-6)
+
+
+def test_log_transform_gives_best_of_n():
+    for N in (2, 5, 64):
+        (kl,), (win,) = theory.tradeoff("log", "standard", 1, [1 / (N - 1)])
+        assert kl == pytest.approx(math.log(N) - (N - 1) / N, abs=1e-6)
+        assert win == pytest.approx(N / (N + 1), abs=1e-6)
+        for n in (1, 3, 200):  # the same for every N of the procedure
+            assert theory.tradeoff("log", "bon", n, [1 / (N - 1)])[1][0] == pytest.approx(N / (N + 1), abs=2e-6)
+
+
+@pytest.mark.parametrize("name", TRANSFORMS + ["exp50", "exp-50", "bon_fp", "won_fp"])
+def test_beta_for_kl_inverts_the_kl_and_the_kl_falls_with_beta(name):
+    betas = [theory.beta_for_kl(name, kl) for kl in (0.01, 0.3, 1.0, 3.0)]
+    kl, win = theory.tradeoff(name, "bon", 4, betas)
+    assert kl.dtype == np.float64 and kl == pytest.approx([0.01, 0.3, 1.0, 3.0], rel=1e-6)
+    assert np.all(np.diff(betas) < 0) and np.all(np.diff(win) > 0) and np.all(win > 0.5)
+
+
+def test_best_and_worst_of_one_are_the_standard_win_rate():
+    for name in TRANSFORMS:
+        one = [theory.at_kl(name, 0.7, procedure, 1) for procedure in theory.PROCEDURES]
+        assert max(one) - min(one) < 1e-9
+
+
+@pytest.mark.parametrize("procedure, n", [("standard", 1), ("bon", 2), ("bon", 32), ("won", 4), ("rewind", 32)])
+def test_no_transform_beats_the_optimum_at_its_kl(procedure, n):
+    for kl in (0.2, 1.0):
+        best = theory.optimal_win_rate(kl, procedure, n)
+        assert all(theory.at_kl(name, kl, procedure, n) < best + 1e-6 for name in TRANSFORMS)  # 1e-6: the solver's grid
+    if procedure == "standard":
+        assert theory.at_kl("identity", kl, procedure, n) == pytest.approx(best, abs=1e-6)
+
+
+@pytest.mark.parametrize("N", [2, 4, 32, 256])
+@pytest.mark.parametrize("beta", [1.0, 0.05, 0.005])
+def test_best_of_n_converges_to_corollary_2(N, beta):
+    best = theory.ascend("bon", N, ref := cells.grid(4000), beta=beta)
+    F, u = cells.cdf(ref * best.log_ratio.exp()), cells.cdf(ref)
+    integrand = (F * u) ** (N - 1)
+    slices = (integrand[1:] + integrand[:-1]) / 2 * ref  # trapezoid rule
+    Phi = -(N**2) * (slices.flip(0).cumsum(0).flip(0) - slices / 2)
+    assert (Phi - best.Phi - Phi[-1]).abs().max() < 3e-5 * N  # both are O(1/cells^2) from the integral
+    assert best.residual < 1e-7 and (best.log_ratio - best.Phi / beta).std() < 1e-4
+
+
+def test_the_papers_plain_iteration_oscillates_where_ours_converges():
+    ref, beta, log_ratio, wins = cells.grid(400), 0.02, torch.zeros(400, dtype=torch.float64), []
+    for _ in range(60):
+        mass = (ref * log_ratio.exp()).requires_grad_()
+        win = theory.mass_win_rate(mass, ref, "bon", 32)
+        (Phi,) = torch.autograd.grad(win, mass)
+        log_ratio = cells.tilt(Phi, 1 / beta, ref)
+        wins.append(win.item() - beta * cells.kl(log_ratio, ref))
+    assert max(wins[-10:]) - min(wins[-10:]) > 0.05
+    assert theory.ascend("bon", 32, ref, beta=beta).residual < 1e-7
+
+
+def test_best_of_n_win_rate_is_concave_in_the_density():
+    f, g = torch.rand(2, 1000, generator=torch.Generator().manual_seed(0), dtype=torch.float64) ** 6
+    f, g = f / f.mean(), (g / g.mean()).sort().values
+    for n in (2, 16):
+        middle = theory.win_rate((f + g) / 2, "bon", n)
+        assert middle > (theory.win_rate(f, "bon", n) + theory.win_rate(g, "bon", n)) / 2 + 1e-3
+
+
+def second_best(mass, u, n):
+    """A procedure of one's own: the second best of N draws is kept."""
+    F = cells.cdf(mass)
+    return (F**n + n * F ** (n - 1) * (1 - F)).diff()
+
+
+@pytest.mark.parametrize("procedure, n", [("bon", 3), ("won", 3), ("rewind", 5), (second_best, 3)])
+def test_win_rate_agrees_with_simulation(procedure, n):
+    """4 standard errors: a false failure has a chance of 3e-4 over the four."""
+    draws = 200_000
+    generator = torch.Generator().manual_seed(1)
+    y, z = torch.rand(2, draws, n, generator=generator, dtype=torch.float64)
+    y = y ** (1 / 3)  # cdf u^3: the log transform at beta 1/2
+
+    def keep(x):
+        if procedure == "rewind":
+            passed = x >= 0.85
+            first = torch.where(passed.any(1), passed.double().argmax(1), n - 1)
+            return x.gather(1, first[:, None])[:, 0]
+        return x.sort(1).values[:, {"bon": n - 1, "won": 0, second_best: n - 2}[procedure]]
+
+    wins = (keep(y) > keep(z)).double()
+    ours = theory.tradeoff("log", procedure, n, [0.5])[1][0]
+    assert ours == pytest.approx(wins.mean().item(), abs=4 * wins.std().item() / draws**0.5)
+
+
+def test_a_new_procedure_gets_its_optimum_from_one_function():
+    beta = 0.1
+    u, Phi = theory.optimal_transform(second_best, 4, beta)
+    f = torch.softmax(Phi / beta, 0) * len(u)
+    kl, win = theory.kl(f), theory.win_rate(f, second_best, 4)
+    assert win == pytest.approx(theory.optimal_win_rate(kl, second_best, 4), abs=2e-6)
+    for name in TRANSFORMS:
+        assert theory.at_kl(name, kl, second_best, 4) < win
+    assert Phi[-1].abs() < 1e-4 and theory.beta_for_kl("optimal", kl, procedure=second_best, n=4) == pytest.approx(beta, rel=1e-3)
+
+
+def test_win_rate_of_a_density_holds_on_coarse_grids_sharp_densities_and_large_n():
+    u = cells.midpoints(2000)
+    f = 64 * u**63
+    assert theory.kl(f) == pytest.approx(math.log(64) - 63 / 64, abs=1e-4)
+    for n in (1, 4, 256):
+        assert theory.win_rate(f, "bon", n) == pytest.approx(64 / 65, abs=2e-5)
+    assert theory.win_rate(torch.ones(10), "won", 7) == pytest.approx(0.5, abs=1e-9)
+
+
+def test_finite_k_tends_to_the_continuous_theory_and_costs_win_rate():
+    exact = theory.at_kl("exp10", 1.0, "bon", 4)
+    cost = [exact - theory.at_kl("exp10", 1.0, "bon", 4, K=K) for K in (10, 100, 1000)]
+    assert cost[0] > 0.01 > cost[1] > cost[2] and abs(cost[2]) < 1e-3
+
+
+def test_mean_partition_function_of_finite_k_is_uniform_over_its_values():
+    """E over prompts of Z = sum_k gap_k e^{Phi(k/K)} is the mean of e^{Phi(k/K)}, for C_hat is uniform on them; 4 s.e."""
+    K = 20
+    weight = (2 * torch.arange(K + 1, dtype=torch.float64) / K).exp()
+    Z = (cells.spacings(K) * weight).sum(1)
+    assert Z.mean().item() == pytest.approx(weight.mean().item(), abs=4 * Z.std().item() / len(Z) ** 0.5)
+
+
+def test_a_transform_with_a_plateau_names_its_largest_kl():
+    half = lambda u: (u > 0.5).double()  # noqa: E731
+    assert theory.at_kl(half, 0.69, "standard", 1) == pytest.approx(0.75, abs=0.02)
+    with pytest.raises(ValueError, match="largest of this transform is 0.6931 nats"):
+        theory.beta_for_kl(half, 0.7)
+
+
+def test_a_measured_kl_of_zero_or_less_is_the_reference():
+    assert [theory.at_kl(name, kl, "bon", 4) for name in ("exp10", "optimal") for kl in (0.0, -1e-3)] == [0.5] * 4
+    assert theory.optimal_win_rate(40.0, "bon", 32) == pytest.approx(1, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", ["exp50", "exp-50", "identity", "log"])
+def test_extreme_transforms_and_betas_neither_overflow_nor_warn(name):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        kl, win = theory.tradeoff(name, "won", 4, [1e-9, 1.0, 1e9, 1e300])
+    assert np.isfinite(kl).all() and np.isfinite(win).all() and kl.min() >= -1e-12 and 0.4999 < win.min() and win.max() <= 1
+
+
+@pytest.mark.parametrize(
+    "call, names",
+    [
+        (lambda: theory.tradeoff("exp10", "bon", 0, [1.0]), "n 0.*at least 1"),
+        (lambda: theory.tradeoff("exp10", "bon", 2.5, [1.0]), "n 2.5"),
+        (lambda: theory.tradeoff("exp10", "beam", 4, [1.0]), "'beam'.*standard, bon, won, rewind"),
+        (lambda: theory.tradeoff("exp", "bon", 4, [1.0]), "'exp'.*identity, log"),
+        (lambda: theory.tradeoff("none", "bon", 4, [1.0]), "'none' has no theory"),
+        (lambda: theory.tradeoff("exp10", "bon", 4, [1.0, 0.0]), "beta 0.*positive"),
+        (lambda: theory.optimal_transform("bon", 4, -1.0), "beta -1.*positive"),
+        (lambda: theory.optimal_transform("bon", 4, 1e-12), "beta 1e-12.*larger beta"),
+        (lambda: theory.beta_for_kl("exp10", 0.0), "kl 0.*positive"),
+        (lambda: theory.beta_for_kl("exp10", math.nan), "kl nan"),
+        (lambda: theory.beta_for_kl("exp10", 50.0), "kl 50.*16 nats"),
+        (lambda: theory.beta_for_kl("won_fp", 8.0, n=32), "kl 8 is out of reach"),
+        (lambda: theory.beta_for_kl(lambda u: 0 * u, 1.0), "largest of this transform is 0 nats|-0 nats"),
+        (lambda: theory.win_rate(torch.tensor([2.0, -1.0, 2.0]), "bon", 4), "nowhere negative"),
+        (lambda: theory.win_rate(torch.full((10,), 1.1), "bon", 4), "integrates to 1.1"),
+        (lambda: theory.kl(torch.ones(2, 5)), r"density of shape \(2, 5\)"),
+    ],
+)
+def test_bad_input_names_the_value_the_rule_and_the_fix(call, names):
+    with pytest.raises(ValueError, match=names) as error:
+        call()
+    assert "\n" not in str(error.value)

@@ -1,0 +1,70 @@
+"""minictrl/transforms.py: a name becomes Phi."""
+
+import pytest
+import torch
+
+from minictrl import theory
+from minictrl.transforms import get_transform
+
+u = torch.linspace(0, 1, 201)  # the values of C_hat at K = 100
+
+
+@pytest.mark.parametrize("name", ["identity", "log", "exp5", "exp-10", "exp0.5", "bon_fp", "won_fp", "optimal"])
+def test_transforms_increase_and_keep_shape_and_dtype(name):
+    for x in (u, u.double(), u[:200].view(4, 50)):
+        Phi = get_transform(name, beta=0.1)(x)
+        assert Phi.shape == x.shape and Phi.dtype == x.dtype and Phi.isfinite().all()
+    assert (get_transform(name, beta=0.1)(u).diff() >= 0).all()
+
+
+def test_closed_forms_are_the_papers():
+    assert torch.equal(get_transform("identity")(u), u)
+    assert torch.allclose(get_transform("log")(u[1:]), u[1:].log())
+    assert torch.allclose(get_transform("exp5")(u), torch.exp(5 * u))
+    assert torch.allclose(get_transform("exp-10")(u), -torch.exp(-10 * u))
+
+
+def test_log_is_bounded_at_half_the_smallest_calibrated_reward():
+    zero = torch.zeros(1, dtype=torch.float64)
+    assert get_transform("log")(zero).exp().item() == pytest.approx(1 / 200)
+    assert get_transform("log", K=30)(zero).exp().item() == pytest.approx(1 / 60)
+
+
+def test_exponential_tilting_stays_finite_up_to_its_bounds():
+    assert get_transform("exp80")(u).isfinite().all() and get_transform("exp-80")(u).isfinite().all()
+
+
+def test_fixed_points_are_the_theorys_at_the_same_n_and_beta():
+    grid, Phi = theory.optimal_transform("won", 3, 0.2)
+    for name, procedure in (("won_fp", "bon"), ("optimal", "won")):  # won_fp is for Worst-of-N whatever the procedure
+        assert torch.allclose(get_transform(name, procedure=procedure, n=3, beta=0.2)(grid), Phi, atol=1e-9)
+    assert not torch.allclose(get_transform("bon_fp", procedure="won", n=3, beta=0.2)(grid), Phi, atol=0.1)
+
+
+def test_rewinds_optimum_jumps_down_at_its_threshold():
+    """A draw just above it ends the search with a response that most of pi_ref's beat; one just below is another try."""
+    Phi = get_transform("optimal", procedure="rewind", n=32, beta=0.1)
+    below, at, above = Phi(torch.tensor([0.8499, 0.85, 0.8501], dtype=torch.float64)).tolist()
+    assert below - at > 1 and above - at == pytest.approx(0, abs=1e-2)
+
+
+def test_none_has_no_transform():
+    assert get_transform("none") is None
+
+
+@pytest.mark.parametrize(
+    "name, options, message",
+    [
+        ("exp", {}, "unknown transform 'exp'; known: identity, log, exp<t>"),
+        ("exp0", {}, "'exp0'.*not 0"),
+        ("exp100", {}, "'exp100'.*80"),
+        ("expten", {}, "unknown transform 'expten'"),
+        ("bon_fp", {}, "'bon_fp'.*pass beta"),
+        ("optimal", {"beta": 0.1, "procedure": "beam"}, "unknown procedure 'beam'"),
+        ("won_fp", {"beta": 0.1, "n": 0}, "n 0"),
+        ("log", {"K": 0}, "K 0"),
+    ],
+)
+def test_bad_names_and_values_are_named(name, options, message):
+    with pytest.raises(ValueError, match=message):
+        get_transform(name, **options)
