@@ -13,12 +13,13 @@ def calibrated_reward(r: Tensor, r_ref: Tensor) -> Tensor:
     """
     if r_ref.ndim != 2 or r.ndim not in (1, 2) or len(r) != len(r_ref) or not r_ref.shape[1]:
         raise ValueError(
-            f"r {tuple(r.shape)} and r_ref {tuple(r_ref.shape)}: must be (B,) or (B, M), and (B, K) with K of at least 1; "
+            f"r {tuple(r.shape)} and r_ref {tuple(r_ref.shape)}: must be (B,) or (B, M), and (B, K) with K at least 1; "
             "give each prompt its own row"
         )
     for name, rewards in (("r", r), ("r_ref", r_ref)):
         if not rewards.isfinite().all():
-            raise ValueError(f"{name} has {(~rewards.isfinite()).sum()} rewards that are not finite; drop or rescore them")
+            bad = (~rewards.isfinite()).sum()
+            raise ValueError(f"{name} has {bad} rewards that are not finite; drop or rescore them")
     dtype = torch.promote_types(torch.promote_types(r.dtype, r_ref.dtype), torch.float32)
     z, y = r_ref.to(dtype).sort(-1).values, r.to(dtype).reshape(len(r), -1).contiguous()  # (B, K), (B, M)
     beaten = torch.searchsorted(z, y) + torch.searchsorted(z, y, right=True)  # (B, M) twice the wins and ties' halves

@@ -1,4 +1,4 @@
-"""[0, 1] cut into cells: pi_ref's mass in each, a policy's log-ratio to it, KL. The arithmetic under theory.py, float64.
+"""[0, 1] cut into cells: pi_ref's mass in each, a policy's log-ratio to it, KL. The arithmetic under theory.py.
 
 Shapes: (G,) for one policy, (prompts, G) where every prompt has cells of its own; `ref` is pi_ref's mass in each cell.
 """
@@ -27,7 +27,7 @@ def grid(cells: int) -> Tensor:
 
 @lru_cache(maxsize=8)
 def spacings(K: int, prompts: int = 2000) -> Tensor:
-    """(prompts, K + 1) gaps between K sorted draws of C under pi_ref: what each C_hat = k / K covers, prompt by prompt."""
+    """(prompts, K + 1) gaps between K sorted draws of C under pi_ref: what each C_hat = k / K covers, per prompt."""
     gaps = -torch.log1p(-torch.rand(prompts, K + 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64))
     return gaps / gaps.sum(-1, keepdim=True)
 
@@ -48,7 +48,7 @@ def centres(ref: Tensor) -> Tensor:
 
 
 def slopes(values: Tensor, centres: Tensor) -> Tensor:
-    """(G,) slope inside each cell, no steeper than to either neighbour, and 0 at a peak: a jump between cells stays one."""
+    """(G,) slope inside each cell, no steeper than to either neighbour, 0 at a peak: a jump between cells stays one."""
     rise = values.diff() / centres.diff()
     left, right = torch.cat([rise[:1], rise]), torch.cat([rise, rise[-1:]])
     return torch.where(left * right > 0, torch.where(left.abs() < right.abs(), left, right), 0.0)
@@ -65,8 +65,10 @@ def tilt(Phi: Tensor, scale: float, ref: Tensor, base: Tensor | float = 0.0) -> 
     return log_ratio - torch.logsumexp(log_ratio + ref.log(), -1, keepdim=True)
 
 
-def tilt_to_kl(Phi: Tensor, kl: float, ref: Tensor, base: Tensor | float = 0.0, scale: float | None = None) -> tuple[Tensor, float]:
-    """(log pi/pi_ref, scale) of the tilt at this KL, to a relative 1e-11: Newton's method in a bracket; KL rises with scale.
+def tilt_to_kl(
+    Phi: Tensor, kl: float, ref: Tensor, base: Tensor | float = 0.0, scale: float | None = None
+) -> tuple[Tensor, float]:
+    """(log pi/pi_ref, scale) of the tilt at this KL: Newton's method in a bracket, for KL rises with scale.
 
     Raises ValueError on a KL out of reach: a Phi that is largest on a part of [0, 1] has no KL above -log of that part.
     """

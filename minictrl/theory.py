@@ -1,11 +1,11 @@
-"""The theory of InfAlign on one axis: win rates of inference-time procedures, KL, the beta for a KL, optimal transforms.
+"""The theory of InfAlign on one axis: win rates of any procedure, KL, the beta for a KL, optimal transforms.
 
-With a continuous reward (Theorems 2 to 4) a policy is, for each prompt, a density f on the calibrated reward u = C(x, y),
-and pi_ref is the uniform one. CTRL's policy is f = e^{Phi(u)/beta} / Z. Everything is in float64 on the CPU.
+With a continuous reward (Theorems 2 to 4) a policy is, for each prompt, a density f on the calibrated reward
+u = C(x, y), and pi_ref is the uniform one. CTRL's policy is f = e^{Phi(u)/beta} / Z. All in float64 on the CPU.
 
-[0, 1] is cut into cells; a policy is the mass of each, and a procedure maps masses to masses: the paper's T, with a tie
-inside a cell. A continuous policy has many narrow cells, an empirical calibration K + 1 wide ones, a tabular problem one
-for each distinct reward. A new procedure is one function below and its name in PROCEDURES.
+[0, 1] is cut into cells; a policy is the mass of each, and a procedure maps masses to masses: the paper's T, with a
+tie inside a cell. A continuous policy has many narrow cells, an empirical calibration K + 1 wide ones, a tabular
+problem one for each distinct reward. A new procedure is one function below and its name in PROCEDURES.
 """
 
 import math
@@ -28,11 +28,12 @@ FINE = 32_000  # cells for a Phi in closed form: KL and win rate to 1e-7
 COARSE = 4_000  # cells of the solver, which visits them a hundred times: KL to 4e-6, win rate to 1e-6
 POINTS = 400_000  # midpoint grid of optimal_transform: for large N the optimum has a spike at u = 1, 1e-4 wide and less
 MAX_KL = 16.0  # nats; a policy beyond it lives on the last 1e-7 of [0, 1], where the cells end
+MAX_STEPS = 1000  # of the solver; up to N = 256 and down to beta = .005 it takes at most 150
 CONVERGED = 1e-5  # nats; the solver stops at 1e-8, or where rounding stops it, and fails above this
-FIXED_POINTS = {"bon_fp": "bon", "won_fp": "won", "optimal": None}  # -> what it is solved for; None: the procedure at hand
+FIXED_POINTS = {"bon_fp": "bon", "won_fp": "won", "optimal": None}  # -> what it is for; None: the procedure at hand
 
 
-# ---- procedures: mass (..., G) of each cell, the cells' edges u (..., G + 1), N -> mass after the procedure ------------
+# ---- procedures: mass (..., G) of each cell, the cells' edges u (..., G + 1), N -> mass after the procedure ----
 
 
 def standard(mass: Tensor, u: Tensor, n: int) -> Tensor:
@@ -61,7 +62,7 @@ def rewind(mass: Tensor, u: Tensor, n: int) -> Tensor:
 PROCEDURES: dict[str, Procedure] = {"standard": standard, "bon": bon, "won": won, "rewind": rewind}
 
 
-# ---- win rate and KL of a density --------------------------------------------------------------------------------------
+# ---- win rate and KL of a density ----
 
 
 def mass_win_rate(mass: Tensor, ref: Tensor, procedure: str | Procedure, n: int) -> Tensor:
@@ -87,7 +88,7 @@ def win_rate(density: Tensor, procedure: str | Procedure, n: int) -> float:
     u = torch.cat([torch.linspace(0, 1, G + 1, dtype=torch.float64), cdf(cells.grid(FINE))]).unique()
     i = (u * G).long().clamp(max=G - 1)
     t = u * G - i
-    F = cdf(mass)[i] + t * (mass[i] + (t - 1) * slope[i] / 2)  # on cells narrow enough for any n, so that ties weigh nothing
+    F = cdf(mass)[i] + t * (mass[i] + (t - 1) * slope[i] / 2)  # on cells so narrow that ties weigh nothing, for any n
     return mass_win_rate(F.diff().clamp(min=0), u.diff(), procedure, n).item()
 
 
@@ -97,7 +98,7 @@ def kl(density: Tensor) -> float:
     return torch.special.xlogy(mass, mass * len(mass)).sum().item()
 
 
-# ---- trade-off of a transform ------------------------------------------------------------------------------------------
+# ---- trade-off of a transform ----
 
 
 def tradeoff(
@@ -105,8 +106,9 @@ def tradeoff(
 ) -> tuple[np.ndarray, np.ndarray]:
     """KL [nats] and win rate of f = e^{Phi/beta} / Z for each beta (Theorem 3): float64 arrays of len(betas).
 
-    transform: a name of the command line, or Phi itself, a function on tensors in [0, 1]. bon_fp, won_fp and optimal are
-    solved anew for each beta and this n. K: the empirical calibration of Eq. 12 with K samples, averaged over prompts.
+    transform: a name of the command line, or Phi itself, a function on tensors in [0, 1]. bon_fp, won_fp and optimal
+    are solved anew for each beta and this n. K: the empirical calibration with K samples (Eq. 12), mean over prompts.
+    Beyond MAX_KL the KL is a lower bound and the win rate 1 for all purposes.
     """
     T, n, points = _procedure(procedure), at_least_1("n", n), []
     for beta in betas:
@@ -129,13 +131,14 @@ def beta_for_kl(transform: Transform, kl: float, *, procedure: str | Procedure =
     """
     T, n, kl = _procedure(procedure), at_least_1("n", n), _positive("kl", kl)
     if kl > MAX_KL:
-        raise ValueError(f"kl {kl:g} is out of reach: the largest that the theory resolves is {MAX_KL:g} nats; ask for less")
+        raise ValueError(f"kl {kl:g} is out of reach: the largest that is resolved is {MAX_KL:g} nats; ask for less")
     if transform not in FIXED_POINTS:
         Phi, ref = _cells(transform)
         return 1 / cells.tilt_to_kl(Phi, kl, ref)[1]
     best = _optimum(_solved_for(transform, T), n, kl=kl)
     if not best.residual < CONVERGED:
-        raise ValueError(f"kl {kl:g} is out of reach: the win rate misses 1 by {1 - best.win_rate:.0e} there; ask for less")
+        missing = f"the win rate misses 1 by {1 - best.win_rate:.0e} there"
+        raise ValueError(f"kl {kl:g} is out of reach of {transform} at n {n}: {missing}; ask for less")
     return best.beta
 
 
@@ -162,7 +165,7 @@ def optimal_win_rate(kl: float, procedure: str | Procedure, n: int) -> float:
     return at_kl("optimal", kl, procedure, n)
 
 
-# ---- the optimum of any procedure (Theorem 1) ---------------------------------------------------------------------------
+# ---- the optimum of any procedure (Theorem 1) ----
 
 
 class Optimum(NamedTuple):
@@ -179,7 +182,7 @@ def optimal_transform(procedure: str | Procedure, n: int, beta: float) -> tuple[
 
     procedure: a name, or any differentiable function (mass, u, n) -> mass like those of PROCEDURES.
     Returns the midpoint grid u (POINTS,) and Phi on it with Phi(1) = 0, float64: the policy is f = e^{Phi/beta} / Z.
-    Raises ValueError where the ascent does not converge or the policy is too narrow: never a Phi that is not the optimum's.
+    Raises ValueError where the ascent does not converge or the policy is too narrow: never a Phi that is not optimal.
     """
     u = midpoints(POINTS)
     return u, fixed_point("optimal", procedure, n, beta)(u)
@@ -192,13 +195,13 @@ def fixed_point(name: str, procedure: str | Procedure, n: int, beta: float) -> C
 
 
 def ascend(
-    procedure: str | Procedure, n: int, ref: Tensor, *, beta: float | None = None, kl: float | None = None, steps: int = 1000
+    procedure: str | Procedure, n: int, ref: Tensor, *, beta: float | None = None, kl: float | None = None
 ) -> Optimum:
     """Maximises W^T - beta KL, or W^T at a given KL, by mirror ascent with backtracking: Theorem 1's EM, damped.
 
-    log f <- (1 - eta) log f + eta Phi_f / beta, renormalised; Phi_f, the derivative of the win rate, is autograd's. eta = 1
-    is the paper's iteration, which oscillates for Best-of-N: here a step that lowers the objective is halved. Given `kl`,
-    1/beta is whatever keeps the step at that KL. ref: (G,) mass of pi_ref. Raises ValueError if it does not converge.
+    log f <- (1 - eta) log f + eta Phi_f / beta, renormalised; Phi_f, the derivative of the win rate, is autograd's.
+    eta = 1 is the paper's iteration, which oscillates for Best-of-N: here a step that lowers the objective is halved.
+    Given `kl`, 1/beta is what keeps the step at that KL. ref: (G,) mass of pi_ref. ValueError if it does not converge.
     """
     T = _procedure(procedure)
 
@@ -217,7 +220,7 @@ def ascend(
         rise = mass * (Phi - (mass * Phi).sum())
         scale = ((rise * log_ratio).sum() / (rise * Phi).sum()).item()  # least squares for log f = scale Phi + const
     eta = 1.0
-    for _ in range(steps):
+    for _ in range(MAX_STEPS):
         gap = scale * Phi - log_ratio
         gap = gap - (mass * gap).sum()
         residual = (mass * gap**2).sum().sqrt().item()
@@ -255,7 +258,7 @@ def _optimum(T: Procedure, n: int, beta: float | None = None, kl: float | None =
     best = ascend(T, n, cells.grid(COARSE), beta=beta, kl=kl)
     rise = max(best.log_ratio[0] - best.log_ratio[1], best.log_ratio[-1] - best.log_ratio[-2]).item()
     if beta is not None and rise > 0.05:  # the density should be flat across a cell of 2e-9
-        raise ValueError(f"beta {beta:g}, n {n}: the optimum is a spike narrower than the theory's cells; use a larger beta")
+        raise ValueError(f"beta {beta:g}, n {n}: the optimum is a spike narrower than 1e-9; use a larger beta")
     return best
 
 
@@ -277,7 +280,7 @@ def _interpolated(best: Optimum) -> Callable[[Tensor], Tensor]:
     return Phi
 
 
-# ---- small things -------------------------------------------------------------------------------------------------------
+# ---- small things ----
 
 
 def _cells(transform: Transform, K: int | None = None) -> tuple[Tensor, Tensor]:
@@ -290,7 +293,7 @@ def _cells(transform: Transform, K: int | None = None) -> tuple[Tensor, Tensor]:
 
         Phi = get_transform(transform, K=K)
         if Phi is None:
-            raise ValueError(f"transform {transform!r} has no theory: its KL and win rate depend on the reward; name another")
+            raise ValueError(f"transform {transform!r} has no theory: its KL depends on the reward; name another")
     values = torch.as_tensor(Phi(u), dtype=torch.float64)
     if values.shape != u.shape or not values.isfinite().all():
         raise ValueError(f"Phi must map u {tuple(u.shape)} to as many finite values; bound it near 0 and 1")
@@ -307,7 +310,8 @@ def _win(log_ratio: Tensor, ref: Tensor, T: Procedure, n: int, K: int | None = N
 
 def _procedure(procedure: str | Procedure) -> Procedure:
     if not callable(procedure) and procedure not in PROCEDURES:
-        raise ValueError(f"unknown procedure {procedure!r}; known: {', '.join(PROCEDURES)}, or a function (mass, u, n) -> mass")
+        known = ", ".join(PROCEDURES)
+        raise ValueError(f"unknown procedure {procedure!r}; known: {known}, or a function (mass, u, n) -> mass")
     return procedure if callable(procedure) else PROCEDURES[procedure]
 
 
@@ -320,14 +324,14 @@ def at_least_1(name: str, n: int) -> int:
 
 def _positive(name: str, x: float) -> float:
     if not 0 < float(x) < math.inf:
-        raise ValueError(f"{name} {float(x):g}: must be positive and finite; --kl 1 is a good start, and beta follows from it")
+        raise ValueError(f"{name} {float(x):g}: must be positive and finite; a KL of 1 is a start, beta follows")
     return float(x)
 
 
 def _mass(density: Tensor) -> Tensor:
     f = torch.as_tensor(density, dtype=torch.float64)
     if f.ndim != 1 or len(f) < 2 or not f.isfinite().all() or f.min() < 0:
-        raise ValueError(f"density of shape {tuple(f.shape)}: must be (G,) with G of at least 2, finite, nowhere negative; clamp it at 0")
-    if abs(f.mean().item() - 1) > 1e-3:
-        raise ValueError(f"density integrates to {f.mean().item():.6g} on the midpoint grid: must be 1; divide it by its mean")
+        raise ValueError(f"density {tuple(f.shape)}: must be (G > 1,), finite, nowhere negative; clamp it at 0")
+    if abs(f.mean().item() - 1) > 1e-3:  # the midpoint rule's error on a coarse grid is allowed for, and divided out
+        raise ValueError(f"density integrates to {f.mean().item():.6g}: must be 1 (its mean); divide it by that")
     return f / f.sum()

@@ -41,9 +41,9 @@ def get_transform(
 ) -> Phi | None:
     """Phi by name: an increasing function on tensors in [0, 1], any shape, dtype and device kept. None for `none`.
 
-    `none` is uncalibrated RLHF: there is no Phi, the raw reward is used. bon_fp, won_fp and optimal are the fixed points of
-    Corollary 2 and Theorem 1, solved at this n and beta (optimal: for this procedure). K: samples of the calibration,
-    for log's bound at 1/(2K); None for no bound, u = C itself. Raises ValueError on a name or value that has no transform.
+    `none` is uncalibrated RLHF: there is no Phi, the raw reward is used. bon_fp, won_fp and optimal are the fixed
+    points of Corollary 2 and Theorem 1, solved at this n and beta (optimal: for this procedure). K: samples of the
+    calibration, for log's bound at 1/(2K); None, where u is C itself, for no bound. Raises ValueError on bad input.
     """
     if K is not None:
         theory.at_least_1("K", K)
@@ -52,12 +52,12 @@ def get_transform(
         return None
     if name in theory.FIXED_POINTS:
         if beta is None:
-            raise ValueError(f"transform {name!r} is solved at the run's beta; pass beta (theory.beta_for_kl has it for a KL)")
+            raise ValueError(f"transform {name!r} is solved at the run's beta; pass beta, theory.beta_for_kl has it")
         return theory.fixed_point(name, procedure, n, beta)
     if tilt:
         t = float(tilt[1])
         if not 0 < abs(t) <= MAX_T:
-            raise ValueError(f"transform {name!r}: t must be in [-{MAX_T}, {MAX_T}] and not 0; use identity, exp10 or exp-10")
+            raise ValueError(f"transform {name!r}: t must be within {MAX_T} of 0, not 0; use exp10 or identity")
         return exp(t)
     if name not in CLOSED_FORMS:
         raise ValueError(f"unknown transform {name!r}; known: {KNOWN}")

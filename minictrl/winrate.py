@@ -15,7 +15,7 @@ from minictrl.cells import REWIND_QUANTILE
 def win_rate(
     select: Tensor, judge: Tensor, select_ref: Tensor, judge_ref: Tensor, procedure: str, n: int
 ) -> tuple[float, float]:
-    """(win rate, standard error) of T(pi) over T(pi_ref), N samples each, over all N-subsets of the M at hand (Definition 4).
+    """(win rate, standard error) of T(pi) over T(pi_ref), N draws each, over all N-subsets of M samples (Definition 4).
 
     select, judge: (P, M) what T selects by and what decides the win, of M responses of pi; *_ref: (P, M') of pi_ref.
     An unbiased U-statistic for every n up to M, from one draw. Tied scores share the selection, and half a win.
@@ -32,7 +32,7 @@ def win_rate(
     return wins.mean().item(), (wins.std().item() if len(wins) > 1 else math.nan) / math.sqrt(len(wins))
 
 
-# ---- weights: the probability that each of M responses is the one kept, when N of the M are drawn in random order -------
+# ---- weights: the probability that each of M responses is the one kept, when N of them are drawn in random order ----
 
 
 def standard(select: Tensor, n: int, threshold: Tensor) -> Tensor:
@@ -60,9 +60,9 @@ def rewind(select: Tensor, n: int, threshold: Tensor) -> Tensor:
 
 
 def rewind_threshold(select_ref: Tensor) -> Tensor:
-    """(P,) the 85th percentile of each prompt's select_ref (P, M): just above the sample there, unless others tie with it.
+    """(P,) the 85th percentile of each prompt's select_ref (P, M): just above the sample there, but for ties.
 
-    Given that sample those above it are a fair draw of pi_ref's upper 15 %; with it among them pi gains 4 points at M = 64.
+    Given that sample, those above are a fair draw of pi_ref's upper 15 %; with it, pi would gain 4 points at M = 64.
     """
     order = pad(select_ref.sort(1).values, (1, 0), value=-math.inf)
     k = min(round(REWIND_QUANTILE * select_ref.shape[1]), select_ref.shape[1] - 1)
@@ -91,7 +91,8 @@ def beaten(judge: Tensor, judge_ref: Tensor, weight_ref: Tensor) -> Tensor:
 
 def _validate(scores: dict[str, Tensor], procedure: str, n: int) -> None:
     for name, each in scores.items():
-        if each.ndim != 2 or each.shape != scores[name.replace("judge", "select")].shape or len(each) != len(scores["select"]):
+        same_responses = each.shape == scores[name.replace("judge", "select")].shape
+        if each.ndim != 2 or not same_responses or len(each) != len(scores["select"]):
             shapes = ", ".join(f"{name} {tuple(each.shape)}" for name, each in scores.items())
             raise ValueError(f"{shapes}: must be (P, M), select as judge, with one P; score the same responses twice")
         if not each.isfinite().all():

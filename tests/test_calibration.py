@@ -35,7 +35,7 @@ def test_order_is_kept_with_ties():
 
 
 def test_reference_samples_are_uniform():
-    """Per prompt C_hat of a fresh draw is uniform on k/K: chi-square with 10 degrees of freedom, 1e-4 of false failures."""
+    """C_hat of a fresh draw is uniform on k/K: chi-square with 10 degrees of freedom, a false failure once in 1e4."""
     C_hat = calibrated_reward(rewards(20_000), rewards(20_000, 10, seed=1))
     counts = torch.bincount((10 * C_hat).round().long(), minlength=11)
     assert ((counts - 20_000 / 11) ** 2 / (20_000 / 11)).sum() < 35.6
@@ -52,7 +52,7 @@ def test_callers_tensors_stay_and_integers_are_fine():
     "r, r_ref, message",
     [
         (torch.zeros(3), torch.zeros(2, 5), r"r \(3,\) and r_ref \(2, 5\)"),
-        (torch.zeros(2), torch.zeros(2, 0), "K of at least 1"),
+        (torch.zeros(2), torch.zeros(2, 0), "K at least 1"),
         (torch.zeros(2), torch.zeros(2), "own row"),
         (torch.tensor([0.0, torch.nan]), torch.zeros(2, 5), "r has 1 rewards that are not finite"),
         (torch.zeros(2), torch.full((2, 5), torch.inf), "r_ref has 10 rewards"),

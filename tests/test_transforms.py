@@ -42,7 +42,7 @@ def test_fixed_points_are_the_theorys_at_the_same_n_and_beta():
 
 
 def test_rewinds_optimum_jumps_down_at_its_threshold():
-    """A draw just above it ends the search with a response that most of pi_ref's beat; one just below is another try."""
+    """A draw just above it ends the search with what most of pi_ref's results beat; one just below is another try."""
     Phi = get_transform("optimal", procedure="rewind", n=32, beta=0.1)
     below, at, above = Phi(torch.tensor([0.8499, 0.85, 0.8501], dtype=torch.float64)).tolist()
     assert below - at > 1 and above - at == pytest.approx(0, abs=1e-2)
