@@ -115,11 +115,12 @@ def tradeoff(
         if transform in FIXED_POINTS:
             best = _optimum(_solved_for(transform, T), n, beta=_positive("beta", beta))
             if K is None:
-                points.append((best.kl, _win(best.log_ratio, cells.grid(COARSE), T, n)))
+                win = mass_win_rate(*_spread(best.log_ratio, cells.grid(COARSE)), T, n).item()
+                points.append((best.kl, win))
                 continue
         Phi, ref = _cells(_interpolated(best) if transform in FIXED_POINTS else transform, K)
         log_ratio = cells.tilt(Phi, 1 / _positive("beta", beta), ref)
-        points.append((cells.kl(log_ratio, ref), _win(log_ratio, ref, T, n, K)))
+        points.append((cells.kl(log_ratio, ref), mass_win_rate(*_spread(log_ratio, ref, K), T, n).item()))
     return tuple(np.array(points, dtype=np.float64).reshape(-1, 2).T)
 
 
@@ -148,21 +149,31 @@ def at_kl(transform: Transform, kl: float, procedure: str | Procedure, n: int, *
     A KL of 0, or below it by noise, is pi_ref: 1/2. Above MAX_KL it is the win rate at MAX_KL, 1 for all purposes.
     For a fixed point under another procedure or n than it was solved for, pass its Phi. K: as in tradeoff.
     """
-    T, n, kl = _procedure(procedure), at_least_1("n", n), min(float(kl), MAX_KL)
-    if kl < 1e-9:
-        return 0.5
-    if transform in FIXED_POINTS:
-        best = _optimum(_solved_for(transform, T), n, kl=kl)
-        if K is None:
-            return _win(best.log_ratio, cells.grid(COARSE), T, n)
-        transform = _interpolated(best)
-    Phi, ref = _cells(transform, K)
-    return _win(cells.tilt_to_kl(Phi, kl, ref)[0], ref, T, n, K)
+    return mass_win_rate(*policy_at_kl(transform, kl, procedure, n, K=K), procedure, n).item()
 
 
 def optimal_win_rate(kl: float, procedure: str | Procedure, n: int) -> float:
     """The best win rate that any policy has at this KL in nats: the frontier. 1/2 at a KL of 0 or below."""
     return at_kl("optimal", kl, procedure, n)
+
+
+def policy_at_kl(
+    transform: Transform, kl: float, procedure: str | Procedure, n: int, *, K: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """(mass, ref): the mass of each cell under this transform's policy at this KL, and under pi_ref, as in at_kl.
+
+    (G,) each, or (prompts, G) with K. ref is also the cells' width. procedure, n: what a fixed point is solved for.
+    """
+    T, n, kl = _procedure(procedure), at_least_1("n", n), min(float(kl), MAX_KL)
+    if kl < 1e-9:
+        return cells.grid(COARSE), cells.grid(COARSE)
+    if transform in FIXED_POINTS:
+        best = _optimum(_solved_for(transform, T), n, kl=kl)
+        if K is None:
+            return _spread(best.log_ratio, cells.grid(COARSE))
+        transform = _interpolated(best)
+    Phi, ref = _cells(transform, K)
+    return _spread(cells.tilt_to_kl(Phi, kl, ref)[0], ref, K)
 
 
 # ---- the optimum of any procedure (Theorem 1) ----
@@ -300,12 +311,13 @@ def _cells(transform: Transform, K: int | None = None) -> tuple[Tensor, Tensor]:
     return values, ref
 
 
-def _win(log_ratio: Tensor, ref: Tensor, T: Procedure, n: int, K: int | None = None) -> float:
+def _spread(log_ratio: Tensor, ref: Tensor, K: int | None = None) -> tuple[Tensor, Tensor]:
+    """(mass, ref), each wide cell of a finite K cut up: within one value of C_hat the true C still spreads uniformly."""
     mass = ref * log_ratio.exp()
-    if K is not None:  # within one value of C_hat the true C still spreads uniformly
-        parts = math.ceil(512 / (K + 1))
-        mass, ref = (each.repeat_interleave(parts, -1) / parts for each in (mass, ref))
-    return mass_win_rate(mass, ref, T, n).item()
+    if K is None:
+        return mass, ref
+    parts = math.ceil(512 / (K + 1))
+    return tuple(each.repeat_interleave(parts, -1) / parts for each in (mass, ref))
 
 
 def _procedure(procedure: str | Procedure) -> Procedure:
