@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 PROCEDURES = ("standard", "bon", "won", "rewind")
-METHODS = ("ppo", "grpo", "ipo", "bonbon", "bond", "qrpo", "pkpo")
+# Method -> the transform that its optimum has, where it isn't the run's to choose (BoNBoN's is Best-of-n, as log's is).
+METHODS = {"ppo": None, "grpo": "none", "ipo": "identity", "bonbon": "log", "bond": "log", "qrpo": None, "pkpo": "optimal"}
 
 # A task is one entry: models (hub names, directories, or this package's own), data, lengths in tokens, and what differs
 # from the embedded task's training. `data` is a hub data set and the function of data.py that turns a row into prompts.
@@ -28,12 +30,13 @@ def setting(default, text: str, **options):
 @dataclass(frozen=True)
 class Config:
     task: str = setting("reviews", f"{', '.join(TASKS)}, or a .jsonl file of prompts")
-    transform: str = setting("identity", "Phi: identity, log, exp<t>, bon_fp, won_fp, optimal; none is uncalibrated RLHF")
+    transform: str | None = setting(None, "Phi: identity, log, exp<t>, bon_fp, won_fp, optimal; none is uncalibrated RLHF "
+                                          "(default identity, or what the method implies)")
     kl: float | None = setting(None, "budget in nats per response; beta follows from the theory (default 1.0)")
     beta: float | None = setting(None, "KL strength, instead of --kl")
     procedure: str = setting("bon", "inference-time procedure the run is aligned for", choices=PROCEDURES)
     n: int | None = setting(None, "samples the procedure draws (default 4; rewind: the most draws, 32)")
-    method: str = setting("ppo", "algorithm", choices=METHODS)
+    method: str = setting("ppo", "algorithm", choices=tuple(METHODS))
     K: int = setting(100, "reference samples a prompt for the calibration, Eq. 12")
     baseline: str = setting("loo", "what a return is compared with: a value head, or the leave-one-out mean of the prompt",
                             choices=("value", "loo"))
@@ -49,6 +52,7 @@ class Config:
     batch: int = setting(64, "prompts a step")
     G: int = setting(8, "samples of a prompt in a step")
     minibatch: int = setting(256, "responses an optimizer step")
+    micro_batch: int = setting(128, "responses a forward and backward pass; halved when a GPU runs out of memory")
     ppo_epochs: int = setting(1, "passes over a rollout")
     lr: float | None = setting(None, "learning rate of the policy (default: the task's)")
     clip: float = setting(.2, "PPO's clipping range of the ratio")
@@ -69,11 +73,15 @@ class Config:
         for name in ("procedure", "method", "baseline"):
             known = self.__dataclass_fields__[name].metadata["choices"]
             need(getattr(self, name) in known, name, f"use one of {', '.join(known)}")
-        for name in ("n", "K", "steps", "prompts", "batch", "G", "minibatch", "ppo_epochs", "max_new_tokens",
+        for name in ("n", "K", "steps", "prompts", "batch", "G", "minibatch", "micro_batch", "ppo_epochs", "max_new_tokens",
                      "max_prompt_tokens"):
             need(getattr(self, name) is None or getattr(self, name) >= 1, name, "use a whole number of at least 1")
         for name in ("lr", "clip"):
             need(getattr(self, name) is None or getattr(self, name) > 0, name, "use a positive number")
+        implied = METHODS[self.method]
+        need(implied is None or self.transform in (None, implied), "transform",
+             f"method {self.method} implies {implied}; leave --transform out, or use --method ppo")
+        need(self.transform != "none" or self.method != "qrpo", "transform", "qrpo needs a calibrated reward")
         need(0 <= self.lam <= 1, "lam", "use a number from 0 to 1")
         need(self.device in ("auto", "cpu") or self.device.startswith("cuda"), "device", "use auto, cpu or cuda")
 
@@ -81,13 +89,10 @@ class Config:
         """The same run with every computed default filled in, but for beta, which is the theory's (`train.py`)."""
         task = TASKS.get(self.task, TASKS["reviews"])
         filled = {name: task[name] for name in task if getattr(self, name, 0) is None}
-        name = Path(self.task).stem + f"-{self.transform}" + (f"-{self.method}" if self.method != "ppo" else "")
-        return replace(self, **filled, n=self.n or (32 if self.procedure == "rewind" else 4),
+        transform = self.transform or METHODS[self.method] or "identity"
+        name = f"{Path(self.task).stem}-{transform}" + (f"-{self.method}" if self.method != "ppo" else "")
+        return replace(self, **filled, transform=transform, n=self.n or (32 if self.procedure == "rewind" else 4),
                        kl=1.0 if self.kl is None and self.beta is None else self.kl, out=self.out or f"runs/{name}")
-
-    def save(self, path: Path, **more):
-        """Write every setting, and `more` (versions, resolved beta), as JSON under a temporary name, then rename."""
-        write_json(path, asdict(self) | more)
 
     @classmethod
     def load(cls, path: Path) -> tuple[Config, dict]:
@@ -98,11 +103,24 @@ class Config:
 
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser):
+        """A flag for every setting; the parsed namespace holds only those that were given."""
         for f in fields(cls):
             kind = {"int": int, "float": float}.get(f.type.split(" ")[0], str)
             default = "" if f.default is None else f" (default {f.default})"
-            parser.add_argument(f"--{f.name.replace('_', '-')}", type=kind, default=f.default, metavar=f.type.split(" ")[0],
-                                help=f.metadata["help"] + default)
+            choices = f" ({', '.join(f.metadata['choices'])})" if "choices" in f.metadata else ""
+            parser.add_argument(f"--{f.name.replace('_', '-')}", type=kind, default=argparse.SUPPRESS,
+                                metavar=f.type.split(" ")[0].upper(), help=f.metadata["help"] + choices + default)
+
+
+def run_script(main):
+    """Run a script's main: bad input is one line on stderr and exit status 2, never a traceback."""
+    try:
+        sys.exit(main())
+    except ValueError as error:
+        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 def write_json(path: Path, value):

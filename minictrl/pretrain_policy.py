@@ -1,7 +1,10 @@
 """pi_ref of the embedded task: a byte-level BPE tokenizer and a small GPT-2, trained on reviews, editorials and tweets.
 
 Every text starts with the token of its source; that of a review is the tokenizer's BOS, so that a prompt, which the
-tokenizer begins with BOS, is always continued as a review. The average of the weights over the last steps (EMA) is kept.
+tokenizer begins with BOS, is always continued as a review. Before it, half of the texts have a token for their rating, and
+a linear head learns to tell the rating from the text so far: in this way a small model knows what a large one has learned
+from the web, that texts differ in sentiment and which words go with it. Neither is used afterwards: pi_ref is the model
+without a rating. The average of the weights over the last steps (EMA) is kept.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from tqdm import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 BOS = {"reviews": "<|review|>", "editorials": "<|editorial|>", "tweets": "<|tweet|>"}
+RATINGS = [f"<|rating {i}|>" for i in range(6)]  # of the mean rating, in sixths of the texts
 
 
 def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
@@ -25,7 +29,7 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFas
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=["<|pad|>", "<|end|>", *BOS.values()], show_progress=False,
+        vocab_size=vocab_size, special_tokens=["<|pad|>", "<|end|>", *BOS.values(), *RATINGS], show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
     bos = BOS["reviews"]
     tokenizer.post_processor = processors.TemplateProcessing(
@@ -49,11 +53,14 @@ def pad(lines: list[list[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor
     return ids, mask
 
 
-def nll(model, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Negative log-likelihood of every token after the first, in nats, summed over the batch."""
-    logits = model(ids, attention_mask=mask).logits[:, :-1].float()
-    losses = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view_as(ids[:, 1:])
-    return (losses * mask[:, 1:]).sum()
+def losses(model, rating_head, ids: torch.Tensor, mask: torch.Tensor, ratings: torch.Tensor) -> tuple:
+    """Summed over the batch: negative log-likelihood in nats of every token after the first, squared error of the rating."""
+    with torch.autocast("cpu", torch.bfloat16, enabled=torch.cpu._is_amx_tile_supported()):
+        hidden = model.transformer(ids, attention_mask=mask).last_hidden_state[:, :-1]
+        logits = model.lm_head(hidden).float()
+    targets, counts = ids[:, 1:].clone(), mask[:, 1:].bool()
+    nll = F.cross_entropy(logits[counts], targets[counts], reduction="sum")
+    return nll, (rating_head(hidden.float())[..., 0] - ratings[:, None])[counts].square().sum()
 
 
 @torch.no_grad()
@@ -61,7 +68,9 @@ def perplexity(model, tokenizer, texts: list[str]) -> tuple[float, float]:
     """Perplexity of reviews (EOS counts) per token and per word."""
     model.eval()
     lines = sorted(encode(tokenizer, [("reviews", text) for text in texts], model.config.n_positions), key=len)
-    total = sum(nll(model, *pad(lines[i:i + 64], tokenizer.pad_token_id)).item() for i in range(0, len(lines), 64))
+    head = torch.nn.Linear(model.config.n_embd, 1)
+    total = sum(losses(model, head, *pad(lines[i:i + 64], tokenizer.pad_token_id), torch.zeros(1))[0].item()
+                for i in range(0, len(lines), 64))
     words = sum(len(text.split()) for text in texts)
     return math.exp(total / sum(len(line) - 1 for line in lines)), math.exp(total / words)
 
@@ -74,25 +83,31 @@ def batches(lines: list[list[int]], size: int, generator: torch.Generator) -> li
     return [groups[i] for i in torch.randperm(len(groups), generator=generator).tolist()]
 
 
-def train_policy(sources: dict[str, list[str]], out: Path, *, vocab_size: int = 2048, n_embd: int = 128,
+def train_policy(sources: dict[str, list[tuple[str, float]]], out: Path, *, vocab_size: int = 4096, n_embd: int = 128,
                  n_layer: int = 4, n_head: int = 4, dropout: float = 0.1, lr: float = 3e-3, batch: int = 64,
-                 epochs: float = 20, weight_decay: float = 0.1, seed: int = 0, valid: list[str] = (), log=print):
-    """Train tokenizer and model on {source: texts}; `valid` texts are only reported on. Returns (model, tokenizer)."""
+                 epochs: int = 14, weight_decay: float = 0.1, seed: int = 0, valid: list[str] = (), log=print):
+    """Train tokenizer and model on {source: (text, mean rating)}; `valid` texts are only reported on.
+
+    Writes the model in half precision to `out`. Returns (model, tokenizer).
+    """
     torch.manual_seed(seed)
-    tokenizer = train_tokenizer([text for texts in sources.values() for text in texts], vocab_size)
+    generator = torch.Generator().manual_seed(seed)
+    texts = [(source, text) for source, rows in sources.items() for text, _ in rows]
+    ratings = torch.tensor([rating for rows in sources.values() for _, rating in rows])
+    tokenizer = train_tokenizer([text for _, text in texts], vocab_size)
+    sixths = torch.bucketize(ratings, ratings.quantile(torch.arange(1, 6) / 6))
+    codes = torch.tensor(tokenizer.convert_tokens_to_ids(RATINGS))[sixths].tolist()
     config = GPT2Config(vocab_size=len(tokenizer), n_positions=128, n_embd=n_embd, n_layer=n_layer, n_head=n_head,
                         activation_function="gelu_pytorch_tanh", resid_pdrop=dropout, embd_pdrop=dropout,
-                        attn_pdrop=dropout, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-                        pad_token_id=tokenizer.pad_token_id)
-    model = GPT2LMHeadModel(config)
+                        attn_pdrop=dropout, attn_implementation="eager", bos_token_id=tokenizer.bos_token_id,
+                        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    model, rating_head = GPT2LMHeadModel(config), torch.nn.Linear(n_embd, 1)
     average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(.998))
-    lines = encode(tokenizer, [(source, text) for source, texts in sources.items() for text in texts], 128)
-    generator = torch.Generator().manual_seed(seed)
-    schedule = [group for _ in range(math.ceil(epochs)) for group in batches(lines, batch, generator)]
-    schedule = schedule[:int(len(schedule) * epochs / math.ceil(epochs))]
-    decayed = [p for p in model.parameters() if p.dim() > 1]
-    optimizer = torch.optim.AdamW([{"params": decayed, "weight_decay": weight_decay},
-                                   {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.}],
+    lines = encode(tokenizer, texts, 127)
+    schedule = [group for _ in range(epochs) for group in batches(lines, batch, generator)]
+    parameters = [*model.parameters(), *rating_head.parameters()]
+    optimizer = torch.optim.AdamW([{"params": [p for p in parameters if p.dim() > 1], "weight_decay": weight_decay},
+                                   {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.}],
                                   lr=lr, betas=(.9, .98), fused=True)
     start = time.time()
     for step, group in enumerate(tqdm(schedule, "policy", disable=None)):
@@ -100,17 +115,19 @@ def train_policy(sources: dict[str, list[str]], out: Path, *, vocab_size: int = 
         for param_group in optimizer.param_groups:
             param_group["lr"] = lr * scale
         model.train()
-        ids, mask = pad([lines[j] for j in group], tokenizer.pad_token_id)
-        loss = nll(model, ids, mask) / mask[:, 1:].sum()
+        coded = torch.rand(len(group), generator=generator) < 0.5
+        ids, mask = pad([[codes[j]] * int(code) + lines[j] for j, code in zip(group, coded)], tokenizer.pad_token_id)
+        nll, error = losses(model, rating_head, ids, mask, ratings[group])
+        loss = (nll + 0.1 * error) / mask[:, 1:].sum()
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.)
+        torch.nn.utils.clip_grad_norm_(parameters, 1.)
         optimizer.step()
         average.update_parameters(model)
         if valid and (step % 1000 == 999 or step == len(schedule) - 1):
-            log(f"step {step + 1}/{len(schedule)} {time.time() - start:.0f} s loss {loss.item():.3f} "
-                "perplexity per token %.2f per word %.1f, average %.2f %.1f"
-                % (*perplexity(model, tokenizer, valid), *perplexity(average.module, tokenizer, valid)))
+            log(f"step {step + 1}/{len(schedule)} {time.time() - start:.0f} s loss {loss.item():.3f}, error of the rating "
+                f"{error / mask[:, 1:].sum():.2f}, held-out perplexity of the average per token %.2f per word %.1f"
+                % perplexity(average.module, tokenizer, valid))
     model = average.module.eval()
     model.half().save_pretrained(out)
     tokenizer.save_pretrained(out)

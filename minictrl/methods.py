@@ -1,0 +1,165 @@
+"""The one place where the name of a method becomes a function.
+
+Online methods draw G responses a prompt from the current policy, and differ in their advantages. Offline methods train on
+the reference samples of the calibration, and differ in their rows and loss. A new one is one function here, its name in
+ONLINE or OFFLINE (and in config.py's METHODS). R is Phi(C_hat) / beta: the objective in units of the KL.
+
+P prompts, G samples a prompt, K reference samples, T tokens. Rows are flat: B = P G.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from minictrl import baselines, ppo, theory
+from minictrl.config import Config
+from minictrl.reference import Reference
+from minictrl.update import Loss, Rows
+
+
+# --- online: rows of a rollout, settings, beta, the reference samples of its prompts -> advantages (B, T) ---
+
+def ppo_advantages(rows: Rows, config: Config, beta: float, reference: Reference) -> Tensor:
+    """PPO, k1 in the reward: GAE with a value head; without, rewards to go minus the other samples' mean return."""
+    rewards = ppo.token_rewards(rows["R"], rows["old_logprobs"], rows["ref_logprobs"], rows["mask"])
+    if "values" in rows:
+        advantages, rows["returns"] = ppo.gae(rewards, rows["values"], rows["mask"], lam=config.lam)
+        return advantages
+    returns = rewards.sum(1).view(-1, config.G)
+    baseline = (returns - ppo.loo_advantages(returns)).view(-1, 1)  # a token isn't blamed for the KL of those before it
+    return (rewards.flip(1).cumsum(1).flip(1) - baseline) * rows["mask"]
+
+
+def grpo_advantages(rows: Rows, config: Config, beta: float, reference: Reference) -> Tensor:
+    """GRPO: the reward, raw, standardised within its group of G; the KL as in PPO."""
+    rows["R"] = baselines.grpo_advantages(rows["r"].view(-1, config.G)).flatten() / beta
+    return ppo_advantages(rows, config, beta, reference)
+
+
+def pkpo_advantages(rows: Rows, config: Config, beta: float, reference: Reference) -> Tensor:
+    """PKPO: the win rate after the procedure itself, as E[max of g over N draws] (or min); the KL as in PPO."""
+    g, n = rows["C_hat"].view(-1, config.G), config.n
+    if config.procedure == "won":
+        wins = baselines.min_at_n_advantages(1 - (1 - g) ** n, n, baseline=n > 1)
+    else:
+        wins = baselines.max_at_n_advantages(g ** n, n, baseline=n > 1)
+    rows["R"] = torch.zeros_like(rows["R"])
+    return ppo_advantages(rows, config, beta, reference) + rows["mask"] * wins.view(-1, 1) / beta
+
+
+def bond_advantages(rows: Rows, config: Config, beta: float, reference: Reference) -> Tensor:
+    """BoND: Phi = log, and beside each response the best of n reference samples, for the forward half of the divergence."""
+    advantages = ppo_advantages(rows, config, beta, reference)
+    best = baselines.best_and_worst(reference.r_ref, best_of(beta))[0][:, :config.G]  # (P, up to G) groups of n
+    best = best.repeat(1, -(-config.G // best.shape[1]))[:, :config.G]  # (P, G)
+    of = torch.arange(len(best))[:, None]
+    for name, x in (("tokens", reference.tokens), ("mask", reference.mask)):
+        rows[name] = torch.stack([rows[name], x[of, best].flatten(0, 1).to(rows[name])], 1)  # (B, 2, T)
+    return advantages
+
+
+ONLINE = {"ppo": ppo_advantages, "bond": bond_advantages, "grpo": grpo_advantages, "pkpo": pkpo_advantages}
+
+
+def online_loss(logprobs: Tensor, values: Tensor | None, rows: Rows, *, clip: float) -> tuple[Tensor, dict[str, Tensor]]:
+    """The clipped surrogate, plus the value head's error where there is one."""
+    if rows["mask"].dim() == 3:  # BoND
+        mask, best_logprobs, logprobs = rows["mask"][:, 0], logprobs[:, 1].sum(1), logprobs[:, 0]
+        loss, stats = ppo.policy_loss(logprobs, rows["old_logprobs"], rows["advantages"], mask, clip)
+        return baselines.jeffreys_loss(loss, best_logprobs), stats
+    loss, stats = ppo.policy_loss(logprobs, rows["old_logprobs"], rows["advantages"], rows["mask"], clip)
+    if values is not None:
+        stats["value_loss"] = ppo.value_loss(values, rows["returns"], rows["mask"])
+        loss = loss + stats["value_loss"]
+    return loss, stats
+
+
+# --- offline: (the reference samples, …) -> (rows, loss), the rows of one epoch ---
+
+def qrpo(reference: Reference, *, Phi, beta: float, **_) -> tuple[Rows, Loss]:
+    """QRPO: regression of log pi/pi_ref on Phi(C_hat)/beta - log Z, each reference sample against the other K - 1."""
+    C_hat = baselines.leave_one_out_calibration(reference.r_ref)
+    K = C_hat.shape[1]
+    rows = responses(reference) | {"R": (Phi(C_hat) / beta).float().flatten()}
+    log_Z = baselines.log_partition(Phi, beta, K - 1)
+
+    def loss(logprobs, values, rows):
+        return baselines.qrpo_loss(logprobs.sum(-1), rows["ref_logprobs"].sum(-1), rows["R"], log_Z), {}
+    return rows, loss
+
+
+def ipo(reference: Reference, *, beta: float, seed: int, **_) -> tuple[Rows, Loss]:
+    """IPO on random pairs of reference samples, the reward saying which is preferred; tau is beta."""
+    def loss(logprobs, values, rows):
+        return baselines.ipo_loss(*logprobs.sum(-1).T, *rows["ref_logprobs"].sum(-1).T, tau=beta), {}
+    return pairs(reference, 2, seed), loss
+
+
+def bonbon(reference: Reference, *, beta: float, seed: int, **_) -> tuple[Rows, Loss]:
+    """BoNBoN: SFT on the best of n reference samples, IPO on best and worst; n is the one whose KL is the budget's."""
+    n = best_of(beta)
+
+    def loss(logprobs, values, rows):
+        return baselines.bonbon_loss(*logprobs.sum(-1).T, *rows["ref_logprobs"].sum(-1).T, n=n), {}
+    return pairs(reference, n, seed), loss
+
+
+OFFLINE = {"qrpo": qrpo, "ipo": ipo, "bonbon": bonbon}
+
+
+# --- helpers ---
+
+def best_of(beta: float) -> int:
+    """The n whose Best-of-n is nearest to the log transform at beta = 1/(n - 1)."""
+    return max(2, round(1 / beta) + 1)
+
+
+def beta_for(config: Config, r_ref: Tensor) -> float:
+    """beta for the run's KL budget in nats, from the theory of what its method converges to.
+
+    Raw rewards have no theory: theirs is the beta at which the tilt e^{r / beta} of the reference samples has that KL.
+    GRPO's standardised reward is taken for a normal one, of deviation 1: KL = 1 / (2 beta^2).
+    """
+    if config.method == "grpo":
+        return 1 / math.sqrt(2 * config.kl)
+    if config.transform == "none":
+        return empirical_beta(r_ref, config.kl)
+    return theory.beta_for_kl(config.transform, config.kl, procedure=config.procedure, n=config.n)
+
+
+def empirical_beta(r_ref: Tensor, kl: float) -> float:
+    """beta at which pi_ref e^{r / beta} / Z is `kl` nats from pi_ref, averaged over the prompts of r_ref (P, K)."""
+    r = r_ref.double() - r_ref.double().mean(1, keepdim=True)
+
+    def kl_at(log_beta: float) -> float:
+        R = r / math.exp(log_beta)
+        weights = R.softmax(1)
+        return float(((weights * R).sum(1) - R.logsumexp(1) + math.log(r.shape[1])).mean())
+    spread = math.log(float(r.std()) + 1e-12)
+    low, high = spread - 12, spread + 12
+    if kl_at(low) < kl:
+        raise ValueError(f"--kl {kl}: raw rewards reach {kl_at(low):.2f} nats with {r.shape[1]} samples; use a smaller KL or "
+                         "more samples (--K)")
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if kl_at(middle) > kl else (low, middle)
+    return math.exp((low + high) / 2)
+
+
+def responses(reference: Reference) -> Rows:
+    """All P K reference samples, a row each; `of` is a row's prompt."""
+    P, K = reference.r_ref.shape
+    return {"of": torch.arange(P).repeat_interleave(K), "tokens": reference.tokens.flatten(0, 1).long(),
+            "mask": reference.mask.flatten(0, 1).float(), "ref_logprobs": reference.logprobs.flatten(0, 1)}
+
+
+def pairs(reference: Reference, n: int, seed: int) -> Rows:
+    """Best and worst of each n reference samples, a row each: tokens, mask, ref_logprobs (B, 2, T)."""
+    best, worst = baselines.best_and_worst(reference.r_ref, n, torch.Generator().manual_seed(seed))
+    of = torch.arange(len(best)).repeat_interleave(best.shape[1])
+    index = torch.stack([best.flatten(), worst.flatten()], 1)  # (B, 2)
+    return {"of": of, "tokens": reference.tokens[of[:, None], index].long(),
+            "mask": reference.mask[of[:, None], index].float(), "ref_logprobs": reference.logprobs[of[:, None], index]}

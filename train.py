@@ -1,0 +1,136 @@
+"""InfAlign-CTRL (Algorithm 1): calibrate the reward, transform it, and maximise it with a KL penalty.
+
+    python train.py --transform exp10                               # about 2 minutes on two cores
+    python train.py --transform exp-10 --procedure won --kl 0.5     # for Worst-of-4, half a nat
+    python train.py --transform none                                # the usual RLHF, for comparison
+    python train.py --transform exp10 --method qrpo                 # offline, on the calibration's own samples
+
+Then `python evaluate.py RUN`. A run directory holds config.json, metrics.jsonl, policy/, reference.safetensors, checkpoint/.
+"""
+
+import argparse
+import copy
+import json
+import time
+from functools import partial
+from pathlib import Path
+
+from minictrl.config import Config, run_script
+
+CHECKPOINT = 20  # seconds between checkpoints, at least
+
+
+def read_arguments(argv=None) -> tuple[dict, bool, bool]:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    Config.add_arguments(parser)
+    again = parser.add_mutually_exclusive_group()
+    again.add_argument("--resume", action="store_true", help="go on from the last checkpoint of --out, with its settings")
+    again.add_argument("--overwrite", action="store_true", help="delete the run that --out holds")
+    settings = vars(parser.parse_args(argv))  # only what was given
+    return settings, settings.pop("resume"), settings.pop("overwrite")
+
+
+def main(argv=None):
+    settings, resume, overwrite = read_arguments(argv)
+    config = Config(**settings).resolved()  # --help and a mistyped value cost no import of torch
+
+    import torch
+    from tqdm import tqdm
+
+    from minictrl import methods, runs
+    from minictrl.calibration import calibrated_reward
+    from minictrl.models import save_policy
+    from minictrl.transforms import get_transform
+    from minictrl.update import forward_all, make_learner, update
+
+    # Whatever can be wrong with the input is found here, before the first sample is drawn.
+    start, out = time.time(), Path(config.out)
+    config = runs.check(out, settings, config, resume=resume, overwrite=overwrite)
+    if config.transform not in ("none", "bon_fp", "won_fp", "optimal"):
+        get_transform(config.transform)
+    task = runs.load_task(config, "train")
+    if not resume:
+        runs.create(out, config)
+
+    # 1. Calibrate: K samples a prompt from pi_ref, and their rewards r_ref (P, K). Every seed shares them.
+    reference = runs.reference_samples(task, config, config.K, seed=0, name="calibrate")
+    reference.save(out / "reference.safetensors", runs.reference_key(task, seed=0))
+    r_ref = reference.r_ref
+
+    # 2. Transform. The whole objective is divided by beta: R = Phi(C_hat) / beta, and the KL has weight 1.
+    beta = config.beta or methods.beta_for(config, r_ref)
+    Phi = get_transform(config.transform, procedure=config.procedure, n=config.n, beta=beta, K=config.K)
+    runs.describe(out, config, resolved_beta=beta)
+
+    def objective(r, r_ref):  # raw, calibrated and transformed: (B, M) each
+        C_hat = calibrated_reward(r, r_ref)
+        return C_hat, (r if Phi is None else Phi(C_hat)) / beta
+
+    # 3. Maximise E[R] - KL(pi || pi_ref).
+    policy, ref_policy = task.policy, copy.deepcopy(task.policy).requires_grad_(False)
+    learner = make_learner(policy, value_head=config.baseline == "value" and config.method in methods.ONLINE,
+                           mean_return=float(objective(r_ref, r_ref)[1].mean()))
+    first_step, tokens, seconds = runs.restore(out, learner)
+    online = config.method in methods.ONLINE
+    if online:
+        loss = partial(methods.online_loss, clip=config.clip)
+    else:
+        epoch, loss = methods.OFFLINE[config.method](reference, Phi=Phi, beta=beta, seed=config.seed)
+    saved = time.time()
+    with runs.Interrupt() as interrupt, open(out / "metrics.jsonl", "a") as metrics, \
+            tqdm(range(first_step, config.steps), "train", initial=first_step, total=config.steps, disable=None) as bar:
+        for step in bar:
+            began, seed = time.time(), config.seed * 1_000_003 + step + 1
+            row = {"step": step + 1}
+            if online:
+                index = runs.batch(len(task.prompts), config.batch, step, config.seed)  # (B,) prompts x
+                samples, r = runs.rollout(task, policy, index, num_samples=config.G, seed=seed)  # y ~ pi(.|x), r (B, G)
+                C_hat, R = objective(r, r_ref[index])  # (B, G)
+                rows = runs.rows_of(task, index, samples) | {"r": r.flatten(), "C_hat": C_hat.flatten(), "R": R.flatten()}
+                rows["ref_logprobs"], _ = forward_all(ref_policy, None, rows, config.micro_batch)
+                if learner.value_head is not None:
+                    _, rows["values"] = forward_all(policy, learner.value_head, rows, config.micro_batch)
+                rows["advantages"] = methods.ONLINE[config.method](rows, config, beta, reference[index])
+                row |= rollout_metrics(rows, r, C_hat, R * beta)
+            else:
+                index = runs.batch(len(epoch["of"]), config.batch * config.G, step, config.seed)
+                rows = {name: x[index] for name, x in epoch.items()}
+                rows |= runs.prompt_rows(task, rows.pop("of"))
+            row |= update(learner, rows, loss, lr=config.lr * schedule(step, config.steps), minibatch=config.minibatch,
+                          micro_batch=config.micro_batch, epochs=config.ppo_epochs, seed=seed)
+
+            count = int(rows["mask"].sum())
+            tokens, seconds = tokens + count, seconds + time.time() - began
+            row |= {"tokens": tokens, "seconds": round(seconds, 2), "tok_per_s": round(count / (time.time() - began))}
+            metrics.write(json.dumps(row) + "\n")
+            bar.set_postfix_str(" ".join(f"{name} {row[name]:.3f}" for name in ("C_hat", "kl_ref") if name in row)
+                                + f" tok/s {row['tok_per_s']}")
+            if interrupt.asked or time.time() - saved > CHECKPOINT or step + 1 == config.steps:
+                metrics.flush()
+                runs.save_checkpoint(out, learner, step=step + 1, tokens=tokens, seconds=seconds)
+                saved = time.time()
+            if interrupt.asked:
+                print(f"stopped after step {step + 1}; go on with: python train.py --resume --out {out}")
+                return 130
+
+    save_policy(policy, tokenizer, out / "policy")
+    last = runs.read_metrics(out)[-1]
+    reached = f", KL {last['kl_ref']:.3f} ± {last['kl_ref_stderr']:.3f} nats, C_hat {last['C_hat']:.3f}" if online else ""
+    print(f"{out}: {config.steps} steps{reached}, beta {beta:.4g}, {time.time() - start:.0f} s. Now: python evaluate.py {out}")
+
+
+def rollout_metrics(rows: dict, r, C_hat, Phi) -> dict:
+    """Means over a rollout: rewards, KL(pi || pi_ref) in nats per response (k1), entropy in nats per token."""
+    kl = (rows["old_logprobs"] - rows["ref_logprobs"]).sum(1)  # (B G,)
+    entropy = -rows["old_logprobs"].sum() / rows["mask"].sum()
+    return {"reward": float(r.mean()), "C_hat": float(C_hat.mean()), "Phi": float(Phi.mean()), "kl_ref": float(kl.mean()),
+            "kl_ref_stderr": float(kl.std() / len(kl) ** .5), "entropy": float(entropy)}
+
+
+def schedule(step: int, steps: int) -> float:
+    """Share of the learning rate: up in 5 steps, then linearly down to 0, where the noise of the gradient fades."""
+    return min(1, (step + 1) / 5) * (1 - step / steps)
+
+
+if __name__ == "__main__":
+    run_script(main)
