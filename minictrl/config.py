@@ -15,11 +15,27 @@ PROCEDURES = ("standard", "bon", "won", "rewind")
 # Method -> the transform that its optimum has, where it isn't the run's to choose (BoNBoN's is Best-of-n, as log's is).
 METHODS = {"ppo": None, "grpo": "none", "ipo": "identity", "bonbon": "log", "bond": "log", "qrpo": None, "pkpo": "optimal"}
 
-# A task is one entry: models (hub names, directories, or this package's own), data, lengths in tokens, and what differs
-# from the embedded task's training. `data` is a hub data set and the function of data.py that turns a row into prompts.
+# A data set on the hub (`data.py`): name, folder in it, its splits, and whether rows without a prompt or a side are left out.
+HUB = {"folder": None, "train": "train", "test": "test", "skip_bad": True}
+HH = HUB | {"name": "Anthropic/hh-rlhf"}
+
+# A task is one entry: models (hub names, directories, or this package's own), lengths in tokens, what differs from the
+# embedded task's training, prompts (`data`) and preference pairs (`pairs`, where not `data` too). GPU memory and time of
+# the three tasks on the hub: not measured, and their learning rates are guesses.
 TASKS = {
     "reviews": dict(policy="reviews", reward="reviews", judge="reviews", max_prompt_tokens=64, max_new_tokens=28,
                     prompts=512, steps=60, lr=1e-3),
+    "helpful": dict(policy="Qwen/Qwen2.5-0.5B-Instruct", reward="Skywork/Skywork-Reward-V2-Qwen3-0.6B",
+                    judge="Skywork/Skywork-Reward-V2-Llama-3.2-1B", max_prompt_tokens=512, max_new_tokens=256,
+                    prompts=1000, steps=200, lr=1e-6, data=HH | {"folder": "helpful-base"}),
+    "harmless": dict(policy="HuggingFaceTB/SmolLM2-360M-Instruct", reward="Skywork/Skywork-Reward-V2-Qwen3-0.6B",
+                     judge="Skywork/Skywork-Reward-V2-Llama-3.2-1B", max_prompt_tokens=512, max_new_tokens=256,
+                     prompts=1000, steps=200, lr=1e-6, data=HH | {"folder": "harmless-base"}),
+    "tldr": dict(policy="cleanrl/EleutherAI_pythia-1b-deduped__sft__tldr",
+                 reward="cleanrl/EleutherAI_pythia-1b-deduped__reward__tldr",
+                 judge="cleanrl/EleutherAI_pythia-6.9b-deduped__reward__tldr", max_prompt_tokens=560, max_new_tokens=53,
+                 prompts=1000, steps=200, lr=1e-6, data=HUB | {"name": "trl-lib/tldr"},
+                 pairs=HUB | {"name": "trl-lib/tldr-preference", "test": "validation"}),
 }
 
 

@@ -1,58 +1,215 @@
-"""A task name or a .jsonl file -> prompts. A prompt is text, or a list of chat messages {"role", "content"}."""
+"""A task's name or a .jsonl file -> prompts and preference pairs.
+
+A prompt is text, which the policy continues as it stands, or a list of chat messages {"role", "content"}, which it answers.
+Public data sets (`data` and `pairs` of an entry of TASKS) are read with `datasets`, from the hub or from a local copy in
+the hub's layout: a folder of that name, ./Anthropic/hh-rlhf, or $MINICTRL_HUB/Anthropic/hh-rlhf. So are models.
+"""
 
 from __future__ import annotations
 
 import json
+import os
+import re
+import socket
+import urllib.request
+import warnings
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from minictrl.config import TASKS
 
 ASSETS = Path(__file__).parent / "assets"
 Prompt = str | list[dict]
+Pair = tuple[Prompt, str, str]  # prompt, chosen, rejected
 
 
 def load_prompts(task_or_file: str, split: str = "train") -> list[Prompt]:
-    """The prompts of a task or of a .jsonl file, in a fixed order.
+    """The prompts of a task or of a .jsonl file, in a fixed order, each once.
 
-    split: "train" for calibration and RL, "test" for evaluation; no prompt is in both. Every tenth line of a file is
-    "test". Raises ValueError on an unknown task or split, and on a bad line of a file, naming its number.
+    split: "train" for calibration and RL, "test" for evaluation; no prompt is in both. Every tenth prompt of a file is
+    "test". Raises ValueError on an unknown task or split, data that can't be read, and a bad line, naming its number.
     """
-    if split not in ("train", "test"):
-        raise ValueError(f"unknown split {split!r}: use train or test")
+    check_split(split)
     if task_or_file.endswith(".jsonl"):
-        prompts = read_jsonl(Path(task_or_file))
+        prompts = unique(convert(read_jsonl(Path(task_or_file)), prompt_of))
         if len(prompts) < 10:
             raise ValueError(f"{task_or_file} has {len(prompts)} prompts: give at least 10, every tenth is for evaluation")
         return [prompt for i, prompt in enumerate(prompts) if (i % 10 == 9) == (split == "test")]
-    if task_or_file not in TASKS:
-        raise ValueError(f"unknown task {task_or_file!r}: use one of {', '.join(TASKS)}, or a .jsonl file")
-    return json.loads((ASSETS / "prompts.json").read_text())[split]
+    source = task(task_or_file).get("data")
+    if source is None:
+        return json.loads((ASSETS / "prompts.json").read_text())[split]
+    train = unique(convert(read_hub(source, "train"), prompt_of, skip_bad=source["skip_bad"]))
+    if split == "train":
+        return train
+    seen = {json.dumps(prompt) for prompt in train}
+    test = unique(convert(read_hub(source, "test"), prompt_of, skip_bad=source["skip_bad"]))
+    return [prompt for prompt in test if json.dumps(prompt) not in seen]
 
 
-def read_jsonl(path: Path) -> list[Prompt]:
-    """Prompts of a file with {"prompt": text or messages} or {"messages": [...]} a line; blank lines are skipped."""
+def load_pairs(task_or_file: str, split: str = "train", *, skip_bad: bool | None = None) -> list[Pair]:
+    """(prompt, chosen, rejected) of a task or of a .jsonl file, for SFT and a Bradley-Terry reward model.
+
+    A row is {"prompt", "chosen", "rejected"}, or HH-RLHF's {"chosen", "rejected"}, two transcripts with one prompt. A row
+    without one of its sides raises ValueError with its line; with skip_bad (default: as the task's entry says, else
+    False) such rows are counted in a warning and left out. split: as in `load_prompts`, by prompt.
+    """
+    check_split(split)
+    if task_or_file.endswith(".jsonl"):
+        pairs = convert(read_jsonl(Path(task_or_file)), pair_of, skip_bad=bool(skip_bad))
+        held_out = {json.dumps(prompt) for prompt in unique(prompt for prompt, _, _ in pairs)[9::10]}
+        return [pair for pair in pairs if (json.dumps(pair[0]) in held_out) == (split == "test")]
+    entry = task(task_or_file)
+    source = entry.get("pairs", entry.get("data"))
+    if source is None:
+        raise ValueError(f"task {task_or_file!r} has no preference pairs: use a .jsonl file, or one of "
+                         f"{', '.join(name for name in TASKS if 'data' in TASKS[name])}")
+    return convert(read_hub(source, split), pair_of, skip_bad=source["skip_bad"] if skip_bad is None else skip_bad)
+
+
+def check_split(split: str):
+    if split not in ("train", "test"):
+        raise ValueError(f"unknown split {split!r}: use train or test")
+
+
+def task(name: str) -> dict:
+    if name not in TASKS:
+        raise ValueError(f"unknown task {name!r}: use one of {', '.join(TASKS)}, or a .jsonl file")
+    return TASKS[name]
+
+
+# --- rows of a file or a data set: (where, row) ---
+
+def read_jsonl(path: Path) -> Iterable[tuple[str, object]]:
+    """The rows of a file, one JSON value a line; blank lines are skipped."""
     if not path.is_file():
         raise ValueError(f"{path} is no file: give a .jsonl file with a \"prompt\" a line")
-    prompts = []
+    empty = True
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{path}, line {number} is not JSON ({error}): put one object a line") from None
-        prompt = row.get("prompt", row.get("messages")) if isinstance(row, dict) else None
-        if not is_prompt(prompt):
-            raise ValueError(f"{path}, line {number}: give \"prompt\", a text that is not empty, or \"messages\", a list "
-                             f"of {{\"role\": …, \"content\": …}}; it holds {line.decode(errors='replace')[:80]}")
-        prompts.append(prompt)
-    if not prompts:
+        if line.strip():
+            try:
+                yield f"{path}, line {number}", json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"{path}, line {number} is not JSON ({error}): put one object a line") from None
+            empty = False
+    if empty:
         raise ValueError(f"{path} holds no prompt: put {{\"prompt\": …}} on each line")
-    return prompts
+
+
+def read_hub(source: dict, split: str) -> Iterable[tuple[str, dict]]:
+    """The rows of a data set on the hub, or of a local copy of it (the module's docstring)."""
+    try:
+        import datasets
+    except ImportError:
+        raise ValueError(f"data set {source['name']} needs `datasets`: pip install -e '.[hub]'") from None
+    datasets.disable_progress_bars()
+    name, part = hub_name(source["name"]), source[split]
+    where = f"{name}{'/' + source['folder'] if source['folder'] else ''}, {part}"
+    try:
+        rows = datasets.load_dataset(name, data_dir=source["folder"], split=part)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise ValueError(unreachable("data set", name, error)) from None
+    return ((f"{where} row {number}", row) for number, row in enumerate(rows, 1))
+
+
+def hub_name(name: str) -> str:
+    """A local copy of what the hub calls `name`, if there is one, else the name.
+
+    A hub that no one can reach is asked nothing: its client would try for half a minute before it looks into its cache.
+    """
+    local = Path(os.environ.get("MINICTRL_HUB", ".")) / name
+    if local.exists():
+        return str(local)
+    from huggingface_hub import constants
+    try:
+        if not urllib.request.getproxies():
+            socket.getaddrinfo(urlsplit(constants.ENDPOINT).hostname, 443)
+    except OSError:
+        constants.HF_HUB_OFFLINE = True
+    return name
+
+
+def unreachable(kind: str, name: str, error: Exception) -> str:
+    """One line on why a hub's name or a directory gave nothing, and what to do."""
+    why = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    if Path(name).exists():
+        return f"{kind} {name}: can't be read ({why}); give a directory in the hub's layout"
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
+        return f"{kind} {name}: there is no such file or directory; give a hub name or a path that exists"
+    return (f"{kind} {name}: not in the hub's cache here, and the hub can't be reached or has none of that name ({why}); "
+            f"put its files into ./{name}, or into $MINICTRL_HUB/{name}, or give a directory")
+
+
+# --- a row -> a prompt, or a pair ---
+
+def convert(rows: Iterable[tuple[str, object]], function: Callable, *, skip_bad: bool = False) -> list:
+    """function(row) of every row. A row that it refuses raises ValueError that says where, or is counted and left out."""
+    good, bad = [], []
+    for where, row in rows:
+        try:
+            good.append(function(row))
+        except ValueError as error:
+            if not skip_bad:
+                raise ValueError(f"{where}: {error}") from None
+            bad.append(f"{where}: {error}")
+    if bad:
+        warnings.warn(f"{len(bad)} of {len(bad) + len(good)} rows left out, the first {bad[0]}", stacklevel=2)
+    return good
+
+
+def prompt_of(row) -> Prompt:
+    """The prompt of a row: its "prompt", its "messages", or what comes before the last answer of HH's "chosen"."""
+    row = row if isinstance(row, dict) else {}
+    if "prompt" not in row and isinstance(row.get("chosen"), str):
+        return parse_hh(row["chosen"])[:-1]
+    prompt = row.get("prompt", row.get("messages"))
+    if is_prompt(prompt):
+        return prompt
+    raise ValueError("give \"prompt\", a text that is not empty, or \"messages\", a list of {\"role\": system, user or "
+                     f"assistant, \"content\": …}} that ends with the user's; it holds {str(row)[:80]}")
+
+
+def pair_of(row) -> Pair:
+    """(prompt, chosen, rejected) of a row."""
+    prompt, sides = prompt_of(row), []
+    for side in ("chosen", "rejected"):
+        answer = row.get(side)
+        if isinstance(answer, str) and "prompt" not in row:  # HH: the whole transcript
+            *before, answer = parse_hh(answer)
+            if before != prompt:
+                raise ValueError("chosen and rejected have different prompts: give two answers to one prompt")
+            answer = answer["content"]
+        elif isinstance(answer, list) and answer and isinstance(answer[-1], dict):  # messages, the answer last
+            answer = answer[-1].get("content")
+            if isinstance(prompt, str) and isinstance(answer, str):
+                answer = " " + answer.strip()  # what continues a text is set off by a space
+        if not isinstance(answer, str) or not answer.strip():
+            raise ValueError(f"\"{side}\" is missing or empty: give both sides, or leave such rows out with skip_bad=True")
+        sides.append(answer)
+    return prompt, *sides
+
+
+def parse_hh(text: str) -> list[dict]:
+    """Messages of a transcript "\\n\\nHuman: … \\n\\nAssistant: …", HH-RLHF's format; the last may be empty.
+
+    Raises ValueError unless human and assistant take turns, from a human's to an assistant's, each with something to say.
+    """
+    before, *parts = re.split(r"\n\n(Human|Assistant):", text)
+    roles = [{"Human": "user", "Assistant": "assistant"}[name] for name in parts[::2]]
+    contents = [part.strip() for part in parts[1::2]]
+    if before.strip() or not roles or roles != ["user", "assistant"] * (len(roles) // 2) or not all(contents[:-1]):
+        raise ValueError("no transcript of \"\\n\\nHuman: …\" and \"\\n\\nAssistant: …\" in turns, the assistant last; it "
+                         f"holds {text[:60]!r}…")
+    return [{"role": role, "content": content} for role, content in zip(roles, contents)]
 
 
 def is_prompt(value) -> bool:
     if isinstance(value, str):
         return bool(value.strip())
     return isinstance(value, list) and bool(value) and all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in value)
+        isinstance(m, dict) and m.get("role") in ("system", "user", "assistant") and isinstance(m.get("content"), str)
+        for m in value) and value[-1]["role"] == "user"
+
+
+def unique(prompts: Iterable[Prompt]) -> list[Prompt]:
+    return list({json.dumps(prompt): prompt for prompt in prompts}.values())
