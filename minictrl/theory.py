@@ -168,7 +168,7 @@ def policy_at_kl(
     if kl < 1e-9:
         return cells.grid(COARSE), cells.grid(COARSE)
     if transform in FIXED_POINTS:
-        best = _optimum(_solved_for(transform, T), n, kl=kl)
+        best = _frontier(_solved_for(transform, T), n, kl)
         if K is None:
             return _spread(best.log_ratio, cells.grid(COARSE))
         transform = _interpolated(best)
@@ -185,7 +185,7 @@ class Optimum(NamedTuple):
     beta: float
     kl: float  # nats
     win_rate: float
-    residual: float  # standard deviation under pi of log pi/pi_ref - Phi/beta, nats: 0 at the fixed point
+    residual: float  # standard deviation of log pi/pi_ref - Phi/beta, nats: 0 at the fixed point
 
 
 def optimal_transform(procedure: str | Procedure, n: int, beta: float) -> tuple[Tensor, Tensor]:
@@ -232,10 +232,12 @@ def ascend(
         scale = ((rise * log_ratio).sum() / (rise * Phi).sum()).item()  # least squares for log f = scale Phi + const
     eta = 1.0
     for _ in range(MAX_STEPS):
+        # Weighed by where the policy is and where it should be: one that has collapsed is 0 off by its own measure.
+        weight = (mass + ref * cells.tilt(Phi, scale, ref).exp()) / 2
         gap = scale * Phi - log_ratio
-        gap = gap - (mass * gap).sum()
-        residual = (mass * gap**2).sum().sqrt().item()
-        nothing_left = kl is not None and win > 1 - 1e-7  # any policy at this KL will do
+        gap = gap - (weight * gap).sum()
+        residual = (weight * gap**2).sum().sqrt().item()
+        nothing_left = kl is not None and win > 1 - 1e-6  # any such policy at this KL will do
         if residual < 1e-8 or eta < 1e-10 or nothing_left:
             break
         if kl is None:
@@ -250,7 +252,7 @@ def ascend(
             gain = ((trial_mass - mass) * (slope - (mass * slope).sum())).sum().item() / 2
         if gain >= 0:
             trial_gap = trial_scale * trial_Phi - trial
-            left = (mass * gap * (trial_gap - (mass * trial_gap).sum())).sum().item() / residual**2
+            left = (weight * gap * trial_gap).sum().item() / residual**2  # share of the gap; gap has weighted mean 0
             eta = min(1.0, eta / max(0.1, 1 - left))  # the step that, by the last one, would have left no gap
             log_ratio, scale, mass, Phi, win = trial, trial_scale, trial_mass, trial_Phi, trial_win
         else:
@@ -271,6 +273,17 @@ def _optimum(T: Procedure, n: int, beta: float | None = None, kl: float | None =
     if beta is not None and rise > 0.05:  # the density should be flat across a cell of 2e-9
         raise ValueError(f"beta {beta:g}, n {n}: the optimum is a spike narrower than 1e-9; use a larger beta")
     return best
+
+
+def _frontier(T: Procedure, n: int, kl: float) -> Optimum:
+    """The optimum at this KL, or at less where that wins already: for large N nothing is left to solve for beyond."""
+    try:
+        return _optimum(T, n, kl=kl)
+    except ValueError:
+        less = _frontier(T, n, kl / 2) if kl > 1e-3 else None
+        if less is None or less.win_rate < 1 - 1e-5:
+            raise
+        return less
 
 
 def _solved_for(name: str, T: Procedure) -> Procedure:

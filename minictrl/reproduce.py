@@ -1,0 +1,62 @@
+"""Each figure, table and theorem of the paper: `python -m minictrl.reproduce NAME [NAME ...] --out DIR [--quick]`.
+
+Leaves NAME.csv and NAME.png in DIR; `--list` prints the names. A study is one function `(out, quick) -> (rows, figure)`:
+rows are dicts with the same keys, figure a matplotlib Figure; `out` is where a study keeps the runs it has to train.
+A new one is that function and its entry in STUDIES.
+"""
+
+import argparse
+import csv
+import os
+import sys
+import time
+from pathlib import Path
+
+from minictrl import studies_proofs, studies_theory
+
+STUDIES = {**studies_theory.STUDIES, **studies_proofs.STUDIES}
+
+
+def write(out: Path, name: str, rows: list[dict], figure) -> None:
+    """NAME.csv and NAME.png, each under a temporary name first, so that what is there is whole."""
+    with open(out / f"{name}.csv.tmp", "w", newline="") as file:
+        table = csv.DictWriter(file, rows[0].keys())
+        table.writeheader()
+        table.writerows({key: f"{x:.8g}" if isinstance(x, float) else x for key, x in row.items()} for row in rows)
+    figure.savefig(out / f"{name}.png.tmp", format="png", dpi=120)
+    for suffix in ("csv", "png"):
+        os.replace(out / f"{name}.{suffix}.tmp", out / f"{name}.{suffix}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser("reproduce", description=__doc__.split("`")[0] + "CSV and PNG.", allow_abbrev=False)
+    parser.error = lambda message: parser.exit(2, f"reproduce: error: {message}\n")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="studies, see --list")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where NAME.csv and NAME.png go; made if it isn't there")
+    parser.add_argument("--quick", action="store_true", help="coarser and faster")
+    parser.add_argument("--list", action="store_true", help="print the names of all studies and stop")
+    args = parser.parse_args(argv)
+    if args.list:
+        print("\n".join(STUDIES))
+        return
+    unknown = [name for name in args.names if name not in STUDIES]
+    if unknown or not args.names:
+        parser.error(f"study {unknown[0]!r} is unknown" * bool(unknown) or "no study named" + f"; known: {', '.join(STUDIES)}")
+    if args.out is None:
+        parser.error("--out DIR is missing: say where the files go")
+    try:
+        import matplotlib  # noqa: F401
+        args.out.mkdir(parents=True, exist_ok=True)
+        for name in args.names:
+            start = time.perf_counter()
+            rows, figure = STUDIES[name](args.out, args.quick)
+            write(args.out, name, rows, figure)
+            print(f"{args.out / name}.csv, .png: {len(rows)} rows, {time.perf_counter() - start:.1f} s", flush=True)
+    except ImportError as error:
+        parser.error(f"{error}; pip install 'minictrl[plots]'")
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

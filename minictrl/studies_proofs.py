@@ -1,0 +1,261 @@
+"""The paper's theorems and lemmas as computations: `theorem1` on tabular policies, `lemmas` claim by claim.
+
+Rewards are random, with ties where a claim is said to hold with ties. Each returns (rows, figure) for `reproduce.py`.
+"""
+
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from minictrl import cells, theory
+from minictrl.calibration import calibrated_reward
+from minictrl.studies_theory import panels
+from minictrl.transforms import get_transform
+
+
+# ---- Theorem 1: a few prompts, 40 responses each, 12 values of the reward ----
+
+
+def tabular_prompt(seed: int, responses: int = 40, values: int = 12) -> tuple[Tensor, Tensor, Tensor]:
+    """(pi_ref (Y,), level (Y,), ref (values,)): the rank of each response's reward, and pi_ref's mass of each rank."""
+    generator = torch.Generator().manual_seed(seed)
+    pi_ref = torch.rand(responses, generator=generator, dtype=torch.float64) ** 2 + 1e-3
+    pi_ref = pi_ref / pi_ref.sum()
+    reward = torch.randint(values, (responses,), generator=generator)
+    level = reward.unique(return_inverse=True)[1]
+    return pi_ref, level, at_levels(pi_ref, level)
+
+
+def at_levels(pi: Tensor, level: Tensor) -> Tensor:
+    return torch.zeros(int(level.max()) + 1, dtype=pi.dtype).index_add(0, level, pi)
+
+
+def value(pi: Tensor, pi_ref: Tensor, win: Tensor, beta: float) -> Tensor:
+    """W - beta KL."""
+    return win - beta * torch.special.xlogy(pi, pi / pi_ref).sum()
+
+
+def max_at_n(pi_ref: Tensor, level: Tensor, procedure: str, n: int):
+    """pi -> E of the best (worst) of N draws of pi of g(y), where g(y) = P(y beats the best (worst) of N of pi_ref).
+
+    Summed over all N-tuples of responses: no cdf, no formula of Lemma 5.
+    """
+    extreme = torch.maximum if procedure == "bon" else torch.minimum
+
+    def tuples(pi: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        probability, kept = pi, x
+        for _ in range(n - 1):
+            probability, kept = probability[..., None] * pi, extreme(kept[..., None], x)
+        return probability.flatten(), kept.flatten()
+
+    probability, kept = tuples(pi_ref, level)
+    g = ((level[:, None] > kept).double() + (level[:, None] == kept).double() / 2) @ probability  # (Y,)
+    return lambda pi: torch.dot(*tuples(pi, g))
+
+
+def maximise(objective, start: Tensor, rounds: int = 20) -> Tensor:
+    """argmax of objective(x) by L-BFGS from `start`, with a fresh curvature estimate in each round until one gains nothing."""
+    x, best = start.clone().requires_grad_(), -math.inf
+    for _ in range(rounds):
+        optimizer = torch.optim.LBFGS([x], max_iter=300, tolerance_grad=1e-12, tolerance_change=0, history_size=50,
+                                      line_search_fn="strong_wolfe")  # fmt: skip
+
+        def loss():
+            optimizer.zero_grad()
+            negative = -objective(x)
+            negative.backward()
+            return negative
+
+        gained = -optimizer.step(loss).item() - best  # the objective where this round began
+        best += gained
+        if gained < 1e-13:
+            break
+    return x.detach()
+
+
+def em_iterates(pi_ref: Tensor, level: Tensor, procedure: str, n: int, beta: float, eta: float, steps: int) -> list[float]:
+    """Objective of each iterate of the paper's alternation (Eq. 5 and 6), damped by eta; eta = 1 is the paper's."""
+    ref, objective = at_levels(pi_ref, level), []
+    log_ratio = torch.zeros_like(ref)
+    for _ in range(steps):
+        mass = (ref * log_ratio.exp()).requires_grad_()
+        win = theory.mass_win_rate(mass, ref, procedure, n)
+        (R,) = torch.autograd.grad(win, mass)
+        objective.append(win.item() - beta * cells.kl(log_ratio, ref))
+        log_ratio = cells.tilt(R, eta / beta, ref, (1 - eta) * log_ratio)
+    return objective
+
+
+def theorem1(out: Path, quick: bool):
+    """Three ways to the optimum of a tabular problem with ties: EM, direct ascent, and direct ascent on max@N."""
+    rows, cases = [], [("standard", 1), ("bon", 2), ("bon", 3), ("bon", 8), ("won", 2), ("won", 3), ("rewind", 32)]
+    for seed in range(1 if quick else 3):
+        pi_ref, level, ref = tabular_prompt(seed)
+        best_policy = lambda J: maximise(lambda logits: J(logits.softmax(0)), pi_ref.log()).softmax(0)  # noqa: B023, E731
+        for procedure, n in cases:
+            for beta in (0.1, 0.02):
+                tied = lambda pi: theory.mass_win_rate(at_levels(pi, level), ref, procedure, n)  # noqa: B023, E731
+                best = theory.ascend(procedure, n, ref, beta=beta)
+                policies = {
+                    "EM": pi_ref * best.log_ratio.exp()[level],
+                    "direct": best_policy(lambda pi: value(pi, pi_ref, tied(pi), beta)),  # noqa: B023
+                }
+                if procedure in ("bon", "won") and n <= 3:
+                    win = max_at_n(pi_ref, level, procedure, n)
+                    policies["max@N"] = best_policy(lambda pi: value(pi, pi_ref, win(pi), beta))  # noqa: B023
+                for solver, pi in policies.items():
+                    objective = value(pi, pi_ref, tied(pi), beta).item()
+                    rows.append(
+                        dict(prompt=seed, procedure=procedure, n=n, beta=beta, solver=solver, objective=objective,
+                             win_rate=tied(pi).item(), kl_nats=value(pi, pi_ref, 0, -1).item(),
+                             above_direct=objective - value(policies["direct"], pi_ref, tied(policies["direct"]), beta).item(),
+                             total_variation=(pi - policies["direct"]).abs().sum().item() / 2)
+                    )  # fmt: skip
+    figure, axes = panels(1, 2)
+    pi_ref, level, ref = tabular_prompt(0)
+    for axis, (procedure, n) in zip(axes, (("bon", 8), ("won", 3))):
+        best = theory.ascend(procedure, n, ref, beta=0.02)
+        optimum = best.win_rate - 0.02 * best.kl
+        for eta in (1.0, 0.5, 0.1):
+            gaps = [max(optimum - J, 1e-16) for J in em_iterates(pi_ref, level, procedure, n, 0.02, eta, 80)]
+            axis.plot(gaps, label=f"eta = {eta:g}" + (" (the paper's)" if eta == 1 else ""))
+        axis.set(yscale="log", ylim=(1e-12, 2), xlabel="iterations of the alternation (Eq. 5, 6)")
+        axis.set(ylabel="objective below the optimum", title=f"{procedure}, N = {n}, beta = 0.02: log f moves by a share eta")
+        axis.legend()
+        axis.grid(alpha=0.3)
+    return rows, figure
+
+
+# ---- Lemmas 2 to 6, Theorems 2 to 5 ----
+
+
+def check(claim: str, computed: str, deviation: float, allowed: float) -> dict:
+    holds = "yes" if deviation <= allowed else "no"
+    return dict(claim=claim, computed=computed, largest_deviation=deviation, allowed=allowed, holds=holds)
+
+
+def nearly_continuous(seed: int, responses: int) -> tuple[Tensor, Tensor]:
+    """(pi_ref, C), each (Y,), by rising reward: many responses with distinct rewards, unequally likely."""
+    pi_ref = torch.rand(responses, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) ** (1 + 2 * seed)
+    pi_ref = pi_ref / pi_ref.sum()
+    return pi_ref, cells.centres(pi_ref)  # Definition 2: what lies below, and half of itself
+
+
+def lemmas_2_and_3() -> list[dict]:
+    generator = torch.Generator().manual_seed(0)
+    r, r_ref = ((2 * torch.randn(200, size, generator=generator, dtype=torch.float64)).round() for size in (60, 100))
+    C_hat = calibrated_reward(r, r_ref)
+    falls = -C_hat.gather(1, r.argsort(1)).diff(dim=1).min().item()
+    outside = max(-C_hat.min().item(), C_hat.max().item() - 1)
+    maps = [torch.exp, torch.atan, lambda x: x**3 + x, lambda x: 5 * x - 100]
+    moved = max((calibrated_reward(m(r), m(r_ref)) - C_hat).abs().max().item() for m in maps)
+    return [
+        check("Lemma 2, ties", "C_hat (Eq. 12) leaves [0, 1], or falls where r rises", max(falls, outside, 0.0), 0.0),
+        check("Lemma 3, ties", "C_hat of exp r, atan r, r^3 + r, 5r - 100 minus C_hat of r", moved, 0.0),
+    ]
+
+
+def lemmas_4_and_5(responses: int, N: int = 4) -> list[dict]:
+    rows = []
+    tied = torch.full((10,), 0.1, dtype=torch.float64)
+    for ref, kind in ((nearly_continuous(1, responses)[0], "distinct rewards"), (tied, "10 values, tied")):
+        C, F, grain = cells.centres(ref), cells.cdf(ref), nearly_continuous(1, responses)[0].max().item()
+        gap = (F[1:] - C).abs().max().item()
+        rows.append(check(f"Lemma 4, {kind}", "sup over u of |P(C <= u) - u|; grain: the largest pi_ref(y)", gap, grain))
+        for procedure, share in (("bon", C), ("won", 1 - C)):
+            claimed, exact = N * ref * share ** (N - 1), theory.PROCEDURES[procedure](ref, F, N)
+            distance = (claimed - exact).abs().sum().item() / 2
+            rows.append(check(f"Lemma 5, {kind}", f"total variation of {procedure}'s law to its claim, N = {N}", distance, grain))
+    return rows
+
+
+def lemma_6(quick: bool, delta: float = 0.05) -> tuple[list[dict], list[tuple]]:
+    """Rows, and (ties, K, mean error, its 95 % quantile, bound) of max_y |C_hat - C| over prompts."""
+    prompts, points, rows = 500 if quick else 4000, [], []
+    for ties in (False, True):
+        for K in (10, 30, 100, 300, 1000):
+            z = torch.rand(prompts, K, generator=torch.Generator().manual_seed(K), dtype=torch.float64)
+            z = (10 * z).floor() if ties else z  # ten rewards, equally likely
+            y = torch.arange(10.0, dtype=torch.float64) if ties else cells.midpoints(1000)
+            C = (y + 0.5) / 10 if ties else y
+            error = (calibrated_reward(y.expand(prompts, -1), z) - C).abs().amax(1)  # (prompts,)
+            bound = math.sqrt(math.log(2 / delta) / (2 * K))
+            points.append((ties, K, error.mean().item(), error.quantile(1 - delta).item(), bound))
+            if K in (30, 300):
+                kind, above = "ties" if ties else "distinct rewards", (error > bound).double().mean().item()
+                name = f"share of {prompts} prompts above the DKW bound at delta {delta:g}, K = {K}"
+                noise = 3 * math.sqrt(delta * (1 - delta) / prompts)
+                rows.append(check(f"Lemma 6, {kind}", name, above, delta + noise))
+    return rows, points
+
+
+def theorems_2_to_4(responses: int) -> list[dict]:
+    """One Phi on two models that share nothing, and the formulas of Theorem 3 against Definition 4."""
+    rows = []
+    for name, beta, procedure, N in (("exp10", 5000.0, "bon", 4), ("exp-5", 0.02, "won", 4), ("log", 0.2, "standard", 1)):
+        (kl,), (win,) = theory.tradeoff(name, procedure, N, [beta])
+        off = []
+        for seed in (0, 1):
+            pi_ref, C = nearly_continuous(seed, responses)
+            log_ratio = cells.tilt(get_transform(name, K=None)(C), 1 / beta, pi_ref)
+            direct = theory.mass_win_rate(pi_ref * log_ratio.exp(), pi_ref, procedure, N).item()
+            off += [abs(direct - win), abs(cells.kl(log_ratio, pi_ref) - kl)]
+        computed = f"W and KL of {name}, {procedure} {N}, on two models minus those in u"
+        rows.append(check("Theorems 2 and 4", computed, max(off), 10 * pi_ref.max().item()))
+    for procedure, N in (("bon", 2), ("bon", 32), ("won", 2), ("won", 32)):
+        mass, ref = theory.policy_at_kl("exp5", 1.0, procedure, N)
+        F, u = cells.cdf(mass), cells.cdf(ref)
+        F, u = (F[1:] + F[:-1]) / 2, (u[1:] + u[:-1]) / 2
+        eq = 1 - N * (F**N * u ** (N - 1) * ref).sum() if procedure == "bon" else N * (((1 - F) ** N * (1 - u) ** (N - 1)) * ref).sum()
+        off = abs(eq.item() - theory.mass_win_rate(mass, ref, procedure, N).item())
+        rows.append(check("Theorem 3", f"Eq. 8 or 9, {procedure} {N}, minus Definition 4, exp5 at 1 nat", off, 1e-6))
+    mass, ref = theory.policy_at_kl("exp5", 1.0, "bon", 2)
+    Phi, beta = get_transform("exp5")(cells.centres(ref)), theory.beta_for_kl("exp5", 1.0)
+    log_Z = torch.logsumexp(Phi / beta + ref.log(), 0)
+    off = abs(((mass * Phi).sum() / beta - log_Z).item() - 1)
+    return rows + [check("Theorem 3", "Eq. 10 minus the KL asked for, exp5 at 1 nat", off, 1e-6)]
+
+
+def theorem_5() -> list[dict]:
+    """The log-linear model: SFT + reward multi-task against KL-regularised reward, with the KL either way round."""
+    generator = torch.Generator().manual_seed(0)
+    g = torch.randn(6, 40, 5, generator=generator, dtype=torch.float64)  # (prompts, responses, features)
+    r, data = torch.rand(2, 6, 40, generator=generator, dtype=torch.float64)
+    p_sft, beta = data / data.sum(1, keepdim=True), 0.2
+
+    def minimise(loss) -> Tensor:
+        return maximise(lambda theta: -loss((g @ theta).log_softmax(1)), torch.zeros(5, dtype=torch.float64))
+
+    sft = lambda logpi: -(p_sft * logpi).sum(1).mean()  # noqa: E731
+    penalty = lambda logpi: -(logpi.exp() * r).sum(1).mean() / beta  # noqa: E731  the paper's L_ro, of a reward: with a minus
+    p = (g @ minimise(sft)).log_softmax(1)
+    multi_task = minimise(lambda logpi: sft(logpi) + penalty(logpi))
+    p_to_pi = minimise(lambda logpi: (p.exp() * (p - logpi)).sum(1).mean() + penalty(logpi))
+    pi_to_p = minimise(lambda logpi: (logpi.exp() * (logpi - p)).sum(1).mean() + penalty(logpi))
+    return [
+        check("Theorem 5, KL(p || pi)", "theta of multi-task minus theta of KL + reward", (multi_task - p_to_pi).abs().max().item(), 1e-6),
+        check("Theorem 5, KL(pi || p) as written", "the same", (multi_task - pi_to_p).abs().max().item(), 1e-6),
+    ]
+
+
+def lemmas(out: Path, quick: bool):
+    """Lemmas 2 to 6 and Theorems 2 to 5: claim, what was computed, the largest deviation; Lemma 6 is the picture."""
+    responses = 2_000 if quick else 50_000
+    rows, points = lemma_6(quick)
+    rows = lemmas_2_and_3() + lemmas_4_and_5(responses) + rows + theorems_2_to_4(responses) + theorem_5()
+    figure, (axis,) = panels(1, 1, width=6.4, height=4.6)
+    for ties, marker in ((False, "o-"), (True, "s--")):
+        K, mean, quantile, bound = zip(*(point[1:] for point in points if point[0] == ties))
+        kind = "ten tied rewards" if ties else "distinct rewards"
+        axis.plot(K, quantile, marker, color="C0", label=f"95 % of the prompts, {kind}")
+        axis.plot(K, mean, marker, color="C1", label=f"mean, {kind}")
+    axis.plot(K, bound, color="black", label="DKW bound, delta = 0.05 (Lemma 6)")
+    axis.set(xscale="log", yscale="log", xlabel="calibration samples K", ylabel="max over y of |C_hat - C|")
+    axis.grid(alpha=0.3)
+    axis.legend()
+    return rows, figure
+
+
+STUDIES = {"theorem1": theorem1, "lemmas": lemmas}
