@@ -1,7 +1,7 @@
 """Inference-time win rates of trained policies against pi_ref, beside the theory's at the same KL.
 
     python evaluate.py runs/reviews-exp10            # about 40 s on two cores
-    python evaluate.py runs/a runs/b --split train   # several runs; on the prompts they were trained on
+    python evaluate.py runs/a runs/b --split train   # several runs, on the prompts they were trained on
 
 Draws M responses a prompt from pi and from pi_ref. The reward model selects (Best-of-N, Worst-of-N, …), reward model and
 judge score; every N <= M comes from one draw by the exact U-statistic of `winrate.py`. Writes eval.json, samples.jsonl,
@@ -9,8 +9,9 @@ tradeoff.png and training.png into the run.
 """
 
 import argparse
-import sys
 from pathlib import Path
+
+from minictrl.config import run_script
 
 SIZES = (1, 2, 4, 8, 32)  # N of the table
 
@@ -31,22 +32,19 @@ def read_arguments(argv=None) -> argparse.Namespace:
 
 def main(argv=None):
     args = read_arguments(argv)
-    from minictrl import evaluation, figures  # torch and transformers, which --help doesn't need
-    from minictrl.runs import load_run
 
-    runs = [load_run(path) for path in args.runs]  # all of them are checked before anything is drawn
-    for path, config, more in runs:
-        rows, samples = evaluation.evaluate(path, config, more, split=args.split, num_prompts=args.prompts, M=args.samples,
-                                            sizes=SIZES, device=args.device or config.device)
-        evaluation.write(path, rows, samples)
-        print(f"\n{path} on {rows[0]['prompts']} {args.split} prompts, KL {rows[0]['kl']:.3f} ± {rows[0]['kl_stderr']:.3f} "
-              f"nats\n\n{evaluation.table(rows)}")
-        figures.draw(path)
+    from minictrl import evaluation, figures, runs  # torch and transformers, which --help doesn't need
+
+    configs = [runs.load_finished(run) for run in args.runs]  # all are checked before anything is drawn
+    for run, config in zip(args.runs, configs):
+        table, shown = evaluation.evaluate(run, config, split=args.split, prompts=args.prompts, M=args.samples, sizes=SIZES,
+                                           device=args.device or config.device)
+        evaluation.write(run, args.split, table, shown)
+        first = table[0]
+        print(f"\n{run}: {first['prompts']} {args.split} prompts, {first['samples']} responses each, "
+              f"KL {first['kl']:.3f} ± {first['kl_stderr']:.3f} nats\n\n{evaluation.markdown(table)}\n")
+        print(figures.draw(run, table))
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ValueError as error:
-        sys.exit(f"evaluate.py: error: {error}") if False else (print(f"evaluate.py: error: {error}", file=sys.stderr),
-                                                                 sys.exit(2))
+    run_script(main)

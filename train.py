@@ -113,7 +113,7 @@ def main(argv=None):
                 print(f"stopped after step {step + 1}; go on with: python train.py --resume --out {out}")
                 return 130
 
-    save_policy(policy, tokenizer, out / "policy")
+    save_policy(policy, task.tokenizer, out / "policy")
     last = runs.read_metrics(out)[-1]
     reached = f", KL {last['kl_ref']:.3f} ± {last['kl_ref_stderr']:.3f} nats, C_hat {last['C_hat']:.3f}" if online else ""
     print(f"{out}: {config.steps} steps{reached}, beta {beta:.4g}, {time.time() - start:.0f} s. Now: python evaluate.py {out}")

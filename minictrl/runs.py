@@ -59,6 +59,14 @@ def load_config(run: Path) -> tuple[Config, dict]:
         raise ValueError(f"{path}: is damaged ({error}); train the run again with --overwrite") from None
 
 
+def load_finished(run: Path) -> Config:
+    """Settings of a run whose training has ended. Raises ValueError on one that has not."""
+    config, _ = load_config(run)
+    if not (Path(run) / "policy" / "config.json").is_file():
+        raise ValueError(f"{run}: has no policy yet; finish it first: python train.py --resume --out {run}")
+    return config
+
+
 def create(out: Path, config: Config):
     """An empty run directory with its config.json; what was there is deleted (`check` has asked)."""
     shutil.rmtree(out, ignore_errors=True)
