@@ -1,0 +1,89 @@
+"""Rebuild what `assets/` holds from the human ratings: policy, reward model, judge and prompts of the task `reviews`.
+
+    python -m minictrl.pretrain                      # fetches the ratings with pip; about 20 minutes on two cores
+    python -m minictrl.pretrain --data DIR           # a directory that holds them
+
+Prints what the models do on held-out reviews, beside the baselines. From a fixed seed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections import Counter
+from pathlib import Path
+
+from minictrl.config import run_script, write_json
+from minictrl.data import ASSETS
+from minictrl.pretrain_policy import encode, perplexity, train_policy
+from minictrl.pretrain_scorers import train_scorers
+from minictrl.ratings import load_ratings, split_of
+
+
+def make_prompts(reviews: list[dict]) -> dict[str, list[str]]:
+    """The first 4 to 6 words of the reviews that go on for at least 3 more: "train" for RL, "test" for evaluation."""
+    prompts = {"prompts": {}, "test": {}}  # dicts: in order, none twice
+    for row in reviews:
+        words, count = row["text"].split(), 4 + row["index"] // 20 % 3
+        if split_of(row["index"]) in prompts and len(words) >= count + 3:
+            prompts[split_of(row["index"])][" ".join(words[:count])] = None
+    return {"train": list(prompts["prompts"]), "test": [p for p in prompts["test"] if p not in prompts["prompts"]]}
+
+
+def ngram_perplexity(train: list[list[int]], test: list[list[int]], order: int, vocab_size: int) -> float:
+    """Perplexity per token of an interpolated n-gram model with absolute discounting (.75); order 1 is the unigram."""
+    counts = [Counter() for _ in range(order)]  # (context, token) by the length of the context
+    for line in train:
+        for i in range(1, len(line)):
+            for n in range(min(order, i + 1)):
+                counts[n][tuple(line[i - n:i]), line[i]] += 1
+    totals, kinds = [Counter() for _ in range(order)], [Counter() for _ in range(order)]
+    for n in range(order):
+        for (context, _), count in counts[n].items():
+            totals[n][context] += count
+            kinds[n][context] += 1
+
+    def probability(context: tuple, token: int) -> float:
+        n = len(context)
+        lower = 1 / vocab_size if n == 0 else probability(context[1:], token)
+        if not totals[n][context]:
+            return lower
+        return (max(counts[n][context, token] - .75, 0) + .75 * kinds[n][context] * lower) / totals[n][context]
+
+    nll = [-math.log(probability(tuple(line[max(0, i - order + 1):i]), line[i])) for line in test for i in range(1, len(line))]
+    return math.exp(sum(nll) / len(nll))
+
+
+def pretrain_reviews(data: Path | None, out: Path, seed: int):
+    """Policy, reward model, judge and prompts into `out`, and a Markdown report on the held-out reviews."""
+    rows = {name: load_ratings(name, data) for name in ("reviews", "editorials", "tweets")}
+    sources = {name: [(row["text"], sum(row["ratings"]) / len(row["ratings"])) for row in part
+                      if name != "reviews" or split_of(row["index"]) == "train"] for name, part in rows.items()}
+    held_out = [row["text"] for row in rows["reviews"] if split_of(row["index"]) == "test"]
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / "prompts.json", make_prompts(rows["reviews"]))
+    train_scorers(data, out, seed)
+    model, tokenizer = train_policy(sources, out / "policy", seed=seed, valid=held_out)
+
+    per_token, per_word = perplexity(model, tokenizer, held_out)
+    train, test = (encode(tokenizer, [("reviews", text) for text in texts], 127)
+                   for texts in ([text for text, _ in sources["reviews"]], held_out))
+    tokens, words = sum(len(line) - 1 for line in test), sum(len(text.split()) for text in held_out)
+    print("\n| model | perplexity per token | per word |\n|---|---|---|")
+    print(f"| policy, {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters | {per_token:.1f} | {per_word:.0f} |")
+    for order, name in ((3, "trigram"), (1, "unigram")):
+        value = ngram_perplexity(train, test, order, len(tokenizer))
+        print(f"| {name} | {value:.1f} | {value ** (tokens / words):.0f} |")
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(prog="python -m minictrl.pretrain", description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("--data", type=Path, help="directory with the ratings (default: fetched with pip)")
+    parser.add_argument("--out", type=Path, default=ASSETS, help=f"where the models go (default {ASSETS})")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    pretrain_reviews(args.data, args.out, args.seed)
+
+
+if __name__ == "__main__":
+    run_script(main)
