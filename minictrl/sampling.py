@@ -13,6 +13,7 @@ differs between batch shapes, so a draw within rounding of a boundary may differ
 
 import hashlib
 import inspect
+import math
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,7 +27,9 @@ from transformers import AttentionInterface, Cache, DynamicCache
 # Families whose attention is softmax(q k / sqrt(d)) v through transformers' attention interface and whose logits are the
 # output embedding of the last hidden state, with nothing in between (no soft cap, sink, bias or scale).
 SHARED_PREFIX = {"gpt2", "gpt_neox", "llama", "mistral", "qwen2", "qwen3", "olmo2", "smollm3", "phi3"}
-MIN_SHARED = 8  # fewer rows than this on a prompt: each carries its own copy, which compacts better
+COMPACT = 0.95  # drop the rows that have ended when at most this share is left
+COLUMNS = 16  # response columns attended to at a time
+HEAD_ROWS = 128  # rows whose logits are made at a time on a CPU: 1 MB with 2,048 tokens, which stays in the cache
 BLOCK = 64  # tokens of the vocabulary in a block of the two-level draw
 
 
@@ -57,7 +60,7 @@ def sample(model, tokenizer, prompts: list[str], *, num_samples: int, max_new_to
     if not temperature > 0:
         raise ValueError(f"temperature={temperature}: must be positive")
     ids = encode_prompts(tokenizer, prompts)
-    _check_lengths(model, prompts, ids, max_new_tokens)
+    check_lengths(model, prompts, ids, max_new_tokens)
     B, M, T = len(prompts), num_samples, max_new_tokens
     device = model.get_input_embeddings().weight.device
     eos = _eos_ids(model, tokenizer).to(device)
@@ -66,18 +69,17 @@ def sample(model, tokenizer, prompts: list[str], *, num_samples: int, max_new_to
     # Made outside inference_mode: what is returned may enter a forward that needs gradients.
     out = Samples(torch.full((B * M, T), pad, device=device), torch.zeros(B * M, T, device=device),
                   torch.zeros(B * M, T, device=device), [])
-    order = sorted(range(B), key=lambda i: len(ids[i]), reverse=True)  # similar lengths share a wave
-    width = min(M, batch_size)
+    order = np.array(sorted(range(B), key=lambda i: -len(ids[i])))  # similar lengths go together
+    prompt_of, sample_of = np.repeat(order, M), np.tile(np.arange(M), B)  # the queue
+    cache = (RepeatedCache if _plain(model) else PrefixCache)(model)
     with torch.inference_mode(), _eval_mode(model):
-        for i in range(0, B, max(1, batch_size // M)):
-            wave = order[i:i + max(1, batch_size // M)]
-            prompt_ids, prompt_mask = left_pad([ids[j] for j in wave], pad, device)
-            for first in range(0, M, width):
-                samples = np.arange(first, min(first + width, M))
-                u = _uniforms(seed, keys[wave], samples + first_sample, T).to(device)  # (b, k, T, 2)
-                rows = torch.tensor(wave, device=device)[:, None] * M + torch.tensor(samples, device=device)  # (b, k)
-                _decode_wave(model, prompt_ids, prompt_mask, u, rows, out, eos=eos, pad=pad,
-                             temperature=temperature)
+        for i in range(0, B * M, batch_size):
+            x, m = prompt_of[i:i + batch_size], sample_of[i:i + batch_size]
+            unique, group = np.unique(x, return_inverse=True)
+            prompt_ids, prompt_mask = left_pad([ids[j] for j in unique], pad, device)
+            u, row, group = (torch.from_numpy(v).to(device)
+                             for v in (_uniforms(seed, keys[x], m + first_sample, T), x * M + m, group))
+            _decode_wave(cache, prompt_ids, prompt_mask, group, u, row, out, eos=eos, pad=pad, temperature=temperature)
     if not torch.isfinite(out.logprobs).all():
         raise ValueError("the policy's logits are not finite: check its weights and dtype (float16 overflows)")
     lengths = out.mask.sum(-1).long().tolist()
@@ -97,15 +99,27 @@ def sequence_logprobs(model, prompt_ids: Tensor, prompt_mask: Tensor, tokens: Te
     if not (len(prompt_ids) == len(tokens) and prompt_ids.shape == prompt_mask.shape and tokens.shape == mask.shape):
         raise ValueError(f"shapes do not match: prompt_ids {tuple(prompt_ids.shape)}, prompt_mask "
                          f"{tuple(prompt_mask.shape)}, tokens {tuple(tokens.shape)}, mask {tuple(mask.shape)}")
-    P, N = prompt_ids.shape[1], tokens.shape[1]
-    attention_mask = torch.cat([prompt_mask, mask.to(prompt_mask.dtype)], 1)
-    hidden = _hidden(model, torch.cat([prompt_ids, tokens], 1), attention_mask=attention_mask,
-                     position_ids=(attention_mask.cumsum(1) - 1).clamp(min=0))[:, P - 1:P + N - 1]
+    logits, hidden = response_logits(model, prompt_ids, prompt_mask, tokens, mask)
     kept = mask.bool()
-    logits = _logits(model, hidden[kept], temperature)  # (tokens that count, V): the padding costs no softmax
-    picked = -F.cross_entropy(logits, tokens[kept], reduction="none")
-    logprobs = torch.zeros(tokens.shape, device=picked.device).masked_scatter(kept, picked)
+    picked = -F.cross_entropy(logits if temperature == 1 else logits / temperature, tokens[kept], reduction="none")
+    logprobs = picked.new_zeros(tokens.shape).masked_scatter(kept, picked).float()
     return (logprobs, hidden) if return_hidden else logprobs
+
+
+def response_logits(model, prompt_ids: Tensor, prompt_mask: Tensor, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """The logits (mask.sum(), V) float32 that each token that counts was drawn from, row by row, and the (N, T, D) last
+    hidden states. Arguments as those of `sequence_logprobs`, which checks them."""
+    first, kept = prompt_ids.shape[1] - 1, mask.bool()
+    attention_mask = torch.cat([prompt_mask, mask.to(prompt_mask.dtype)], 1)
+    extra = {"output_hidden_states": True} if _plain(model) else {}
+    out = _forward(model, torch.cat([prompt_ids, tokens], 1), attention_mask=attention_mask,
+                   position_ids=(attention_mask.cumsum(1) - 1).clamp(min=0), **extra)
+    if _plain(model):
+        hidden, logits = out.hidden_states[-1][:, first:-1], out.logits[:, first:-1][kept].float()
+    else:  # the head only where a token counts
+        hidden = out.last_hidden_state[:, first:-1]
+        logits = _head(model, hidden[kept])
+    return logits, hidden
 
 
 def encode_prompts(tokenizer, prompts: list[str]) -> list[list[int]]:
@@ -131,41 +145,36 @@ def left_pad(ids: list[list[int]], pad: int, device=None) -> tuple[Tensor, Tenso
     return rows, torch.tensor([[0] * (P - len(r)) + [1] * len(r) for r in ids], device=device)
 
 
-# ---- one wave: the same number of rows on each of a few prompts, decoded in step ----
+# ---- one wave: the rows of a few prompts, decoded in step ----
 
-def _decode_wave(model, prompt_ids: Tensor, prompt_mask: Tensor, u: Tensor, rows: Tensor, out: Samples, *, eos: Tensor,
-                 pad: int, temperature: float) -> None:
-    """Sample b prompts x k rows into out[rows]. prompt_ids, prompt_mask: (b, P); u: (b, k, T, 2); rows: (b, k)."""
-    k, T = u.shape[1:3]
-    length = prompt_mask.sum(1)[:, None].expand(-1, k)  # (b, k)
-    state = (PrefixCache if model.config.model_type in SHARED_PREFIX else RepeatedCache)(model, prompt_mask, T)
-    logits = _logits(model, state.prefill(prompt_ids), temperature).repeat_interleave(k, 0)  # (b k, V)
-    if k < MIN_SHARED or isinstance(state, RepeatedCache):  # every row its own group
-        u, rows, length = u.flatten(0, 1)[:, None], rows.reshape(-1, 1), length.reshape(-1, 1)
-        state.repeat(k)
-    alive = torch.ones(rows.shape, dtype=torch.bool, device=rows.device)
-    check = 1 if rows.device.type == "cpu" else 16  # steps between looks at what is alive: each waits for the device
+def _decode_wave(cache, prompt_ids: Tensor, prompt_mask: Tensor, group: Tensor, u: Tensor, row: Tensor, out: Samples, *,
+                 eos: Tensor, pad: int, temperature: float) -> None:
+    """Sample R rows into out[row]. prompt_ids, prompt_mask: (G, P); group: (R,) prompt of a row; u: (R, T, 2)."""
+    T, on_cpu = u.shape[1], row.device.type == "cpu"
+    head_rows = HEAD_ROWS if on_cpu else len(row)
+    look = 1 if on_cpu else 16  # steps between looks at who is alive: a GPU has to be waited for
+    position, alive = prompt_mask.sum(1)[group], torch.ones_like(row, dtype=torch.bool)
+    state = cache.prefill(prompt_ids, prompt_mask, group, T)
     for t in range(T):
-        token, logprob = _draw(logits, u[:, :, t].reshape(-1, 2))
-        token, logprob = token.view(rows.shape), logprob.view(rows.shape)
-        out.tokens[rows, t] = torch.where(alive, token, pad)
-        out.logprobs[rows, t] = torch.where(alive, logprob, 0.0)
-        out.mask[rows, t] = alive.float()
+        drawn = [_draw(cache.head(x) if temperature == 1 else cache.head(x) / temperature, y)
+                 for x, y in zip(state.split(head_rows), u[:, t].split(head_rows))]
+        token, logprob = map(torch.cat, zip(*drawn))
+        out.tokens[row, t] = torch.where(alive, token, pad)
+        out.logprobs[row, t] = torch.where(alive, logprob, 0.0)
+        out.mask[row, t] = alive.float()
         alive = alive & ~torch.isin(token, eos)
         if t == T - 1:
             break
-        if t % check == check - 1:
-            groups = alive.any(1).nonzero()[:, 0]
-            if not len(groups):
+        if t % look == look - 1:
+            living = int(alive.sum())
+            if living == 0:
                 break
-            widest = int(alive.sum(1).max())
-            if len(groups) * widest <= 0.8 * alive.numel():  # compact: the `widest` rows of each group, living ones first
-                keep = alive[groups].int().argsort(dim=1, descending=True, stable=True)[:, :widest]  # (b', k')
-                state.keep(groups, keep)
-                pick = lambda x: x[groups[:, None], keep]
-                u, rows, length, alive, token = map(pick, (u, rows, length, alive, token))
-        hidden = state.step(token.reshape(-1, 1), (length + t).reshape(-1, 1))
-        logits = _logits(model, hidden, temperature)
+            if living <= COMPACT * len(alive):  # living rows from the end take the places of ended ones
+                index = torch.arange(living, device=row.device)
+                index[~alive[:living]] = alive[living:].nonzero()[:, 0] + living
+                cache.compact(index)
+                u, row, position, alive, token = (x[index] for x in (u, row, position, alive, token))
+        state = cache.step(token[:, None], (position + t)[:, None], t)
 
 
 def _draw(logits: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
@@ -175,7 +184,8 @@ def _draw(logits: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     block's boundary would move every token's. Sums of blocks are vectorised where one long cumulative sum is not.
     """
     probs = logits.softmax(-1)
-    blocks = F.pad(probs, (0, -probs.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))  # (R, V / BLOCK, BLOCK)
+    short = -probs.shape[-1] % BLOCK
+    blocks = (F.pad(probs, (0, short)) if short else probs).unflatten(-1, (-1, BLOCK))  # (R, V / BLOCK, BLOCK)
     block = _inverse_cdf(blocks.sum(-1), u[:, 0])
     inside = blocks[torch.arange(len(block), device=block.device), block]  # (R, BLOCK)
     token = (block * BLOCK + _inverse_cdf(inside, u[:, 1])).clamp(max=probs.shape[-1] - 1)
@@ -191,12 +201,12 @@ def _inverse_cdf(weights: Tensor, u: Tensor) -> Tensor:
 
 # ---- random numbers ----
 
-def _uniforms(seed: int, keys: np.ndarray, samples: np.ndarray, T: int) -> Tensor:
-    """(B, M, T, 2) float64 in [0, 1), each a hash of (seed, prompt's key, sample's index, t, which): a generator without
-    a state, so that no draw depends on what else is in the batch. keys: (B,) uint64, samples: (M,)."""
-    x = _mix(_mix(np.uint64(seed % 2**64) ^ np.asarray(keys, dtype=np.uint64))[:, None] + samples.astype(np.uint64))
-    x = _mix(x[..., None] + np.arange(2 * T, dtype=np.uint64))
-    return torch.from_numpy((x >> np.uint64(11)) * 2.0**-53).view(*x.shape[:2], T, 2)
+def _uniforms(seed: int, keys: np.ndarray, samples: np.ndarray, T: int) -> np.ndarray:
+    """(R, T, 2) float64 in [0, 1), each a hash of (seed, prompt's key, sample's index, t, which): a generator without
+    a state, so that no draw depends on what else is in the batch. keys: (R,) uint64, samples: (R,)."""
+    x = _mix(_mix(np.uint64(seed % 2**64) ^ keys) + samples.astype(np.uint64))
+    x = _mix(x[:, None] + np.arange(2 * T, dtype=np.uint64))
+    return ((x >> np.uint64(11)) * 2.0**-53).reshape(len(keys), T, 2)
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
@@ -220,127 +230,157 @@ def _prompt_keys(prompts: list[str]) -> np.ndarray:
 
 # ---- the forward ----
 
-def _hidden(model, ids: Tensor, cache=None, **kwargs) -> Tensor:
-    """Last hidden states (N, L, D) of the model without its head."""
-    base = model.base_model
-    names = inspect.signature(base.forward).parameters
+def _plain(model) -> bool:
+    return model.config.model_type not in SHARED_PREFIX
+
+
+def _head(model, hidden: Tensor) -> Tensor:
+    logits = model.get_output_embeddings()(hidden)
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def _forward(model, ids: Tensor, cache=None, **kwargs):
+    """transformers' output for ids (N, L): of the model without its head, or of the whole in the plain path."""
+    model = model if _plain(model) else model.base_model
+    names = inspect.signature(model.forward).parameters
     if cache is not None:
         kwargs |= {"cache" if "cache" in names else "past_key_values": cache, "use_cache": True}  # renamed in 5.24
     if "position_ids" not in names:  # ALiBi: positions come from the mask
-        kwargs.pop("position_ids", None)
-    return base(input_ids=ids, **kwargs).last_hidden_state
-
-
-def _logits(model, hidden: Tensor, temperature: float) -> Tensor:
-    """Logits over the temperature, in float32 (float64 stays)."""
-    logits = model.get_output_embeddings()(hidden)
-    logits = logits if logits.dtype == torch.float64 else logits.float()
-    return logits if temperature == 1 else logits / temperature
+        del kwargs["position_ids"]
+    return model(input_ids=ids, **kwargs)
 
 
 class PrefixCache(Cache):
-    """Keys and values of G prompts, each shared by k rows, and of the rows' own response tokens in a static buffer."""
+    """Keys and values of G prompts, and in buffers made once those of the response tokens of R rows, each on a prompt."""
 
-    def __init__(self, model, prompt_mask: Tensor, T: int):
-        self.model, self.mask, self.T = model, prompt_mask.bool(), T
-        self.groups, self.k, self.t = len(prompt_mask), 0, 0
-        self.layers = []  # what transformers looks at to make a mask; ours come ready
-        self.prompt, self.own = [], []  # a layer each: (key, value) of (G, H, P, D); of (G, H, k, T, D)
+    def __init__(self, model):
+        self.model, self.layers, self.buffers = model, [], []  # transformers looks at `layers` for masks: ours are ready
 
-    def prefill(self, ids: Tensor) -> Tensor:
-        """Last hidden state (G, D) of each prompt."""
-        P = ids.shape[1]
+    def prefill(self, ids: Tensor, mask: Tensor, group: Tensor, T: int) -> Tensor:
+        """Last hidden states (R, D) after each row's prompt; ids, mask: (G, P); group: (R,)."""
+        P, on = ids.shape[1], mask.bool()
         causal = torch.ones(P, P, dtype=torch.bool, device=ids.device).tril()
-        mask = causal & self.mask[:, None, None] | torch.eye(P, dtype=torch.bool, device=ids.device)  # (G, 1, P, P)
-        position_ids = (self.mask.long().cumsum(1) - 1).clamp(min=0)
-        return self._forward(ids, mask, position_ids)
+        see = causal & on[:, None, None] | torch.eye(P, dtype=torch.bool, device=ids.device)  # (G, 1, P, P)
+        self.prompt, self.own, self.t = [], [], None  # a layer each: pairs (G, H, P, D), (R, H, T, D)
+        state = self._forward(ids, see, (mask.cumsum(1) - 1).clamp(min=0))
+        self.group, self.T = group, T
+        self.bias = torch.where(on, 0.0, -torch.inf)[:, None, None]  # (G, 1, 1, P)
+        self._place_rows()
+        return state[group]
 
-    def step(self, token: Tensor, position: Tensor) -> Tensor:
-        """Last hidden state (G k, D) after one more token of each row; token, position: (G k, 1)."""
-        self.k = len(token) // self.groups
-        bias = torch.where(self.mask, 0.0, -torch.inf)[:, None, None]  # (G, 1, 1, P), added to the prompt's scores
-        hidden = self._forward(token, bias, position)
-        self.t += 1
-        return hidden
+    def step(self, token: Tensor, position: Tensor, t: int) -> Tensor:
+        """Last hidden states (R, D) after one more token, the t-th, of each row; token, position: (R, 1)."""
+        self.t = t
+        # Whole blocks of columns are read, those to come behind a bias: narrow products and softmaxes are slow.
+        self.width = -(-(t + 1) // COLUMNS) * COLUMNS
+        self.own_bias = torch.where(torch.arange(self.width, device=token.device) > t, -torch.inf, 0.0)
+        return self._forward(token, self.bias, position)
 
-    def _forward(self, ids, mask, position_ids):
+    def head(self, state: Tensor) -> Tensor:
+        return _head(self.model, state)
+
+    def _forward(self, ids: Tensor, mask: Tensor, position_ids: Tensor) -> Tensor:
         with _attention_of(self.model):
-            return _hidden(self.model, ids, self, attention_mask=mask, position_ids=position_ids)[:, -1]
+            return _forward(self.model, ids, self, attention_mask=mask,
+                            position_ids=position_ids).last_hidden_state[:, -1]
 
-    def repeat(self, k: int) -> None:
-        """Give each of k rows a prompt its own copy: G k groups of one row."""
-        self.groups, self.mask = self.groups * k, self.mask.repeat_interleave(k, 0)
-        self.prompt = [tuple(x.repeat_interleave(k, 0) for x in layer) for layer in self.prompt]
+    def compact(self, index: Tensor) -> None:
+        """Keep the rows `index` (R',), row i going where i is; those that move, move in place."""
+        moved = (index >= len(index)).nonzero()[:, 0]
+        self.own = [tuple(x.index_copy_(0, moved, x[index[moved]])[:len(index)] for x in layer) for layer in self.own]
+        living, self.group = self.group[index].unique(return_inverse=True)
+        self.prompt = [tuple(x[living] for x in layer) for layer in self.prompt]
+        self.bias = self.bias[living]
+        self._place_rows()
 
-    def keep(self, groups: Tensor, rows: Tensor) -> None:
-        """Keep the groups (G',), and of each the rows (G', k')."""
-        if len(groups) < self.groups:
-            self.mask = self.mask[groups]
-            self.prompt = [tuple(x[groups] for x in layer) for layer in self.prompt]
-        self.own = [tuple(x[groups[:, None], :, rows].transpose(1, 2).contiguous() for x in layer) for layer in self.own]
-        self.groups = len(groups)
+    def _place_rows(self) -> None:
+        """Where the rows stand when those of a prompt are put side by side, (G, k) with gaps: `rows` says which row is at
+        a place (some row in a gap), `place` the place of a row."""
+        G, R = len(self.bias), len(self.group)
+        count = self.group.bincount(minlength=G)
+        k = int(count.max())
+        order = self.group.argsort(stable=True)
+        rank = torch.empty_like(order)
+        rank[order] = torch.arange(R, device=order.device) - (count.cumsum(0) - count)[self.group[order]]
+        self.place = self.group * k + rank
+        self.rows = torch.zeros(G * k, dtype=torch.long, device=order.device).index_copy_(0, self.place, torch.arange(R, device=order.device))
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        return 0 if self.k == 0 else self.mask.shape[1] + self.t
+        return 0 if self.t is None else self.bias.shape[-1] + self.t
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int, *args, **kwargs):
-        """What a layer attends to: in the prompt its own tensors, then ((prompt's keys, own keys), the same of values)."""
-        if self.k == 0:
+        """What a layer attends to: in the prompt its own tensors, then the cache and the layer's index."""
+        if self.t is None:
             self.prompt.append((key, value))
             return key, value
-        G, k, (_, H, _, D) = self.groups, self.k, key.shape
-        if len(self.own) == layer_idx:
-            self.own.append(tuple(x.new_empty(G, H, k, self.T, D) for x in (key, value)))
+        if len(self.own) == layer_idx:  # the first step of a wave
+            shape = len(key), key.shape[1], -(-self.T // COLUMNS) * COLUMNS, key.shape[3]
+            if len(self.buffers) == layer_idx or self.buffers[layer_idx][0].numel() < math.prod(shape):
+                self.buffers[layer_idx:layer_idx + 1] = [[x.new_zeros(math.prod(shape)) for x in (key, value)]]
+            self.own.append([x[:math.prod(shape)].view(shape) for x in self.buffers[layer_idx]])
         for buffer, new in zip(self.own[layer_idx], (key, value)):
-            buffer[:, :, :, self.t] = new.reshape(G, k, H, D).transpose(1, 2)
-        own_key, own_value = (x[:, :, :, :self.t + 1] for x in self.own[layer_idx])
-        prompt_key, prompt_value = self.prompt[layer_idx]
-        return (prompt_key, own_key), (prompt_value, own_value)
+            buffer[:, :, self.t] = new[:, :, 0]
+        return self, layer_idx
+
+    def attend(self, layer_idx: int, query: Tensor, scaling: float) -> Tensor:
+        """One softmax over the prompt's columns and the row's own: query (R, heads, 1, D) -> (R, 1, heads, D)."""
+        own_key, own_value = (x[:, :, :self.width] for x in self.own[layer_idx])  # (R, H, t, D)
+        prompt_key, prompt_value = self.prompt[layer_idx]  # (G, H, P, D)
+        R, H, _, D = own_key.shape
+        q = query.reshape(R, H, -1, D) * scaling  # (R, H, heads / H, D)
+        scores = torch.cat([self._by_prompt(q, prompt_key.transpose(-1, -2), self.bias),
+                            q @ own_key.transpose(-1, -2) + self.own_bias], -1)
+        weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(q.dtype)
+        to_prompt, to_own = weights.split([prompt_key.shape[2], self.width], -1)
+        return (self._by_prompt(to_prompt, prompt_value) + to_own @ own_value).reshape(R, 1, -1, D)
+
+    def _by_prompt(self, x: Tensor, y: Tensor, bias: Tensor | float = 0.0) -> Tensor:
+        """x (R, H, n, D) times its prompt's y (G, H, D, m), as one product for all rows of a prompt: (R, H, n, m)."""
+        (R, H, n, D), G = x.shape, len(y)
+        side_by_side = x[self.rows].view(G, -1, H, n, D).transpose(1, 2).reshape(G, H, -1, D)  # (G, H, k n, D)
+        z = (side_by_side @ y + bias).view(G, H, -1, n, y.shape[-1])
+        return z.transpose(1, 2).reshape(-1, H, n, y.shape[-1])[self.place]
 
 
 def _attention(module, query: Tensor, key, value, mask: Tensor, scaling: float | None = None, **kwargs):
     """Attention of a `PrefixCache` in transformers' interface: query (R, heads, L, D) -> (R, L, heads, D)."""
-    if isinstance(key, Tensor):  # the prompt itself
-        out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling,
-                                             enable_gqa=query.shape[1] != key.shape[1])
-        return out.transpose(1, 2), None
-    (prompt_key, own_key), (prompt_value, own_value) = key, value
-    G, H, k, t, D = own_key.shape
-    P, scale = prompt_key.shape[2], D ** -0.5 if scaling is None else scaling
-    q = (query.reshape(G, k, H, -1, D) * scale).transpose(1, 2).contiguous()  # (G, H, k, heads / H, D)
-    prompt_scores = q.flatten(2, 3) @ prompt_key.transpose(-1, -2) + mask  # one product for all rows of the prompt
-    scores = torch.cat([prompt_scores.unflatten(2, (k, -1)), q @ own_key.transpose(-1, -2)], -1)
-    weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(own_value.dtype)
-    out = (weights[..., :P].flatten(2, 3) @ prompt_value).view_as(q) + weights[..., P:] @ own_value
-    return out.transpose(1, 2).reshape(G * k, 1, -1, D), None
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if isinstance(key, PrefixCache):
+        return key.attend(value, query, scaling), None
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling,
+                                         enable_gqa=query.shape[1] != key.shape[1])
+    return out.transpose(1, 2), None
 
 
 AttentionInterface.register("minictrl_prefix", _attention)
 
 
 class RepeatedCache:
-    """The plain path, for any other family: transformers' own cache and attention, the prompt repeated for every row."""
+    """The plain path, for any other family: transformers' own cache and attention, the prompt repeated for every row.
+    Its state is the logits, which the family may cap or scale."""
 
-    def __init__(self, model, prompt_mask: Tensor, T: int):
-        self.model, self.cache, self.mask = model, DynamicCache(), prompt_mask
+    def __init__(self, model):
+        self.model = model
 
-    def prefill(self, ids: Tensor) -> Tensor:
-        return self._forward(ids, (self.mask.cumsum(1) - 1).clamp(min=0))
+    def prefill(self, ids: Tensor, mask: Tensor, group: Tensor, T: int) -> Tensor:
+        self.cache, self.mask = DynamicCache(), mask
+        state = self._forward(ids, (mask.cumsum(1) - 1).clamp(min=0))[group]
+        self.compact(group)
+        return state
 
-    def step(self, token: Tensor, position: Tensor) -> Tensor:
+    def step(self, token: Tensor, position: Tensor, t: int) -> Tensor:
         self.mask = F.pad(self.mask, (0, 1), value=1)
         return self._forward(token, position)
 
-    def _forward(self, ids, position_ids):
-        return _hidden(self.model, ids, self.cache, attention_mask=self.mask, position_ids=position_ids)[:, -1]
+    def head(self, state: Tensor) -> Tensor:
+        return state if state.dtype == torch.float64 else state.float()
 
-    def repeat(self, k: int) -> None:
-        self.mask = self.mask.repeat_interleave(k, 0)
-        self.cache.batch_repeat_interleave(k)
+    def _forward(self, ids: Tensor, position_ids: Tensor) -> Tensor:
+        return _forward(self.model, ids, self.cache, attention_mask=self.mask, position_ids=position_ids).logits[:, -1]
 
-    def keep(self, groups: Tensor, rows: Tensor) -> None:
-        self.mask = self.mask[groups]
-        self.cache.batch_select_indices(groups)
+    def compact(self, index: Tensor) -> None:
+        self.mask = self.mask[index]
+        self.cache.batch_select_indices(index)
 
 
 # ---- small helpers ----
@@ -377,7 +417,7 @@ def _eos_ids(model, tokenizer) -> Tensor:
     return torch.tensor(ids)
 
 
-def _check_lengths(model, prompts, ids, max_new_tokens: int) -> None:
+def check_lengths(model, prompts, ids, max_new_tokens: int) -> None:
     """Raise ValueError on a prompt that does not leave room for the response in the model's context."""
     context = getattr(model.config, "max_position_embeddings", None)
     longest = max(range(len(ids)), key=lambda i: len(ids[i]))
