@@ -1,23 +1,19 @@
 """A task's name or a .jsonl file -> prompts and preference pairs.
 
 A prompt is text, which the policy continues as it stands, or a list of chat messages {"role", "content"}, which it answers.
-Public data sets (`data` and `pairs` of an entry of TASKS) are read with `datasets`, from the hub or from a local copy in
-the hub's layout: a folder of that name, ./Anthropic/hh-rlhf, or $MINICTRL_HUB/Anthropic/hh-rlhf. So are models.
+Public data sets (`data` and `pairs` of an entry of TASKS) are read with `datasets`, from the hub or a local copy (`hub.py`).
 """
 
 from __future__ import annotations
 
 import json
-import os
 import re
-import socket
-import urllib.request
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from minictrl.config import TASKS
+from minictrl.hub import hub_name, unreachable
 
 ASSETS = Path(__file__).parent / "assets"
 Prompt = str | list[dict]
@@ -97,7 +93,7 @@ def read_jsonl(path: Path) -> Iterable[tuple[str, object]]:
 
 
 def read_hub(source: dict, split: str) -> Iterable[tuple[str, dict]]:
-    """The rows of a data set on the hub, or of a local copy of it (the module's docstring)."""
+    """The rows of a data set on the hub, or of a local copy of it (`hub.py`)."""
     try:
         import datasets
     except ImportError:
@@ -110,34 +106,6 @@ def read_hub(source: dict, split: str) -> Iterable[tuple[str, dict]]:
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise ValueError(unreachable("data set", name, error)) from None
     return ((f"{where} row {number}", row) for number, row in enumerate(rows, 1))
-
-
-def hub_name(name: str) -> str:
-    """A local copy of what the hub calls `name`, if there is one, else the name.
-
-    A hub that no one can reach is asked nothing: its client would try for half a minute before it looks into its cache.
-    """
-    local = Path(os.environ.get("MINICTRL_HUB", ".")) / name
-    if local.exists():
-        return str(local)
-    from huggingface_hub import constants
-    try:
-        if not urllib.request.getproxies():
-            socket.getaddrinfo(urlsplit(constants.ENDPOINT).hostname, 443)
-    except OSError:
-        constants.HF_HUB_OFFLINE = True
-    return name
-
-
-def unreachable(kind: str, name: str, error: Exception) -> str:
-    """One line on why a hub's name or a directory gave nothing, and what to do."""
-    why = next(iter(str(error).strip().splitlines()), type(error).__name__)
-    if Path(name).exists():
-        return f"{kind} {name}: can't be read ({why}); give a directory in the hub's layout"
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
-        return f"{kind} {name}: there is no such file or directory; give a hub name or a path that exists"
-    return (f"{kind} {name}: not in the hub's cache here, and the hub can't be reached or has none of that name ({why}); "
-            f"put its files into ./{name}, or into $MINICTRL_HUB/{name}, or give a directory")
 
 
 # --- a row -> a prompt, or a pair ---

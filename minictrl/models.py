@@ -1,32 +1,72 @@
-"""Policies, reward models and judges: a name -> a model, loading and saving. Text, not ids, crosses between them."""
+"""Policies, reward models and judges: a name -> a model, loading and saving. Text, not ids, crosses between them.
+
+A name is a task's, a hub's, a directory, or for a policy DIR/FILE.gguf; `hub.py` says where local copies are found.
+"""
 
 from __future__ import annotations
 
 import os
 import shutil
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging
 
 from minictrl.config import TASKS
-from minictrl.data import ASSETS
+from minictrl.data import ASSETS, Prompt
+from minictrl.hub import from_hub
+from minictrl.reference import digest
 
 logging.set_verbosity_error()
 logging.disable_progress_bar()
 
+BATCH_TOKENS = 16_384  # tokens that a scorer reads at a time; halved when a GPU runs out of memory
 
-def load_policy(name_or_path: str) -> tuple[nn.Module, object]:
-    """(model, tokenizer) of a task, a hub name, a directory or a .gguf file; in eval mode, float32, on the CPU.
 
-    Raises ValueError if there is no such model.
+def resolve_device(name: str) -> torch.device:
+    """auto (CUDA if there is one), cpu, or cuda[:INDEX]. Raises ValueError if there is no such device."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name != "cpu" and not (name.startswith("cuda") and torch.cuda.is_available()):
+        raise ValueError(f"--device {name}: no such device is to be seen here; use cpu or auto")
+    return torch.device(name)
+
+
+# --- policies ---
+
+def load_policy(name_or_path: str, *, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, object]:
+    """(model, tokenizer) of a task, a hub name, a directory or DIR/FILE.gguf; in eval mode, on the CPU.
+
+    The tokenizer pads on the left. One without a pad token pads with EOS, which is safe: every mask here is explicit. One
+    without EOS takes that of the model's config. Raises ValueError if there is no such model, weights are missing, or
+    nothing says what ends a response.
     """
-    name = TASKS[name_or_path]["policy"] if name_or_path in TASKS else name_or_path
-    path = ASSETS / "policy" if name == "reviews" else name
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    return model.eval(), AutoTokenizer.from_pretrained(path)
+    name = str(TASKS[name_or_path]["policy"] if name_or_path in TASKS else name_or_path)
+    path, options = str(ASSETS / "policy") if name == "reviews" else name, {}
+    if path.endswith(".gguf"):
+        folder, _, file = path.rpartition("/")
+        path, options = folder or ".", {"gguf_file": file}
+        if Path(path).is_dir() and not (Path(path) / file).is_file():
+            raise ValueError(f"policy {name}: there is no such file; give DIR/FILE.gguf")
+    model = from_hub(AutoModelForCausalLM, "policy", path, dtype=dtype, **options).eval()
+    tokenizer = from_hub(AutoTokenizer, "tokenizer of policy", path, padding_side="left", **options)
+    if options:  # its weights are plain tensors by now, but transformers would refuse to save or to train them
+        model.hf_quantizer, model.is_quantized = None, False
+        del model.config.quantization_config
+    eos = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else model.generation_config.eos_token_id
+    if eos is None:
+        raise ValueError(f"policy {name}: neither tokenizer nor config has an EOS token, so that no response could end; set "
+                         "eos_token in its tokenizer_config.json")
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(eos[0] if isinstance(eos, list) else eos)
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= model.get_input_embeddings().num_embeddings:
+        tokenizer.pad_token = tokenizer.eos_token
+    return model, tokenizer
 
 
 def save_policy(model: nn.Module, tokenizer, path: Path):
@@ -39,22 +79,154 @@ def save_policy(model: nn.Module, tokenizer, path: Path):
     os.replace(temporary, path)
 
 
-def load_scorer(name_or_path: str, role: str):
-    """score(prompts, texts) -> Tensor (B,) of a reward model or a judge, for a task's, a hub's or a directory's model.
+# --- text for a model ---
 
-    role: "reward" or "judge". A score is any monotone scale, higher is better. The returned function raises ValueError
-    on a score that is not finite: a NaN silently loses every comparison.
+def render(tokenizer, prompt: Prompt) -> str:
+    """The prompt as the tokenizer's model reads it: a text as it is, chat messages by its template, or else as HH's."""
+    if isinstance(prompt, str) or not tokenizer.chat_template:
+        return plain(prompt)
+    return chat(tokenizer, prompt, add_generation_prompt=True)
+
+
+def plain(prompt: Prompt) -> str:
+    """Chat messages as HH-RLHF writes them, for a model without a template: "\\n\\nHuman: … \\n\\nAssistant:"."""
+    if isinstance(prompt, str):
+        return prompt
+    names = {"user": "Human", "assistant": "Assistant", "system": "System"}
+    return "".join(f"\n\n{names[m['role']]}: {m['content']}" for m in prompt) + "\n\nAssistant:"
+
+
+def chat(tokenizer, messages: list[dict], **options) -> str:
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, **options)
+    except (TemplateError, ValueError, TypeError, KeyError) as error:
+        roles = ", ".join(m["role"] for m in messages)
+        raise ValueError(f"the chat template of {tokenizer.name_or_path} fails on messages of {roles} ({error}): change the "
+                         "messages, or take the template out of its tokenizer_config.json") from None
+
+
+# --- reward models and judges ---
+
+def load_scorer(name_or_path: str, role: str, *, device: str | torch.device = "auto") -> Callable[[list, list], Tensor]:
+    """score(prompts, texts) -> Tensor (B,), float32 on the CPU, of a reward model or a judge; higher is better.
+
+    role: "reward" or "judge". name_or_path: a task's, a hub name or a directory, of a sequence classifier with one label
+    (NAME#LABEL: the log-odds of one label of several), or of a causal LM, whose score is the log-odds of Yes against No
+    as the next token after judge.QUESTION. Prompts may be chat messages; the scorer's own chat template is used if it has one.
+    A reward model's `score.digest` names its weights. Raises ValueError on an unknown role or model; so does `score` if one isn't finite.
     """
     if role not in ("reward", "judge"):
         raise ValueError(f"unknown role {role!r}: use reward or judge")
-    from minictrl.scorers import NgramScorer
-    scorer = NgramScorer.load(ASSETS / role)
+    name = TASKS[name_or_path][role] if name_or_path in TASKS else str(name_or_path)
+    path = ASSETS / role if name == "reviews" else Path(name)
+    if (path / "scorer.safetensors").is_file() or name == "reviews":
+        from minictrl.scorers import NgramScorer
+        model, options = NgramScorer.load(path), ()
+        evaluate = lambda prompts, texts: model.score([plain(x) + y for x, y in zip(prompts, texts, strict=True)])
+    else:
+        device = resolve_device(device) if isinstance(device, str) else device
+        name, _, label = name.partition("#")
+        config = from_hub(AutoConfig, f"{role} model", name)
+        generative = (config.architectures or [""])[0].endswith(("ForCausalLM", "LMHeadModel"))
+        if generative:
+            from minictrl.judge import load_generative as load
+        else:
+            load = load_classifier
+        model, tokenizer, evaluate = load(name, role, label, device)
+        options = (tokenizer.chat_template, label)
 
-    def score(prompts: list, texts: list[str]) -> Tensor:
-        scores = scorer.score([prompt + text for prompt, text in zip(prompts, texts, strict=True)])
-        return finite(scores, name_or_path, role)
+    def score(prompts: list[Prompt], texts: list[str]) -> Tensor:
+        return finite(evaluate(prompts, texts), name_or_path, role)
 
+    score.digest = digest(model, *options) if role == "reward" else None  # what cached rewards depend on
     return score
+
+
+def load_classifier(name: str, role: str, label: str, device: torch.device):
+    """A sequence classifier: (model, tokenizer, function (prompts, texts) -> scores)."""
+    model = from_hub(AutoModelForSequenceClassification, f"{role} model", name, dtype="auto").eval()
+    tokenizer = scorer_tokenizer(model, name, role)
+    labels = [model.config.id2label[i] for i in range(model.config.num_labels)]
+    if label not in (labels if len(labels) > 1 else ["", *labels]):
+        raise ValueError(f"{role} model {name}: has {len(labels)} labels ({', '.join(labels)}), not one score; give "
+                         f"{name}#{labels[-1]} for the log-odds of a label, or another model")
+    head = getattr(model, "score", None)  # of a causal model, read at the last token
+    if device.type == "cuda" and head is not None:
+        model.bfloat16()
+        head.float().register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))  # bfloat16 scores would be tied
+    else:
+        model.float()
+
+    def write(prompt: Prompt, text: str) -> str:
+        if tokenizer.chat_template:
+            messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+            return chat(tokenizer, [*messages, {"role": "assistant", "content": text}])
+        text = text if isinstance(prompt, str) else " " + text.lstrip()
+        return plain(prompt) + text + (tokenizer.eos_token if head is not None else "")
+
+    def read(inputs: dict[str, Tensor]) -> Tensor:
+        logits = model(**inputs).logits.float()  # (B, labels)
+        if len(labels) == 1:
+            return logits[:, 0]
+        this = labels.index(label)
+        return logits[:, this] - torch.cat([logits[:, :this], logits[:, this + 1:]], 1).logsumexp(1)
+
+    def evaluate(prompts: list[Prompt], texts: list[str]) -> Tensor:
+        return in_batches(model, tokenizer, device, [write(x, y) for x, y in zip(prompts, texts, strict=True)], read)
+    return model, tokenizer, evaluate
+
+
+def scorer_tokenizer(model: nn.Module, name: str, role: str):
+    """Its tokenizer, padding on the right; a text that is too long loses its beginning."""
+    tokenizer = from_hub(AutoTokenizer, f"tokenizer of {role} model", name, padding_side="right", truncation_side="left")
+    longest = getattr(model.config, "max_position_embeddings", tokenizer.model_max_length)
+    tokenizer.model_max_length = min(tokenizer.model_max_length, longest)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    if tokenizer.pad_token is None or tokenizer.pad_token_id >= model.get_input_embeddings().num_embeddings:
+        raise ValueError(f"{role} model {name}: its tokenizer has no pad, UNK or EOS token that the model knows; set "
+                         "pad_token in its tokenizer_config.json")
+    model.config.pad_token_id = tokenizer.pad_token_id  # a causal classifier reads the last token that isn't it
+    return tokenizer
+
+
+@torch.inference_mode()
+def in_batches(model: nn.Module, tokenizer, device: torch.device, texts: list[str], read: Callable) -> Tensor:
+    """read(inputs) -> (B,) of all texts, in batches alike in length."""
+    special = not tokenizer.chat_template  # a template writes BOS and the like itself
+    ids = [tokenizer(text, add_special_tokens=special, truncation=True)["input_ids"] for text in texts]
+    if any(len(row) >= tokenizer.model_max_length for row in ids):
+        warnings.warn(f"{tokenizer.name_or_path}: texts of more than {tokenizer.model_max_length} tokens lose their beginning")
+    order, budget, first = sorted(range(len(ids)), key=lambda i: -len(ids[i])), BATCH_TOKENS, 0
+    scores = torch.zeros(len(ids))
+    with resident(model, device):
+        while first < len(order):
+            part = order[first:first + max(1, budget // max(1, len(ids[order[first]])))]
+            inputs = tokenizer.pad({"input_ids": [ids[i] for i in part]}, return_tensors="pt").to(device)
+            try:
+                scores[part] = read({name: inputs[name] for name in ("input_ids", "attention_mask")}).float().cpu()
+                first += len(part)
+            except torch.OutOfMemoryError:
+                if len(part) == 1:
+                    raise ValueError(f"out of GPU memory with one text of {tokenizer.name_or_path}: use a smaller scorer, or "
+                                     "--device cpu") from None
+                budget //= 2
+    return scores
+
+
+@contextmanager
+def resident(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """The model on its device while it is used; then back on the CPU if it leaves a GPU less than half its memory."""
+    try:
+        model.to(device)
+    except torch.OutOfMemoryError:
+        raise ValueError(f"out of GPU memory for {model.name_or_path}: use a smaller scorer, or --device cpu") from None
+    yield
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        if free < total / 2:
+            model.to("cpu")
+            torch.cuda.empty_cache()
 
 
 def finite(scores: Tensor, name: str, role: str) -> Tensor:
