@@ -35,7 +35,7 @@ def hub_name(name: str) -> str:
 
 def unreachable(kind: str, name: str, error: Exception) -> str:
     """One line on why a hub's name or a directory gave nothing, and what to do."""
-    why = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    why = first_line(error)
     if Path(name).exists():
         return f"{kind} {name}: can't be read ({why}); give a directory in the hub's layout"
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
@@ -44,15 +44,19 @@ def unreachable(kind: str, name: str, error: Exception) -> str:
             f"put its files into ./{name}, or into $MINICTRL_HUB/{name}, or give a directory")
 
 
+def first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def from_hub(loader, kind: str, name: str, **options):
     """loader.from_pretrained, where whatever can be wrong is a ValueError of one line, missing weights included."""
     model, name = loader.__name__.startswith("AutoModelFor"), hub_name(name)
     try:
         loaded = loader.from_pretrained(name, **options, **({"output_loading_info": True} if model else {}))
-    except ImportError as error:
-        raise ValueError(f"{kind} {name}: {str(error).strip().splitlines()[0]} (a .gguf file needs pip install -e "
-                         "'.[gguf]')") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
+    except (ImportError, OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
+        if "gguf_file" in options:
+            raise ValueError(f"{kind} {name}/{options['gguf_file']}: can't be read ({first_line(error)}); a .gguf file needs "
+                             "pip install -e '.[gguf]'") from None
         raise ValueError(unreachable(kind, name, error)) from None
     if not model:
         if loader.__name__ == "AutoTokenizer" and not loaded("a", add_special_tokens=False)["input_ids"]:

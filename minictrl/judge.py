@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from minictrl.data import Prompt
 from minictrl.hub import from_hub
-from minictrl.models import in_batches, plain, render, resolve_device, scorer_tokenizer
+from minictrl.scoring import in_batches, plain, render, resolve_device, scorer_tokenizer
 
 QUESTION = """Below are a prompt and a response to it.
 

@@ -7,35 +7,22 @@ from __future__ import annotations
 
 import os
 import shutil
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from jinja2 import TemplateError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
-from transformers.utils import logging
 
 from minictrl.config import TASKS
 from minictrl.data import ASSETS, Prompt
 from minictrl.hub import from_hub
+from minictrl.judge import QUESTION, load_generative
 from minictrl.reference import digest
+from minictrl.scorers import NgramScorer
+from minictrl.scoring import chat, in_batches, plain, render, resolve_device, scorer_tokenizer
 
-logging.set_verbosity_error()
-logging.disable_progress_bar()
-
-BATCH_TOKENS = 16_384  # tokens that a scorer reads at a time; halved when a GPU runs out of memory
-
-
-def resolve_device(name: str) -> torch.device:
-    """auto (CUDA if there is one), cpu, or cuda[:INDEX]. Raises ValueError if there is no such device."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name != "cpu" and not (name.startswith("cuda") and torch.cuda.is_available()):
-        raise ValueError(f"--device {name}: no such device is to be seen here; use cpu or auto")
-    return torch.device(name)
+__all__ = ["load_policy", "load_scorer", "render", "resolve_device", "save_policy"]
 
 
 # --- policies ---
@@ -79,32 +66,6 @@ def save_policy(model: nn.Module, tokenizer, path: Path):
     os.replace(temporary, path)
 
 
-# --- text for a model ---
-
-def render(tokenizer, prompt: Prompt) -> str:
-    """The prompt as the tokenizer's model reads it: a text as it is, chat messages by its template, or else as HH's."""
-    if isinstance(prompt, str) or not tokenizer.chat_template:
-        return plain(prompt)
-    return chat(tokenizer, prompt, add_generation_prompt=True)
-
-
-def plain(prompt: Prompt) -> str:
-    """Chat messages as HH-RLHF writes them, for a model without a template: "\\n\\nHuman: … \\n\\nAssistant:"."""
-    if isinstance(prompt, str):
-        return prompt
-    names = {"user": "Human", "assistant": "Assistant", "system": "System"}
-    return "".join(f"\n\n{names[m['role']]}: {m['content']}" for m in prompt) + "\n\nAssistant:"
-
-
-def chat(tokenizer, messages: list[dict], **options) -> str:
-    try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, **options)
-    except (TemplateError, ValueError, TypeError, KeyError) as error:
-        roles = ", ".join(m["role"] for m in messages)
-        raise ValueError(f"the chat template of {tokenizer.name_or_path} fails on messages of {roles} ({error}): change the "
-                         "messages, or take the template out of its tokenizer_config.json") from None
-
-
 # --- reward models and judges ---
 
 def load_scorer(name_or_path: str, role: str, *, device: str | torch.device = "auto") -> Callable[[list, list], Tensor]:
@@ -112,15 +73,15 @@ def load_scorer(name_or_path: str, role: str, *, device: str | torch.device = "a
 
     role: "reward" or "judge". name_or_path: a task's, a hub name or a directory, of a sequence classifier with one label
     (NAME#LABEL: the log-odds of one label of several), or of a causal LM, whose score is the log-odds of Yes against No
-    as the next token after judge.QUESTION. Prompts may be chat messages; the scorer's own chat template is used if it has one.
-    A reward model's `score.digest` names its weights. Raises ValueError on an unknown role or model; so does `score` if one isn't finite.
+    as the next token after judge.QUESTION. Prompts may be chat messages; the scorer's own chat template is used if it has
+    one. A reward model's `score.digest` names its weights. Raises ValueError on an unknown role or model; `score` does on
+    one that isn't finite.
     """
     if role not in ("reward", "judge"):
         raise ValueError(f"unknown role {role!r}: use reward or judge")
     name = TASKS[name_or_path][role] if name_or_path in TASKS else str(name_or_path)
     path = ASSETS / role if name == "reviews" else Path(name)
     if (path / "scorer.safetensors").is_file() or name == "reviews":
-        from minictrl.scorers import NgramScorer
         model, options = NgramScorer.load(path), ()
         evaluate = lambda prompts, texts: model.score([plain(x) + y for x, y in zip(prompts, texts, strict=True)])
     else:
@@ -128,12 +89,9 @@ def load_scorer(name_or_path: str, role: str, *, device: str | torch.device = "a
         name, _, label = name.partition("#")
         config = from_hub(AutoConfig, f"{role} model", name)
         generative = (config.architectures or [""])[0].endswith(("ForCausalLM", "LMHeadModel"))
-        if generative:
-            from minictrl.judge import load_generative as load
-        else:
-            load = load_classifier
+        load = load_generative if generative else load_classifier
         model, tokenizer, evaluate = load(name, role, label, device)
-        options = (tokenizer.chat_template, label)
+        options = (tokenizer.chat_template, label, QUESTION)
 
     def score(prompts: list[Prompt], texts: list[str]) -> Tensor:
         return finite(evaluate(prompts, texts), name_or_path, role)
@@ -162,7 +120,7 @@ def load_classifier(name: str, role: str, label: str, device: torch.device):
             messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
             return chat(tokenizer, [*messages, {"role": "assistant", "content": text}])
         text = text if isinstance(prompt, str) else " " + text.lstrip()
-        return plain(prompt) + text + (tokenizer.eos_token if head is not None else "")
+        return plain(prompt) + text + (tokenizer.eos_token or "" if head is not None else "")
 
     def read(inputs: dict[str, Tensor]) -> Tensor:
         logits = model(**inputs).logits.float()  # (B, labels)
@@ -174,59 +132,6 @@ def load_classifier(name: str, role: str, label: str, device: torch.device):
     def evaluate(prompts: list[Prompt], texts: list[str]) -> Tensor:
         return in_batches(model, tokenizer, device, [write(x, y) for x, y in zip(prompts, texts, strict=True)], read)
     return model, tokenizer, evaluate
-
-
-def scorer_tokenizer(model: nn.Module, name: str, role: str):
-    """Its tokenizer, padding on the right; a text that is too long loses its beginning."""
-    tokenizer = from_hub(AutoTokenizer, f"tokenizer of {role} model", name, padding_side="right", truncation_side="left")
-    longest = getattr(model.config, "max_position_embeddings", tokenizer.model_max_length)
-    tokenizer.model_max_length = min(tokenizer.model_max_length, longest)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
-    if tokenizer.pad_token is None or tokenizer.pad_token_id >= model.get_input_embeddings().num_embeddings:
-        raise ValueError(f"{role} model {name}: its tokenizer has no pad, UNK or EOS token that the model knows; set "
-                         "pad_token in its tokenizer_config.json")
-    model.config.pad_token_id = tokenizer.pad_token_id  # a causal classifier reads the last token that isn't it
-    return tokenizer
-
-
-@torch.inference_mode()
-def in_batches(model: nn.Module, tokenizer, device: torch.device, texts: list[str], read: Callable) -> Tensor:
-    """read(inputs) -> (B,) of all texts, in batches alike in length."""
-    special = not tokenizer.chat_template  # a template writes BOS and the like itself
-    ids = [tokenizer(text, add_special_tokens=special, truncation=True)["input_ids"] for text in texts]
-    if any(len(row) >= tokenizer.model_max_length for row in ids):
-        warnings.warn(f"{tokenizer.name_or_path}: texts of more than {tokenizer.model_max_length} tokens lose their beginning")
-    order, budget, first = sorted(range(len(ids)), key=lambda i: -len(ids[i])), BATCH_TOKENS, 0
-    scores = torch.zeros(len(ids))
-    with resident(model, device):
-        while first < len(order):
-            part = order[first:first + max(1, budget // max(1, len(ids[order[first]])))]
-            inputs = tokenizer.pad({"input_ids": [ids[i] for i in part]}, return_tensors="pt").to(device)
-            try:
-                scores[part] = read({name: inputs[name] for name in ("input_ids", "attention_mask")}).float().cpu()
-                first += len(part)
-            except torch.OutOfMemoryError:
-                if len(part) == 1:
-                    raise ValueError(f"out of GPU memory with one text of {tokenizer.name_or_path}: use a smaller scorer, or "
-                                     "--device cpu") from None
-                budget //= 2
-    return scores
-
-
-@contextmanager
-def resident(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """The model on its device while it is used; then back on the CPU if it leaves a GPU less than half its memory."""
-    try:
-        model.to(device)
-    except torch.OutOfMemoryError:
-        raise ValueError(f"out of GPU memory for {model.name_or_path}: use a smaller scorer, or --device cpu") from None
-    yield
-    if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-        if free < total / 2:
-            model.to("cpu")
-            torch.cuda.empty_cache()
 
 
 def finite(scores: Tensor, name: str, role: str) -> Tensor:

@@ -107,7 +107,7 @@ def test_scores_do_not_depend_on_the_batch(tmp_path, pad, monkeypatch):
     prompts, texts = ["Once"] * 9, [" upon" * n for n in (5, 1, 9, 3, 3, 7, 2, 8, 4)]
     alone = torch.cat([score([x], [y]) for x, y in zip(prompts, texts)])
     assert torch.allclose(score(prompts, texts), alone, atol=1e-5) and len(set(alone.tolist())) == 8
-    monkeypatch.setattr("minictrl.models.BATCH_TOKENS", 60)
+    monkeypatch.setattr("minictrl.scoring.BATCH_TOKENS", 60)
     assert torch.allclose(score(prompts, texts), alone, atol=1e-5)
 
 

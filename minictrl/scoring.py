@@ -1,0 +1,107 @@
+"""Prompts and texts as a model reads them, and the scores of many texts in batches."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from jinja2 import TemplateError
+from torch import Tensor, nn
+from transformers import AutoTokenizer
+from transformers.utils import logging
+
+from minictrl.data import Prompt
+from minictrl.hub import from_hub
+
+logging.set_verbosity_error()
+logging.disable_progress_bar()
+
+BATCH_TOKENS = 16_384  # tokens that a scorer reads at a time; halved when a GPU runs out of memory
+
+
+def resolve_device(name: str) -> torch.device:
+    """auto (CUDA if there is one), cpu, or cuda[:INDEX]. Raises ValueError if there is no such device."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name != "cpu" and not (name.startswith("cuda") and torch.cuda.is_available()):
+        raise ValueError(f"--device {name}: no such device is to be seen here; use cpu or auto")
+    return torch.device(name)
+
+
+def render(tokenizer, prompt: Prompt) -> str:
+    """The prompt as the tokenizer's model reads it: a text as it is, chat messages by its template, or else as HH's."""
+    if isinstance(prompt, str) or not tokenizer.chat_template:
+        return plain(prompt)
+    return chat(tokenizer, prompt, add_generation_prompt=True)
+
+
+def plain(prompt: Prompt) -> str:
+    """Chat messages as HH-RLHF writes them, for a model without a template: "\\n\\nHuman: … \\n\\nAssistant:"."""
+    if isinstance(prompt, str):
+        return prompt
+    names = {"user": "Human", "assistant": "Assistant", "system": "System"}
+    return "".join(f"\n\n{names[m['role']]}: {m['content']}" for m in prompt) + "\n\nAssistant:"
+
+
+def chat(tokenizer, messages: list[dict], **options) -> str:
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, **options)
+    except (TemplateError, ValueError, TypeError, KeyError) as error:
+        roles = ", ".join(m["role"] for m in messages)
+        raise ValueError(f"the chat template of {tokenizer.name_or_path} fails on messages of {roles} ({error}): change the "
+                         "messages, or take the template out of its tokenizer_config.json") from None
+
+
+def scorer_tokenizer(model: nn.Module, name: str, role: str):
+    """Its tokenizer, padding on the right; a text that is too long loses its beginning."""
+    tokenizer = from_hub(AutoTokenizer, f"tokenizer of {role} model", name, padding_side="right", truncation_side="left")
+    longest = getattr(model.config, "max_position_embeddings", tokenizer.model_max_length)
+    tokenizer.model_max_length = min(tokenizer.model_max_length, longest)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    if tokenizer.pad_token is None or tokenizer.pad_token_id >= model.get_input_embeddings().num_embeddings:
+        raise ValueError(f"{role} model {name}: its tokenizer has no pad, UNK or EOS token that the model knows; set "
+                         "pad_token in its tokenizer_config.json")
+    model.config.pad_token_id = tokenizer.pad_token_id  # a causal classifier reads the last token that isn't it
+    return tokenizer
+
+
+@torch.inference_mode()
+def in_batches(model: nn.Module, tokenizer, device: torch.device, texts: list[str], read: Callable) -> Tensor:
+    """read(inputs) -> (B,) of all texts, in batches alike in length."""
+    special = not tokenizer.chat_template  # a template writes BOS and the like itself
+    ids = [tokenizer(text, add_special_tokens=special, truncation=True)["input_ids"] for text in texts]
+    if any(len(row) >= tokenizer.model_max_length for row in ids):
+        warnings.warn(f"{tokenizer.name_or_path}: texts of more than {tokenizer.model_max_length} tokens lose their beginning")
+    order, budget, first = sorted(range(len(ids)), key=lambda i: -len(ids[i])), BATCH_TOKENS, 0
+    scores = torch.zeros(len(ids))
+    with resident(model, device):
+        while first < len(order):
+            part = order[first:first + max(1, budget // max(1, len(ids[order[first]])))]
+            inputs = tokenizer.pad({"input_ids": [ids[i] for i in part]}, return_tensors="pt").to(device)
+            try:
+                scores[part] = read({name: inputs[name] for name in ("input_ids", "attention_mask")}).float().cpu()
+                first += len(part)
+            except torch.OutOfMemoryError:
+                if len(part) == 1:
+                    raise ValueError(f"out of GPU memory with one text of {tokenizer.name_or_path}: use a smaller scorer, or "
+                                     "--device cpu") from None
+                budget //= 2
+    return scores
+
+
+@contextmanager
+def resident(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """The model on its device while it is used; then back on the CPU if it leaves a GPU less than half its memory."""
+    try:
+        model.to(device)
+    except torch.OutOfMemoryError:
+        raise ValueError(f"out of GPU memory for {model.name_or_path}: use a smaller scorer, or --device cpu") from None
+    yield
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        if free < total / 2:
+            model.to("cpu")
+            torch.cuda.empty_cache()
