@@ -46,8 +46,8 @@ def main(argv=None):
     # Whatever can be wrong with the input is found here, before the first sample is drawn.
     start, out = time.time(), Path(config.out)
     config = runs.check(out, settings, config, resume=resume, overwrite=overwrite)
-    if config.transform not in ("none", "bon_fp", "won_fp", "optimal"):
-        get_transform(config.transform)
+    beta = config.beta or methods.beta_for(config)  # None for raw rewards: theirs follows from r_ref
+    Phi = get_transform(config.transform, procedure=config.procedure, n=config.n, beta=beta, K=config.K)
     task = runs.load_task(config, "train")
     if not resume:
         runs.create(out, config)
@@ -58,8 +58,7 @@ def main(argv=None):
     r_ref = reference.r_ref
 
     # 2. Transform. The whole objective is divided by beta: R = Phi(C_hat) / beta, and the KL has weight 1.
-    beta = config.beta or methods.beta_for(config, r_ref)
-    Phi = get_transform(config.transform, procedure=config.procedure, n=config.n, beta=beta, K=config.K)
+    beta = beta or methods.empirical_beta(r_ref, config.kl)
     runs.describe(out, config, resolved_beta=beta)
 
     def objective(r, r_ref):  # raw, calibrated and transformed: (B, M) each
@@ -81,7 +80,7 @@ def main(argv=None):
             tqdm(range(first_step, config.steps), "train", initial=first_step, total=config.steps, disable=None) as bar:
         for step in bar:
             began, seed = time.time(), config.seed * 1_000_003 + step + 1
-            row = {"step": step + 1}
+            row = dict.fromkeys(runs.METRICS) | {"step": step + 1}  # None: what the method doesn't have
             if online:
                 index = runs.batch(len(task.prompts), config.batch, step, config.seed)  # (B,) prompts x
                 samples, r = runs.rollout(task, policy, index, num_samples=config.G, seed=seed)  # y ~ pi(.|x), r (B, G)
@@ -91,7 +90,7 @@ def main(argv=None):
                 if learner.value_head is not None:
                     _, rows["values"] = forward_all(policy, learner.value_head, rows, config.micro_batch)
                 rows["advantages"] = methods.ONLINE[config.method](rows, config, beta, reference[index])
-                row |= rollout_metrics(rows, r, C_hat, R * beta)
+                row |= methods.rollout_metrics(rows, r, C_hat, R * beta)
             else:
                 index = runs.batch(len(epoch["of"]), config.batch * config.G, step, config.seed)
                 rows = {name: x[index] for name, x in epoch.items()}
@@ -103,7 +102,7 @@ def main(argv=None):
             tokens, seconds = tokens + count, seconds + time.time() - began
             row |= {"tokens": tokens, "seconds": round(seconds, 2), "tok_per_s": round(count / (time.time() - began))}
             metrics.write(json.dumps(row) + "\n")
-            bar.set_postfix_str(" ".join(f"{name} {row[name]:.3f}" for name in ("C_hat", "kl_ref") if name in row)
+            bar.set_postfix_str(" ".join(f"{name} {row[name]:.3f}" for name in ("C_hat", "kl_ref") if online)
                                 + f" tok/s {row['tok_per_s']}")
             if interrupt.asked or time.time() - saved > CHECKPOINT or step + 1 == config.steps:
                 metrics.flush()
@@ -117,14 +116,6 @@ def main(argv=None):
     last = runs.read_metrics(out)[-1]
     reached = f", KL {last['kl_ref']:.3f} ± {last['kl_ref_stderr']:.3f} nats, C_hat {last['C_hat']:.3f}" if online else ""
     print(f"{out}: {config.steps} steps{reached}, beta {beta:.4g}, {time.time() - start:.0f} s. Now: python evaluate.py {out}")
-
-
-def rollout_metrics(rows: dict, r, C_hat, Phi) -> dict:
-    """Means over a rollout: rewards, KL(pi || pi_ref) in nats per response (k1), entropy in nats per token."""
-    kl = (rows["old_logprobs"] - rows["ref_logprobs"]).sum(1)  # (B G,)
-    entropy = -rows["old_logprobs"].sum() / rows["mask"].sum()
-    return {"reward": float(r.mean()), "C_hat": float(C_hat.mean()), "Phi": float(Phi.mean()), "kl_ref": float(kl.mean()),
-            "kl_ref_stderr": float(kl.std() / len(kl) ** .5), "entropy": float(entropy)}
 
 
 def schedule(step: int, steps: int) -> float:

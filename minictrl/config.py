@@ -114,6 +114,8 @@ class Config:
     def load(cls, path: Path) -> tuple[Config, dict]:
         """The run's settings and what else was stored beside them."""
         stored = json.loads(path.read_text())
+        if not isinstance(stored, dict):
+            raise ValueError("it is no JSON object")
         names = {f.name for f in fields(cls)}
         return cls(**{k: v for k, v in stored.items() if k in names}), {k: v for k, v in stored.items() if k not in names}
 

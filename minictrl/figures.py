@@ -53,7 +53,8 @@ def training(run: Path):
     """The learning curves of metrics.jsonl."""
     import matplotlib.pyplot as plt
     rows = runs.read_metrics(run)
-    names = [name for name in ("C_hat", "kl_ref", "reward", "entropy", "approx_kl", "grad_norm", "loss") if name in rows[-1]]
+    names = [name for name in ("C_hat", "kl_ref", "reward", "entropy", "approx_kl", "explained_variance", "grad_norm")
+             if rows[-1][name] is not None]
     figure, axes = plt.subplots(1, len(names), figsize=(2.6 * len(names), 2.6), layout="constrained", squeeze=False)
     for axis, name in zip(axes[0], names):
         axis.plot([row["step"] for row in rows], [row[name] for row in rows], color=COLOURS["reward"])

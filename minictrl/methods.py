@@ -77,6 +77,16 @@ def online_loss(logprobs: Tensor, values: Tensor | None, rows: Rows, *, clip: fl
     return loss, stats
 
 
+def rollout_metrics(rows: Rows, r: Tensor, C_hat: Tensor, Phi: Tensor) -> dict[str, float]:
+    """Means over a rollout: rewards, KL(pi || pi_ref) in nats per response (k1), entropy in nats per token."""
+    kl = (rows["old_logprobs"] - rows["ref_logprobs"]).sum(1)  # (B,)
+    metrics = {"reward": r.mean(), "C_hat": C_hat.mean(), "Phi": Phi.mean(), "kl_ref": kl.mean(),
+               "kl_ref_stderr": kl.std() / len(kl) ** .5, "entropy": -rows["old_logprobs"].sum() / (rows["old_logprobs"] != 0).sum()}
+    if "values" in rows:
+        metrics["explained_variance"] = ppo.explained_variance(rows["values"], rows["returns"], rows["mask"])
+    return {name: float(value) for name, value in metrics.items()}
+
+
 # --- offline: (the reference samples, …) -> (rows, loss), the rows of one epoch ---
 
 def qrpo(reference: Reference, *, Phi, beta: float, **_) -> tuple[Rows, Loss]:
@@ -117,21 +127,21 @@ def best_of(beta: float) -> int:
     return max(2, round(1 / beta) + 1)
 
 
-def beta_for(config: Config, r_ref: Tensor) -> float:
-    """beta for the run's KL budget in nats, from the theory of what its method converges to.
+def beta_for(config: Config) -> float | None:
+    """beta for the run's KL budget in nats, from the theory of what its method converges to; None for raw rewards.
 
-    Raw rewards have no theory: theirs is the beta at which the tilt e^{r / beta} of the reference samples has that KL.
     GRPO's standardised reward is taken for a normal one, of deviation 1: KL = 1 / (2 beta^2).
     """
     if config.method == "grpo":
         return 1 / math.sqrt(2 * config.kl)
     if config.transform == "none":
-        return empirical_beta(r_ref, config.kl)
+        return None
     return theory.beta_for_kl(config.transform, config.kl, procedure=config.procedure, n=config.n)
 
 
 def empirical_beta(r_ref: Tensor, kl: float) -> float:
-    """beta at which pi_ref e^{r / beta} / Z is `kl` nats from pi_ref, averaged over the prompts of r_ref (P, K)."""
+    """beta for raw rewards, which have no theory: pi_ref e^{r / beta} / Z is `kl` nats from pi_ref, on average over the
+    prompts of r_ref (P, K), as far as K samples can tell."""
     r = r_ref.double() - r_ref.double().mean(1, keepdim=True)
 
     def kl_at(log_beta: float) -> float:

@@ -1,0 +1,25 @@
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # train.py and evaluate.py
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread():
+    torch.set_num_threads(1)  # small tensors: more threads only wait for each other
+
+
+@pytest.fixture(scope="session")
+def short_run(tmp_path_factory):
+    """The command line, end to end and short: a run directory after train.py and evaluate.py."""
+    import evaluate
+    import train
+    folder = tmp_path_factory.mktemp("short")
+    out = folder / "run"
+    assert not train.main(["--transform", "exp10", "--prompts", "48", "--K", "32", "--steps", "12", "--batch", "24", "--G", "8",
+                           "--max-new-tokens", "16", "--out", str(out), "--cache", str(folder / "cache")])
+    assert not evaluate.main([str(out), "--prompts", "32", "--samples", "32"])
+    return out

@@ -1,0 +1,91 @@
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import evaluate
+import train
+from minictrl import runs, theory
+from minictrl.reference import Reference
+
+
+def rows_of(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_kl_rises_from_zero_and_the_win_rate_rises(short_run):
+    rows = rows_of(short_run / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(1, 13))
+    assert abs(rows[0]["kl_ref"]) < 1e-3  # the first rollout is pi_ref's
+    assert 0.05 < rows[-1]["kl_ref"] < 1.5
+    assert abs(rows[0]["C_hat"] - 0.5) < 4 * (1 / 12 / 192) ** .5  # uniform under pi_ref: four standard errors
+    by_reward = {(row["procedure"], row["n"]): row for row in json.loads((short_run / "eval.json").read_text())["rows"]
+                 if row["scorer"] == "reward"}
+    assert by_reward["standard", 1]["win_rate"] > 0.55
+    assert by_reward["bon", 4]["win_rate"] > 0.55
+
+
+def test_a_run_directory_holds_what_the_contract_says(short_run):
+    config, more = runs.load_config(short_run)
+    assert config.transform == "exp10" and config.K == 32 and more["torch"] == torch.__version__
+    assert more["resolved_beta"] == pytest.approx(theory.beta_for_kl("exp10", 1.0))
+    row = rows_of(short_run / "metrics.jsonl")[0]
+    for name in ("step tokens seconds reward C_hat Phi kl_ref kl_ref_stderr approx_kl clipfrac entropy value_loss "
+                 "explained_variance lr tok_per_s").split():
+        assert name in row
+    assert Reference.load(short_run / "reference.safetensors").r_ref.shape == (48, 32)
+    for name in ("tradeoff.png", "training.png", "checkpoint/state.pt", "samples.jsonl"):
+        assert (short_run / name).stat().st_size > 1000
+    assert AutoModelForCausalLM.from_pretrained(short_run / "policy").config.vocab_size == len(
+        AutoTokenizer.from_pretrained(short_run / "policy"))
+
+
+def test_every_row_of_the_table_is_consistent(short_run):
+    rows = json.loads((short_run / "eval.json").read_text())["rows"]
+    assert (rows[0]["procedure"], rows[0]["n"]) == ("bon", 4)  # what the run is aligned for comes first
+    for row in rows:
+        assert row["prompts"] == 32 and row["samples"] == 32 and 0 < row["stderr"] < 0.1
+        assert row["optimal"] >= row["theory"] - 1e-6
+        assert row["theory"] == pytest.approx(theory.at_kl("exp10", row["kl"], row["procedure"], row["n"]), abs=1e-6)
+
+
+def test_a_resumed_run_is_bit_identical(tmp_path, short_run, monkeypatch):
+    """Stopped after step 2 of 4 by an interrupt, then resumed, against a run that was never stopped."""
+    flags = ["--transform", "identity", "--prompts", "16", "--K", "8", "--steps", "4", "--batch", "8", "--G", "4", "--baseline",
+             "value", "--max-new-tokens", "8", "--cache", str(tmp_path / "cache")]
+    assert not train.main([*flags, "--out", str(tmp_path / "whole")])
+
+    class InterruptedAtStep2(runs.Interrupt):
+        looks = 0
+
+        @property
+        def asked(self):
+            self.looks += 1
+            return self.looks > 2  # looked at once or twice a step
+
+        @asked.setter
+        def asked(self, value):
+            pass
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "Interrupt", InterruptedAtStep2)
+        assert train.main([*flags, "--out", str(tmp_path / "halves")]) == 130
+    assert not (tmp_path / "halves" / "policy").exists()
+    assert len(rows_of(tmp_path / "halves" / "metrics.jsonl")) < 4
+    assert not train.main([*flags, "--out", str(tmp_path / "halves"), "--resume"])
+    for name in ("policy/model.safetensors", "reference.safetensors"):
+        assert (tmp_path / "halves" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    kept = [[row[name] for name in ("step", "kl_ref", "C_hat", "tokens")] for run in ("halves", "whole")
+            for row in rows_of(tmp_path / run / "metrics.jsonl")]
+    assert kept[:4] == kept[4:]
+
+
+@pytest.mark.parametrize("method", ["grpo", "ipo", "bonbon", "bond", "qrpo", "pkpo"])
+def test_every_method_runs_and_moves_the_policy(method, tmp_path, short_run):
+    flags = ["--method", method, "--prompts", "16", "--K", "16", "--steps", "2", "--batch", "8", "--G", "4", "--lr", "1e-3",
+             "--max-new-tokens", "8", "--out", str(tmp_path / "run"), "--cache", str(short_run.parent / "cache")]
+    assert not train.main(flags)
+    assert not evaluate.main([str(tmp_path / "run"), "--prompts", "8", "--samples", "8"])
+    row = json.loads((tmp_path / "run" / "eval.json").read_text())["rows"][0]
+    assert 1e-4 < row["kl"] < 5
