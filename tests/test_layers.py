@@ -3,7 +3,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "minictrl"
 LAYERS = [  # a module imports from lower layers only
-    {"config", "hub", "ratings", "cells", "calibration", "winrate", "ppo", "baselines"}, {"theory", "sampling", "scorers"},
+    {"config", "hub", "ratings", "cells", "calibration", "winrate", "ppo", "baselines"}, {"judge"}, {"theory", "sampling", "scorers"},
     {"transforms", "reference"}, {"data"}, {"scoring"}, {"models", "update"}, {"runs", "methods"}, {"evaluation"}, {"figures", "trl"},
     {"pretrain_policy", "pretrain_scorers", "pretrain_hub"}, {"pretrain", "studies_theory", "studies_proofs", "studies_runs"},
     {"reproduce", "bench"}]

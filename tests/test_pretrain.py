@@ -1,0 +1,56 @@
+import json
+import math
+from collections import Counter
+
+import pytest
+
+from minictrl import pretrain, ratings
+from minictrl.data import ASSETS, load_prompts
+
+
+def test_no_prompt_is_in_two_splits_and_none_is_a_whole_review():
+    train, test = load_prompts("reviews"), load_prompts("reviews", "test")
+    assert len(train) > 900 and len(test) > 900 and not set(train) & set(test)
+    assert all(4 <= len(prompt.split()) <= 6 for prompt in train + test)
+
+
+def test_prompts_come_from_their_split_and_rows_left_out_stay_out():
+    reviews = [{"index": i, "text": f"w{i} a b c d e f g h i"} for i in range(40) if i % 20 != 7]
+    prompts = pretrain.make_prompts(reviews)
+    assert [p.split()[0] for p in prompts["train"]] == ["w3", "w13", "w23", "w33"]
+    assert [p.split()[0] for p in prompts["test"]] == ["w1", "w11", "w21", "w31"]
+
+
+def test_both_layouts_of_the_ratings_are_read_alike(tmp_path):
+    import gzip
+    rows = [{"id": str(i + 1), "text": f'"Film" number {i} & more', "ratings": [1, 2, -1, i % 4]} for i in range(21)]
+    with gzip.open(tmp_path / "reviews.jsonl.gz", "wt") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw" / "movieReviewSnippets_GroundTruth.txt").write_text(
+        "".join(f"{row['id']}\t0.5\t" + row["text"].replace('"', "''").replace("&", "&amp;") + "\n" for row in rows))
+    (tmp_path / "raw" / "movieReviewSnippets_anonDataRatings.txt").write_text(
+        "".join(f"{row['id']}\t0.5\t1\t{row['ratings']}\n" for row in rows))
+    loaded = ratings.load_ratings("reviews", tmp_path)
+    assert loaded == ratings.load_ratings("reviews", tmp_path / "raw")
+    assert [row["index"] for row in loaded] == [i for i in range(21) if i != 7]
+
+
+def test_halves_split_the_raters():
+    assert ratings.halves([1, 2, 3, 4, 5]) == (1.5, 4.0)
+
+
+def test_the_ngram_baselines_are_distributions():
+    """Each context's probabilities sum to 1: the perplexity of every token once, weighted, says so."""
+    train, vocab = [[0, 1, 2, 1, 3], [0, 2, 2, 1], [0, 3, 1, 2]], 6
+    for order in (1, 3):
+        for context in ([0, 1], [0, 2], [0, 5]):
+            total = sum(1 / (pretrain.ngram_perplexity(train, [[*context, token]], order, vocab) ** 2
+                             * math.exp(math.log(1 / pretrain.ngram_perplexity(train, [context], order, vocab))))
+                        for token in range(vocab))
+            assert total == pytest.approx(1, abs=1e-9)
+
+
+def test_assets_fit_in_12_megabytes():
+    sizes = Counter({path.suffix: path.stat().st_size for path in ASSETS.rglob("*") if path.is_file()})
+    assert sum(path.stat().st_size for path in ASSETS.rglob("*") if path.is_file()) < 12e6 and sizes

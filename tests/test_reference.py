@@ -1,0 +1,72 @@
+import pytest
+import torch
+
+from minictrl.reference import CHUNK, Reference, cached, digest
+
+
+class Draw:
+    """Samples that tell which prompt and which sample they are, and a log of what was drawn."""
+
+    def __init__(self):
+        self.log = []
+
+    def __call__(self, index, first, count):
+        self.log.append((index[0], len(index), first, count))
+        r = torch.tensor(index)[:, None] * 1000. + torch.arange(first, first + count)
+        tokens = r.int()[..., None].repeat(1, 1, 3)
+        return Reference(r, tokens, tokens.float(), torch.ones_like(tokens, dtype=torch.bool))
+
+
+PROMPTS = [f"prompt {i}" for i in range(CHUNK + 5)]
+EXPECTED = torch.arange(CHUNK + 5)[:, None] * 1000. + torch.arange(20)
+
+
+def test_a_second_run_draws_nothing_and_a_larger_K_only_what_is_missing(tmp_path):
+    draw = Draw()
+    assert torch.equal(cached(draw, PROMPTS, 8, tmp_path, "key").r_ref, EXPECTED[:, :8])
+    assert len(draw.log) == 2
+    assert torch.equal(cached(draw, PROMPTS, 5, tmp_path, "key").r_ref, EXPECTED[:, :5])
+    assert len(draw.log) == 2
+    assert torch.equal(cached(draw, PROMPTS, 20, tmp_path, "key").r_ref, EXPECTED)
+    assert draw.log[2:] == [(0, CHUNK, 8, 12), (CHUNK, 5, 8, 12)]
+
+
+def test_another_policy_reward_or_prompt_is_drawn_again(tmp_path):
+    draw = Draw()
+    cached(draw, PROMPTS, 4, tmp_path, "key")
+    cached(draw, PROMPTS, 4, tmp_path, "another key")
+    cached(draw, PROMPTS[::-1], 4, tmp_path, "key")
+    assert len(draw.log) == 6
+
+
+@pytest.mark.parametrize("damage", [b"", b"nonsense", None])
+def test_a_damaged_chunk_is_drawn_again_with_a_warning(damage, tmp_path):
+    draw = Draw()
+    cached(draw, PROMPTS, 4, tmp_path, "key")
+    path = sorted(tmp_path.iterdir())[0]
+    path.write_bytes(path.read_bytes()[:-7] if damage is None else damage)
+    with pytest.warns(UserWarning, match="damaged"):
+        again = cached(draw, PROMPTS, 4, tmp_path, "key")
+    assert torch.equal(again.r_ref, EXPECTED[:, :4]) and len(draw.log) == 3
+
+
+def test_an_interruption_loses_one_chunk_at_most(tmp_path):
+    draw = Draw()
+
+    def interrupted(index, first, count):
+        if index[0] >= CHUNK:
+            raise KeyboardInterrupt
+        return draw(index, first, count)
+
+    with pytest.raises(KeyboardInterrupt):
+        cached(interrupted, PROMPTS, 4, tmp_path, "key")
+    cached(draw, PROMPTS, 4, tmp_path, "key")
+    assert draw.log == [(0, CHUNK, 0, 4), (CHUNK, 5, 0, 4)] and not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_digest_tells_weights_apart():
+    a, b = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    b.load_state_dict(a.state_dict())
+    assert digest(a, 1) == digest(b, 1) != digest(a, 2)
+    b.weight.data[0, 0] += 1e-6
+    assert digest(a) != digest(b)
