@@ -20,7 +20,7 @@ from minictrl.hub import from_hub
 from minictrl.judge import QUESTION, load_generative
 from minictrl.reference import digest
 from minictrl.scorers import NgramScorer
-from minictrl.scoring import chat, in_batches, plain, render, resolve_device, scorer_tokenizer
+from minictrl.scoring import in_batches, plain, render, resolve_device, scorer_tokenizer, written
 
 __all__ = ["load_policy", "load_scorer", "render", "resolve_device", "save_policy"]
 
@@ -115,13 +115,6 @@ def load_classifier(name: str, role: str, label: str, device: torch.device):
     else:
         model.float()
 
-    def write(prompt: Prompt, text: str) -> str:
-        if tokenizer.chat_template:
-            messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-            return chat(tokenizer, [*messages, {"role": "assistant", "content": text}])
-        text = text if isinstance(prompt, str) else " " + text.lstrip()
-        return plain(prompt) + text + (tokenizer.eos_token or "" if head is not None else "")
-
     def read(inputs: dict[str, Tensor]) -> Tensor:
         logits = model(**inputs).logits.float()  # (B, labels)
         if len(labels) == 1:
@@ -130,7 +123,9 @@ def load_classifier(name: str, role: str, label: str, device: torch.device):
         return logits[:, this] - torch.cat([logits[:, :this], logits[:, this + 1:]], 1).logsumexp(1)
 
     def evaluate(prompts: list[Prompt], texts: list[str]) -> Tensor:
-        return in_batches(model, tokenizer, device, [write(x, y) for x, y in zip(prompts, texts, strict=True)], read)
+        return in_batches(model, tokenizer, device, 
+                          [written(tokenizer, x, y, causal=head is not None)
+                           for x, y in zip(prompts, texts, strict=True)], read)
     return model, tokenizer, evaluate
 
 

@@ -54,6 +54,21 @@ def chat(tokenizer, messages: list[dict], **options) -> str:
                          "messages, or take the template out of its tokenizer_config.json") from None
 
 
+def written(tokenizer, prompt: Prompt, text: str, *, causal: bool) -> str:
+    """Prompt and response as a classifier reads them: in its chat template, or else one after the other, and EOS, where a
+    causal model is read."""
+    if tokenizer.chat_template:
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        return chat(tokenizer, [*messages, {"role": "assistant", "content": text}])
+    text = text if isinstance(prompt, str) else " " + text.lstrip()
+    return plain(prompt) + text + (tokenizer.eos_token or "" if causal else "")
+
+
+def token_ids(tokenizer, texts: list[str]) -> list[list[int]]:
+    special = not tokenizer.chat_template  # a template writes BOS and the like itself
+    return tokenizer(texts, add_special_tokens=special, truncation=True)["input_ids"]
+
+
 def scorer_tokenizer(model: nn.Module, name: str, role: str):
     """Its tokenizer, padding on the right; a text that is too long loses its beginning."""
     tokenizer = from_hub(AutoTokenizer, f"tokenizer of {role} model", name, padding_side="right", truncation_side="left")
@@ -71,8 +86,7 @@ def scorer_tokenizer(model: nn.Module, name: str, role: str):
 @torch.inference_mode()
 def in_batches(model: nn.Module, tokenizer, device: torch.device, texts: list[str], read: Callable) -> Tensor:
     """read(inputs) -> (B,) of all texts, in batches alike in length."""
-    special = not tokenizer.chat_template  # a template writes BOS and the like itself
-    ids = [tokenizer(text, add_special_tokens=special, truncation=True)["input_ids"] for text in texts]
+    ids = token_ids(tokenizer, texts) if texts else []
     if any(len(row) >= tokenizer.model_max_length for row in ids):
         warnings.warn(f"{tokenizer.name_or_path}: texts of more than {tokenizer.model_max_length} tokens lose their beginning")
     order, budget, first = sorted(range(len(ids)), key=lambda i: -len(ids[i])), BATCH_TOKENS, 0
