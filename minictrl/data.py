@@ -1,7 +1,8 @@
 """A task's name or a .jsonl file -> prompts and preference pairs.
 
-A prompt is text, which the policy continues as it stands, or a list of chat messages {"role", "content"}, which it answers.
-Public data sets (`data` and `pairs` of an entry of TASKS) are read with `datasets`, from the hub or a local copy (`hub.py`).
+A prompt is text, which the policy continues as it stands, or a list of chat messages {"role", "content"}, which it
+answers. Public data sets (`data` and `pairs` of an entry of TASKS) are read with `datasets`, from the hub or a local
+copy (`hub.py`).
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def load_prompts(task_or_file: str, split: str = "train") -> list[Prompt]:
     if task_or_file.endswith(".jsonl"):
         prompts = unique(convert(read_jsonl(Path(task_or_file)), prompt_of))
         if len(prompts) < 10:
-            raise ValueError(f"{task_or_file} has {len(prompts)} prompts: give at least 10, every tenth is for evaluation")
+            raise ValueError(f"{task_or_file} has {len(prompts)} prompts: give at least 10, every tenth for evaluation")
         return [prompt for i, prompt in enumerate(prompts) if (i % 10 == 9) == (split == "test")]
     source = task(task_or_file).get("data")
     if source is None:
@@ -46,8 +47,8 @@ def load_prompts(task_or_file: str, split: str = "train") -> list[Prompt]:
 def load_pairs(task_or_file: str, split: str = "train", *, skip_bad: bool | None = None) -> list[Pair]:
     """(prompt, chosen, rejected) of a task or of a .jsonl file, for SFT and a Bradley-Terry reward model.
 
-    A row is {"prompt", "chosen", "rejected"}, or HH-RLHF's {"chosen", "rejected"}, two transcripts with one prompt. A row
-    without one of its sides raises ValueError with its line; with skip_bad (default: as the task's entry says, else
+    A row is {"prompt", "chosen", "rejected"}, or HH-RLHF's {"chosen", "rejected"}, two transcripts with one prompt. A
+    row without one of its sides raises ValueError with its line; with skip_bad (default: as the task's entry says, else
     False) such rows are counted in a warning and left out. split: as in `load_prompts`, by prompt.
     """
     check_split(split)
@@ -111,7 +112,7 @@ def read_hub(source: dict, split: str) -> Iterable[tuple[str, dict]]:
 # --- a row -> a prompt, or a pair ---
 
 def convert(rows: Iterable[tuple[str, object]], function: Callable, *, skip_bad: bool = False) -> list:
-    """function(row) of every row. A row that it refuses raises ValueError that says where, or is counted and left out."""
+    """function(row) of every row. A row it refuses raises ValueError that says where, or is counted and left out."""
     good, bad = [], []
     for where, row in rows:
         try:
@@ -152,7 +153,7 @@ def pair_of(row) -> Pair:
             if isinstance(prompt, str) and isinstance(answer, str):
                 answer = " " + answer.strip()  # what continues a text is set off by a space
         if not isinstance(answer, str) or not answer.strip():
-            raise ValueError(f"\"{side}\" is missing or empty: give both sides, or leave such rows out with skip_bad=True")
+            raise ValueError(f"\"{side}\" is missing or empty: give both sides, or leave such rows out (skip_bad=True)")
         sides.append(answer)
     return prompt, *sides
 
@@ -160,14 +161,14 @@ def pair_of(row) -> Pair:
 def parse_hh(text: str) -> list[dict]:
     """Messages of a transcript "\\n\\nHuman: … \\n\\nAssistant: …", HH-RLHF's format; the last may be empty.
 
-    Raises ValueError unless human and assistant take turns, from a human's to an assistant's, each with something to say.
+    Raises ValueError unless human and assistant take turns, from a human's to an assistant's, none of them empty.
     """
     before, *parts = re.split(r"\n\n(Human|Assistant):", text)
     roles = [{"Human": "user", "Assistant": "assistant"}[name] for name in parts[::2]]
     contents = [part.strip() for part in parts[1::2]]
     if before.strip() or not roles or roles != ["user", "assistant"] * (len(roles) // 2) or not all(contents[:-1]):
-        raise ValueError("no transcript of \"\\n\\nHuman: …\" and \"\\n\\nAssistant: …\" in turns, the assistant last; it "
-                         f"holds {text[:60]!r}…")
+        raise ValueError("no transcript of \"\\n\\nHuman: …\" and \"\\n\\nAssistant: …\" in turns, the assistant last; "
+                         f"it holds {text[:60]!r}…")
     return [{"role": role, "content": content} for role, content in zip(roles, contents)]
 
 

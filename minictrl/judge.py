@@ -1,8 +1,8 @@
 """A causal language model as a judge, by the probability of the token it would answer with: no text is sampled.
 
-Asked about one response (`load_generative`) it is a scorer like any other: `--judge` and `--reward` take it, and the exact
-win rates of `winrate.py` hold. Asked which of two is better (`load_pairwise`) it is no scorer, and a win rate over all
-pairs of M and M' responses takes M M' questions a prompt, twice: for studies, on pairs drawn by `winrate`'s weights.
+Asked about one response (`load_generative`) it is a scorer like any other: `--judge` and `--reward` take it, and the
+exact win rates of `winrate.py` hold. Asked which of two is better (`load_pairwise`) it is no scorer, and a win rate
+over all pairs of M and M' responses takes 2 M M' questions a prompt: for studies, on pairs drawn by `winrate`'s weights.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ Which response is better? Answer A or B."""
 def load_generative(name: str, role: str, label: str, device: torch.device):
     """(model, tokenizer, function (prompts, texts) -> (B,) log-odds of Yes against No as the answer to QUESTION)."""
     if label:
-        raise ValueError(f"{role} model {name}#{label}: is a causal language model, which has no labels; leave #{label} out")
+        raise ValueError(f"{role} model {name}#{label}: is a causal language model, without labels; leave #{label} out")
     model, tokenizer = load_judge(name, role, device)
 
     def evaluate(prompts: list[Prompt], texts: list[str]) -> Tensor:
@@ -57,8 +57,8 @@ def load_generative(name: str, role: str, label: str, device: torch.device):
 def load_pairwise(name: str, *, device: str = "auto") -> Callable[[list, list, list], Tensor]:
     """judge(prompts, texts, others) -> Tensor (B,): the probability that a text is better than the other one.
 
-    Both orders are asked and averaged, so a judge that prefers a position, or says nothing of the two, counts one half, and
-    judge(x, y, z) = 1 - judge(x, z, y). `wins` makes verdicts of it. Raises ValueError like `load_scorer`.
+    Both orders are asked and averaged, so a judge that prefers a position, or says nothing of the two, counts one half,
+    and judge(x, y, z) = 1 - judge(x, z, y). `wins` makes verdicts of it. Raises ValueError like `load_scorer`.
     """
     place = resolve_device(device)
     model, tokenizer = load_judge(name, "judge", place)
@@ -76,7 +76,7 @@ def load_pairwise(name: str, *, device: str = "auto") -> Callable[[list, list, l
 
 def wins(probability: Tensor, tie: float = 1e-3) -> Tensor:
     """Verdicts 1, 0, or one half where the judge is within `tie` of undecided: wr(y, z | x) of a pairwise judge."""
-    return torch.where((probability - .5).abs() <= tie, torch.full_like(probability, .5), (probability > .5).to(probability))
+    return (probability > .5 + tie).to(probability) / 2 + (probability >= .5 - tie).to(probability) / 2
 
 
 def load_judge(name: str, role: str, device: torch.device) -> tuple[nn.Module, object]:
@@ -85,7 +85,8 @@ def load_judge(name: str, role: str, device: torch.device) -> tuple[nn.Module, o
     return model, scorer_tokenizer(model, name, role)
 
 
-def log_odds(model: nn.Module, tokenizer, device: torch.device, questions: list[str], answers: tuple[str, str]) -> Tensor:
+def log_odds(model: nn.Module, tokenizer, device: torch.device, questions: list[str],
+             answers: tuple[str, str]) -> Tensor:
     """log P(first answer) - log P(second) as the next token after each question, float32 (B,)."""
     asked = [render(tokenizer, [{"role": "user", "content": question}]) for question in questions]
     space = "" if tokenizer.chat_template else " "
@@ -94,7 +95,7 @@ def log_odds(model: nn.Module, tokenizer, device: torch.device, questions: list[
         asked = [question + space for question in asked]
         this, other = (tokenizer(answer, add_special_tokens=False)["input_ids"][0] for answer in answers)
     if this == other:
-        raise ValueError(f"judge {tokenizer.name_or_path}: {' and '.join(answers)} begin with the same token; use another")
+        raise ValueError(f"judge {tokenizer.name_or_path}: {' and '.join(answers)} begin with one token; use another")
     head = model.get_output_embeddings()
 
     def read(inputs: dict[str, Tensor]) -> Tensor:

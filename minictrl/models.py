@@ -30,9 +30,9 @@ __all__ = ["load_policy", "load_scorer", "render", "resolve_device", "save_polic
 def load_policy(name_or_path: str, *, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, object]:
     """(model, tokenizer) of a task, a hub name, a directory or DIR/FILE.gguf; in eval mode, on the CPU.
 
-    The tokenizer pads on the left. One without a pad token pads with EOS, which is safe: every mask here is explicit. One
-    without EOS takes that of the model's config. Raises ValueError if there is no such model, weights are missing, or
-    nothing says what ends a response.
+    The tokenizer pads on the left. One without a pad token pads with EOS, which is safe: every mask here is explicit.
+    One without EOS takes that of the model's config. Raises ValueError if there is no such model, weights are missing,
+    or nothing says what ends a response.
     """
     name = str(TASKS[name_or_path]["policy"] if name_or_path in TASKS else name_or_path)
     path, options = str(ASSETS / "policy") if name == "reviews" else name, {}
@@ -48,8 +48,8 @@ def load_policy(name_or_path: str, *, dtype: torch.dtype = torch.float32) -> tup
         del model.config.quantization_config
     eos = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else model.generation_config.eos_token_id
     if eos is None:
-        raise ValueError(f"policy {name}: neither tokenizer nor config has an EOS token, so that no response could end; set "
-                         "eos_token in its tokenizer_config.json")
+        raise ValueError(f"policy {name}: neither tokenizer nor config has an EOS token, so no response could end; "
+                         "set eos_token in its tokenizer_config.json")
     tokenizer.eos_token = tokenizer.convert_ids_to_tokens(eos[0] if isinstance(eos, list) else eos)
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= model.get_input_embeddings().num_embeddings:
         tokenizer.pad_token = tokenizer.eos_token
@@ -71,11 +71,11 @@ def save_policy(model: nn.Module, tokenizer, path: Path):
 def load_scorer(name_or_path: str, role: str, *, device: str | torch.device = "auto") -> Callable[[list, list], Tensor]:
     """score(prompts, texts) -> Tensor (B,), float32 on the CPU, of a reward model or a judge; higher is better.
 
-    role: "reward" or "judge". name_or_path: a task's, a hub name or a directory, of a sequence classifier with one label
-    (NAME#LABEL: the log-odds of one label of several), or of a causal LM, whose score is the log-odds of Yes against No
-    as the next token after judge.QUESTION. Prompts may be chat messages; the scorer's own chat template is used if it has
-    one. A reward model's `score.digest` names its weights. Raises ValueError on an unknown role or model; `score` does on
-    one that isn't finite.
+    role: "reward" or "judge". name_or_path: a task's, a hub name or a directory, of a sequence classifier with one
+    label (NAME#LABEL: the log-odds of one label of several), or of a causal LM, whose score is the log-odds of Yes
+    against No as the next token after judge.QUESTION. Prompts may be chat messages; the scorer's own chat template is
+    used if it has one. A reward model's `score.digest` names its weights. Raises ValueError on an unknown role or
+    model; `score` does on a score that isn't finite.
     """
     if role not in ("reward", "judge"):
         raise ValueError(f"unknown role {role!r}: use reward or judge")

@@ -2,7 +2,7 @@
 
 For whoever has no reward model: the policy learns the chosen answers, then two Bradley-Terry classifiers start from it,
 each on the pairs of half the prompts, so that the judge has seen other pairs than the reward model. They are written to
-OUT/policy, OUT/reward, OUT/judge: `python train.py --task TASK --policy OUT/policy --reward OUT/reward --judge OUT/judge`.
+OUT/policy, OUT/reward, OUT/judge, for `python train.py --task TASK --policy OUT/policy --reward OUT/reward --judge …`.
 """
 
 from __future__ import annotations
@@ -32,9 +32,10 @@ def train_pairs_task(task: str, out: Path, *, policy: str | None = None, epochs:
                      seed: int = 0, device: str = "auto", skip_bad: bool | None = None) -> dict[str, float]:
     """Train and save the three models; print and return what they do on held-out pairs.
 
-    policy: what to start from (default: the task's). limit: the most pairs, of training and of test. Pairs with more than
-    max_tokens tokens on a side are counted and left out. Returns sft_nll (nats a token of the chosen answers), reward and
-    judge (pair accuracies, ties half), and their standard errors. Raises ValueError as `load_pairs` and `load_policy` do.
+    policy: what to start from (default: the task's). limit: the most pairs, of training and of test. Pairs with more
+    than max_tokens tokens on a side are counted and left out. Returns sft_nll (nats a token of the chosen answers),
+    reward and judge (pair accuracies, ties half), and their standard errors. Raises ValueError as `load_pairs` and
+    `load_policy` do.
     """
     name = policy or TASKS.get(task, {}).get("policy")
     if name is None:
@@ -53,8 +54,8 @@ def train_pairs_task(task: str, out: Path, *, policy: str | None = None, epochs:
         bradley_terry(out / "policy", out / role, part, max_tokens, place, epochs=epochs, batch=batch,
                       micro_batch=micro_batch, lr=lr, seed=seed)
         result[role], result[f"{role}_stderr"] = pair_accuracy(load_scorer(str(out / role), role, device=device), test)
-        print(f"{role}: {100 * result[role]:.1f} ± {100 * result[f'{role}_stderr']:.1f} % of {len(test)} held-out pairs in "
-              f"the right order, trained on {len(part)}")
+        print(f"{role}: {100 * result[role]:.1f} ± {100 * result[f'{role}_stderr']:.1f} % of {len(test)} held-out "
+              f"pairs in the right order, trained on {len(part)}")
     return result
 
 
@@ -68,7 +69,8 @@ def sft(model: nn.Module, tokenizer, train: list[Pair], test: list[Pair], max_to
     def loss(part: list) -> Tensor:  # the mean over answers of a token's mean
         mask = nn.utils.rnn.pad_sequence([torch.ones(len(y)) for _, y in part], batch_first=True).to(model.device)
         tokens = nn.utils.rnn.pad_sequence([torch.tensor(y) for _, y in part], batch_first=True).to(model.device)
-        logprobs = sequence_logprobs(model, *left_pad([x for x, _ in part], tokenizer.pad_token_id, model.device), tokens, mask)
+        prompts = left_pad([x for x, _ in part], tokenizer.pad_token_id, model.device)
+        logprobs = sequence_logprobs(model, *prompts, tokens, mask)
         return -(logprobs.sum(1) / mask.sum(1)).sum()
 
     held_out = rows(test)
@@ -123,7 +125,7 @@ def fit(model: nn.Module, rows: list, loss: Callable[[list], Tensor], name: str,
                 done = True
             except torch.OutOfMemoryError:
                 if micro_batch == 1:
-                    raise ValueError("out of GPU memory with one row: use a smaller model or a smaller max_tokens") from None
+                    raise ValueError("out of GPU memory with one row: use a smaller model or max_tokens") from None
                 micro_batch //= 2
         nn.utils.clip_grad_norm_(model.parameters(), 1.)
         optimizer.step()

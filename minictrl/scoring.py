@@ -50,13 +50,13 @@ def chat(tokenizer, messages: list[dict], **options) -> str:
         return tokenizer.apply_chat_template(messages, tokenize=False, **options)
     except (TemplateError, ValueError, TypeError, KeyError) as error:
         roles = ", ".join(m["role"] for m in messages)
-        raise ValueError(f"the chat template of {tokenizer.name_or_path} fails on messages of {roles} ({error}): change the "
-                         "messages, or take the template out of its tokenizer_config.json") from None
+        raise ValueError(f"the chat template of {tokenizer.name_or_path} fails on messages of {roles} ({error}): "
+                         "change the messages, or take the template out of its tokenizer_config.json") from None
 
 
 def written(tokenizer, prompt: Prompt, text: str, *, causal: bool) -> str:
-    """Prompt and response as a classifier reads them: in its chat template, or else one after the other, and EOS, where a
-    causal model is read."""
+    """Prompt and response as a classifier reads them: in its chat template, or else one after the other, and for a
+    causal model EOS, where it is read."""
     if tokenizer.chat_template:
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         return chat(tokenizer, [*messages, {"role": "assistant", "content": text}])
@@ -71,7 +71,8 @@ def token_ids(tokenizer, texts: list[str]) -> list[list[int]]:
 
 def scorer_tokenizer(model: nn.Module, name: str, role: str):
     """Its tokenizer, padding on the right; a text that is too long loses its beginning."""
-    tokenizer = from_hub(AutoTokenizer, f"tokenizer of {role} model", name, padding_side="right", truncation_side="left")
+    tokenizer = from_hub(AutoTokenizer, f"tokenizer of {role} model", name, padding_side="right",
+                         truncation_side="left")
     longest = getattr(model.config, "max_position_embeddings", tokenizer.model_max_length)
     tokenizer.model_max_length = min(tokenizer.model_max_length, longest)
     if tokenizer.pad_token is None:
@@ -88,7 +89,8 @@ def in_batches(model: nn.Module, tokenizer, device: torch.device, texts: list[st
     """read(inputs) -> (B,) of all texts, in batches alike in length."""
     ids = token_ids(tokenizer, texts) if texts else []
     if any(len(row) >= tokenizer.model_max_length for row in ids):
-        warnings.warn(f"{tokenizer.name_or_path}: texts of more than {tokenizer.model_max_length} tokens lose their beginning")
+        warnings.warn(f"{tokenizer.name_or_path}: texts of more than {tokenizer.model_max_length} tokens lose their "
+                      "beginning", stacklevel=2)
     order, budget, first = sorted(range(len(ids)), key=lambda i: -len(ids[i])), BATCH_TOKENS, 0
     scores = torch.zeros(len(ids))
     with resident(model, device):
@@ -100,8 +102,8 @@ def in_batches(model: nn.Module, tokenizer, device: torch.device, texts: list[st
                 first += len(part)
             except torch.OutOfMemoryError:
                 if len(part) == 1:
-                    raise ValueError(f"out of GPU memory with one text of {tokenizer.name_or_path}: use a smaller scorer, or "
-                                     "--device cpu") from None
+                    raise ValueError(f"out of GPU memory with one text of {tokenizer.name_or_path}: use a smaller "
+                                     "scorer, or --device cpu") from None
                 budget //= 2
     return scores
 

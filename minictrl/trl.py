@@ -9,12 +9,12 @@
     RLOOTrainer("Qwen/Qwen2.5-0.5B-Instruct", ctrl_reward("helpful", "exp10"), train_dataset=prompts,
                 args=RLOOConfig(beta=1.0, temperature=1.0, max_completion_length=256, num_generations=8)).train()
 
-RLOO's objective is ours: E[R] - beta KL(pi || pi_ref), k1 summed over the response. R is divided by CTRL's beta here, so
-**TRL's beta is 1.0**, and nothing may rescale rewards (reward_clip_range, scale_rewards). GRPO's KL has another gradient,
-and its advantages are divided by the group's deviation: with it, beta has no meaning. TRL is not imported here.
+RLOO's objective is ours: E[R] - beta KL(pi || pi_ref), k1 summed over the response. R is divided by CTRL's beta here,
+so **TRL's beta is 1.0**, and nothing may rescale rewards (reward_clip_range, scale_rewards). GRPO's KL has another
+gradient, and its advantages are divided by the group's deviation: with it, beta has no meaning. TRL is not imported here.
 
-Under `accelerate launch` every process calibrates its share of the prompts; the shares are files of one cache. Without a
-directory that all machines see, copy the files of one cache into the other's.
+Under `accelerate launch` every process calibrates its share of the prompts; the shares are files of one cache. Without
+a directory that all machines see, copy the files of one cache into the other's.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ def ctrl_reward(task_or_run: str | Path, transform: str | None = None, *, kl: fl
     """reward(prompts, completions, **kwargs) -> list of Phi(C_hat) / beta, C_hat by Eq. 12 from K samples of pi_ref.
 
     task_or_run: a task, a .jsonl file of prompts, or a run directory, whose settings and reference rewards are used.
-    transform: default identity, or the run's. kl or beta: as in train.py. settings: any other of train.py's, as procedure,
-    n, K, prompts, policy, reward, cache, device. A prompt that was not calibrated is, with K samples, when it first comes.
-    Prompts and completions may be texts or chat messages. Raises ValueError as train.py does.
+    transform: default identity, or the run's. kl or beta: as in train.py. settings: any other of train.py's, such as
+    procedure, n, K, prompts, policy, reward, cache, device. A prompt that was not calibrated is, with K samples, when it
+    first comes. Prompts and completions may be texts or chat messages. Raises ValueError as train.py does.
     """
     config = settings_of(task_or_run, {"transform": transform, "kl": kl, "beta": beta} | settings)
     beta = config.beta or methods.beta_for(config)
@@ -79,7 +79,8 @@ def settings_of(task_or_run: str | Path, given: dict) -> Config:
     given = {name: value for name, value in given.items() if value is not None}
     unknown = set(given) - set(Config.__dataclass_fields__)
     if unknown:
-        raise ValueError(f"{', '.join(sorted(unknown))}: no such setting; use one of {', '.join(Config.__dataclass_fields__)}")
+        known = ", ".join(Config.__dataclass_fields__)
+        raise ValueError(f"{', '.join(sorted(unknown))}: no such setting; use one of {known}")
     if str(task_or_run) in TASKS or str(task_or_run).endswith(".jsonl"):
         return Config(task=str(task_or_run), **given).resolved()
     stored, _ = runs.load_config(Path(task_or_run))
@@ -89,7 +90,7 @@ def settings_of(task_or_run: str | Path, given: dict) -> Config:
 
 
 def calibrate(task: runs.Task, config: Config, run: Path) -> Tensor:
-    """r_ref (P, K) of the task's prompts: the run's where it is a run, else from the cache, or drawn, a share a process."""
+    """r_ref (P, K) of the task's prompts: the run's, if it is a run, or from the cache, or drawn, a share a process."""
     stored = Reference.load(run / "reference.safetensors", runs.reference_key(task, SEED)) if run.is_dir() else None
     if stored is not None and stored.r_ref.shape[0] == len(task.prompts) and stored.r_ref.shape[1] >= config.K:
         return stored.r_ref[:, :config.K]

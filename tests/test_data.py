@@ -52,8 +52,8 @@ def test_chat_messages_are_prompts_that_end_with_the_user(tmp_path):
 
 
 @pytest.mark.parametrize("line, fault", [("{\"prompt\": \"x\"", "is not JSON"), ("[1]\n", "give \"prompt\""),
-                                         ("{\"prompt\": \" \"}\n", "give \"prompt\""), ("{\"prompt\": 3}\n", "it holds"),
-                                         ("\xff\n", "is not JSON")])
+                                         ("{\"prompt\": \" \"}\n", "give \"prompt\""),
+                                         ("{\"prompt\": 3}\n", "it holds"), ("\xff\n", "is not JSON")])
 def test_a_bad_line_is_named(tmp_path, line, fault):
     path = tmp_path / "p.jsonl"
     path.write_bytes(b"{\"prompt\": \"fine\"}\n\n" + line.encode("latin-1"))
@@ -120,7 +120,8 @@ def test_helpful_is_read_from_a_local_copy_of_the_hub(hub):
 
 def test_tldr_is_read_from_parquet_in_a_local_copy_of_the_hub(hub):
     datasets = pytest.importorskip("datasets")
-    for name, columns in (("tldr", {"completion": [" short"]}), ("tldr-preference", {"chosen": [" a"], "rejected": [" b"]})):
+    for name, columns in (("tldr", {"completion": [" short"]}),
+                          ("tldr-preference", {"chosen": [" a"], "rejected": [" b"]})):
         for split in ("train", TASKS["tldr"]["data" if name == "tldr" else "pairs"]["test"]):
             table = datasets.Dataset.from_dict({"prompt": [f"POST: {split}\n\nTL;DR:"]} | columns)
             (hub / "trl-lib" / name / "data").mkdir(parents=True, exist_ok=True)

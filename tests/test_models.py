@@ -19,12 +19,14 @@ TEMPLATE = ("{% for m in messages %}<s>{{ m['role'] }}\n{{ m['content'] }}</s>\n
             "{% if add_generation_prompt %}<s>assistant\n{% endif %}")
 SIZE = dict(vocab_size=300, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
             num_key_value_heads=2, max_position_embeddings=256)
+LONG = SIZE | {"max_position_embeddings": 1024}
 GPT2 = GPT2Config(vocab_size=300, n_embd=16, n_layer=2, n_head=2, n_positions=256, num_labels=1)
 
 
 def tokenizer(template=None, **special):
     """Byte-level, without merges: a token a byte."""
-    core = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, merges=[]))
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    core = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
     core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     core.add_special_tokens(["<s>", "</s>", "<pad>"])
     fast = PreTrainedTokenizerFast(tokenizer_object=core, **special)
@@ -49,7 +51,8 @@ def save(path, model, *, seed=0, **options) -> str:
 def test_a_policy_saved_and_loaded_again_is_the_same(tmp_path, model):
     policy, tok = load_policy(save(tmp_path / "a", model))
     save_policy(policy, tok, tmp_path / "b")
-    again, tok_again = AutoModelForCausalLM.from_pretrained(tmp_path / "b"), AutoTokenizer.from_pretrained(tmp_path / "b")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "b")
+    tok_again = AutoTokenizer.from_pretrained(tmp_path / "b")
     ids = torch.tensor([tok("A prompt").input_ids])
     assert tok.padding_side == "left" and not policy.training and tok_again("A prompt").input_ids == ids[0].tolist()
     assert torch.equal(again.eval()(ids).logits, policy(ids).logits)
@@ -72,7 +75,8 @@ def test_what_is_no_policy_is_refused_in_one_line(tmp_path, monkeypatch):
     for file in bare.glob("token*"):
         file.unlink()
     for name, fault in ((tmp_path / "empty", "can't be read"), (tmp_path / "none", "no such file or directory"),
-                        (classifier, "no weights for cls.*CausalLM"), (bare, "tokenizer of policy .* no tokenizer files"),
+                        (classifier, "no weights for cls.*CausalLM"),
+                        (bare, "tokenizer of policy .* no tokenizer files"),
                         (tmp_path / "x.gguf", "no such file"), ("some/name", "put its files into ./some/name")):
         with pytest.raises(ValueError, match=fault) as error:
             load_policy(str(name))
@@ -112,7 +116,8 @@ def test_scores_do_not_depend_on_the_batch(tmp_path, pad, monkeypatch):
 
 
 def test_a_causal_classifier_reads_the_response_up_to_eos_or_by_its_template(tmp_path):
-    for template, expected in ((None, "Why? Because.</s>"), (TEMPLATE, "<s>user\nWhy?</s>\n<s>assistant\n Because.</s>\n")):
+    for template, expected in ((None, "Why? Because.</s>"),
+                               (TEMPLATE, "<s>user\nWhy?</s>\n<s>assistant\n Because.</s>\n")):
         path = save(tmp_path / str(bool(template)), GPT2ForSequenceClassification(GPT2), template=template)
         model = GPT2ForSequenceClassification.from_pretrained(path).eval()
         by_hand = model(torch.tensor([tokenizer()(expected).input_ids])).logits[0, 0]
@@ -155,17 +160,18 @@ def test_the_reviews_models_score_any_text():
 
 
 def test_a_causal_lm_judges_by_the_probability_of_its_next_token(tmp_path):
-    path = save(tmp_path / "a", Qwen2ForCausalLM(Qwen2Config(**SIZE | {"max_position_embeddings": 1024})), template=TEMPLATE)
+    path = save(tmp_path / "a", Qwen2ForCausalLM(Qwen2Config(**LONG)), template=TEMPLATE)
     score = load_scorer(path, "judge", device="cpu")(["Why?"], ["Because."])
     from minictrl.judge import QUESTION
     text = render(tokenizer(TEMPLATE), [{"role": "user", "content": QUESTION.format(prompt="Why?", text="Because.")}])
-    logits = AutoModelForCausalLM.from_pretrained(path).eval()(torch.tensor([tokenizer()(text).input_ids])).logits[0, -1]
+    model = AutoModelForCausalLM.from_pretrained(path).eval()
+    logits = model(torch.tensor([tokenizer()(text).input_ids])).logits[0, -1]
     yes, no = (tokenizer()(answer).input_ids[0] for answer in ("Yes", "No"))
     assert torch.allclose(score[0], logits.log_softmax(-1)[yes] - logits.log_softmax(-1)[no], atol=1e-4)
 
 
 def test_a_pairwise_judge_has_no_position_bias_and_ties_count_half(tmp_path):
-    path = save(tmp_path / "a", Qwen2ForCausalLM(Qwen2Config(**SIZE | {"max_position_embeddings": 1024})))
+    path = save(tmp_path / "a", Qwen2ForCausalLM(Qwen2Config(**LONG)))
     judge, x, y, z = load_pairwise(path, device="cpu"), ["Why?"] * 2, ["Because.", "same"], ["No idea at all", "same"]
     p, q = judge(x, y, z), judge(x, z, y)
     assert torch.allclose(p + q, torch.ones(2), atol=1e-6) and p[0] != .5 and abs(p[1] - .5) < 1e-6
@@ -179,8 +185,8 @@ def write_gguf(path: Path):
     gguf = pytest.importorskip("gguf")
     rng, d, v = torch.Generator().manual_seed(0), 16, 259
     writer = gguf.GGUFWriter(str(path), "llama")
-    for name, value in (("context_length", 64), ("embedding_length", d), ("block_count", 1), ("feed_forward_length", 32),
-                        ("head_count", 2), ("head_count_kv", 2), ("vocab_size", v)):
+    for name, value in (("context_length", 64), ("embedding_length", d), ("block_count", 1),
+                        ("feed_forward_length", 32), ("head_count", 2), ("head_count_kv", 2), ("vocab_size", v)):
         getattr(writer, f"add_{name}")(value)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_rope_dimension_count(d // 2)
@@ -204,7 +210,8 @@ def write_gguf(path: Path):
 def check_gguf(path: Path, out: Path, text: str):
     policy, tok = load_policy(str(path))
     save_policy(policy, tok, out)
-    again, tok_again = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32), AutoTokenizer.from_pretrained(out)
+    again = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    tok_again = AutoTokenizer.from_pretrained(out)
     ids = torch.tensor([tok(text).input_ids])
     assert tok_again(text).input_ids == ids[0].tolist() and tok.decode(ids[0]) == text
     assert torch.equal(again.eval()(ids).logits, policy(ids).logits)

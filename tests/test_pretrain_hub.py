@@ -18,12 +18,12 @@ WORDS = {"chosen": ("kind", "good", "nice"), "rejected": ("rude", "poor", "dull"
 def trained(tmp_path_factory):
     """120 pairs whose chosen answers use other words than the rejected ones: two words each, of 3."""
     folder, rng = tmp_path_factory.mktemp("pairs"), random.Random(0)
-    rows = [{"prompt": f"{i}:", **{side: "".join(" " + rng.choice(words) for _ in range(2)) for side, words in WORDS.items()}}
-            for i in range(120)]
+    rows = [{"prompt": f"{i}:"} | {side: "".join(" " + rng.choice(words) for _ in range(2))
+                                   for side, words in WORDS.items()} for i in range(120)]
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     start = save(folder / "start", GPT2LMHeadModel(GPT2))
-    result = train_pairs_task(str(folder / "pairs.jsonl"), folder / "out", policy=start, epochs=6, batch=12, micro_batch=12,
-                              lr=2e-2, device="cpu")
+    result = train_pairs_task(str(folder / "pairs.jsonl"), folder / "out", policy=start, epochs=6, batch=12,
+                              micro_batch=12, lr=2e-2, device="cpu")
     return folder, result
 
 
@@ -50,5 +50,6 @@ def test_pair_accuracy_counts_ties_half():
 def test_pairs_that_are_all_too_long_are_refused(trained):
     folder, _ = trained
     with pytest.raises(ValueError, match="max_tokens 2: all 12 pairs are longer"):
-        train_pairs_task(str(folder / "pairs.jsonl"), folder / "no", policy=str(folder / "start"), max_tokens=2, device="cpu")
+        train_pairs_task(str(folder / "pairs.jsonl"), folder / "no", policy=str(folder / "start"), max_tokens=2,
+                         device="cpu")
     assert not (folder / "no").exists()

@@ -38,7 +38,7 @@ def test_the_reward_is_phi_of_the_calibrated_reward_over_beta(small):
 def test_chat_completions_and_prompts_that_were_not_calibrated_are_scored(small):
     _, task, reward = small
     new = [{"role": "user", "content": "What of the film?"}]
-    good, bad = reward([new, new], [[{"role": "assistant", "content": text}] for text in ("Wonderful!", "Awful, a dreadful bore.")])
+    good, bad = reward([new, new], [[{"role": "assistant", "content": text}] for text in ("Wonderful!", "Awful, a bore.")])
     assert good > bad >= 1 / beta_for_kl("exp10", 1.0) * .999  # Phi is at least e^0
     assert reward([new], [[{"role": "assistant", "content": "Wonderful!"}]]) == [good]  # its calibration is kept
 
@@ -54,7 +54,8 @@ def test_without_a_transform_the_reward_is_raw_up_to_scale(small):
 def test_shares_of_the_prompts_fill_the_cache_of_a_single_process(small, tmp_path):
     config, task, _ = small
     config = replace(config, cache=str(tmp_path), K=2)
-    many = replace(task, prompts=task.prompts * 20, texts=[f"{text} {i}" for i in range(20) for text in task.texts])  # 160
+    texts = [f"{text} {i}" for i in range(20) for text in task.texts]  # 160
+    many = replace(task, prompts=task.prompts * 20, texts=texts)
     shares = [share(160, rank, 2) for rank in range(2)]
     assert sorted(shares[0] + shares[1]) == list(range(160)) and len(shares[1]) == 64
     for mine in shares:
@@ -87,8 +88,9 @@ def test_bad_settings_are_named(tmp_path):
 def test_trl_trains_with_it(small, tmp_path):
     trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
     config, task, reward = small
-    arguments = trl.RLOOConfig(str(tmp_path), beta=1.0, max_completion_length=8, num_generations=4, max_steps=2, report_to=[],
-                               per_device_train_batch_size=8, learning_rate=1e-4, use_cpu=True, bf16=False, logging_steps=1)
+    arguments = trl.RLOOConfig(str(tmp_path), beta=1.0, max_completion_length=8, num_generations=4, max_steps=2,
+                               per_device_train_batch_size=8, learning_rate=1e-4, use_cpu=True, bf16=False,
+                               logging_steps=1, report_to=[])
     policy, tokenizer = runs.load_policy("reviews")
     trainer = trl.RLOOTrainer(policy, reward, args=arguments, processing_class=tokenizer,
                               train_dataset=datasets.Dataset.from_list([{"prompt": prompt} for prompt in task.prompts]))
