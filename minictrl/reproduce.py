@@ -1,6 +1,6 @@
 """Each figure, table and theorem of the paper: `python -m minictrl.reproduce NAME [NAME ...] --out DIR [--quick]`.
 
-Leaves NAME.csv and NAME.png in DIR; `--list` prints the names. A study is one function `(out, quick) -> (rows, figure)`:
+Leaves NAME.csv and NAME.png in DIR; `--list` prints the names. A study is a function (out, quick) -> (rows, figure):
 rows are dicts with the same keys, figure a matplotlib Figure; `out` is where a study keeps the runs it has to train.
 A new one is that function and its entry in STUDIES.
 """
@@ -29,19 +29,23 @@ def write(out: Path, name: str, rows: list[dict], figure) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser("reproduce", description=__doc__.split("`")[0] + "CSV and PNG.", allow_abbrev=False)
-    parser.error = lambda message: parser.exit(2, f"reproduce: error: {message}\n")
+    description = "Leaves NAME.csv and NAME.png of each study in DIR."
+    parser = argparse.ArgumentParser("reproduce", description=description, allow_abbrev=False)
+    parser.error = lambda message: parser.exit(2, f"reproduce: error: {message}\n")  # one line, without the usage
     parser.add_argument("names", nargs="*", metavar="NAME", help="studies, see --list")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="where NAME.csv and NAME.png go; made if it isn't there")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where the files go; made if it isn't there")
     parser.add_argument("--quick", action="store_true", help="coarser and faster")
     parser.add_argument("--list", action="store_true", help="print the names of all studies and stop")
     args = parser.parse_args(argv)
     if args.list:
         print("\n".join(STUDIES))
         return
-    unknown = [name for name in args.names if name not in STUDIES]
-    if unknown or not args.names:
-        parser.error(f"study {unknown[0]!r} is unknown" * bool(unknown) or "no study named" + f"; known: {', '.join(STUDIES)}")
+    known = ", ".join(STUDIES)
+    for name in args.names:
+        if name not in STUDIES:
+            parser.error(f"unknown study {name!r}; known: {known}")
+    if not args.names:
+        parser.error(f"no study is named; known: {known}")
     if args.out is None:
         parser.error("--out DIR is missing: say where the files go")
     try:

@@ -13,6 +13,7 @@ from minictrl.transforms import get_transform
 
 COLORS = {"identity": "C0", "log": "C1", "exp5": "C2", "exp10": "C3", "exp-5": "C4", "exp-10": "C5",
           "bon_fp": "black", "won_fp": "black", "optimal": "black"}  # fmt: skip
+CLOSED = ["identity", "log", "exp5", "exp10", "exp-5", "exp-10"]
 TITLES = {"standard": "standard", "bon": "Best-of-{n}", "won": "Worst-of-{n}", "rewind": "rewind-and-repeat, {n} draws"}
 BEST_OF = (2, 3, 4, 6, 8, 16, 32)
 
@@ -63,11 +64,11 @@ def fig2(out: Path, quick: bool):
     """Best-of-4 and Worst-of-4 against KL for every transform (Fig. 2), and how far each is from the optimum."""
     figure, axes = panels(2, 2)
     kls, rows = budgets(quick), []
-    for column, (procedure, extra) in enumerate((("bon", ["bon_fp"]), ("won", ["won_fp"]))):
-        axis, gap = axes[column], axes[column + 2]
-        rows += curves(axis, gap, ["identity", "log", "exp5", "exp10", "exp-5", "exp-10"] + extra, procedure, 4, kls)
+    for axis, gap, procedure in zip(axes[:2], axes[2:], ("bon", "won")):
+        rows += curves(axis, gap, CLOSED + [f"{procedure}_fp"], procedure, 4, kls)
         axis.legend(fontsize=8, loc="lower right")
-        gap.set(xlabel="KL(pi || pi_ref) [nats]", ylabel="win rate below the optimum [points]", ylim=(0.01, 40), yscale="log")
+        gap.set(xlabel="KL(pi || pi_ref) [nats]", ylabel="win rate below the optimum [points]")
+        gap.set(ylim=(0.01, 40), yscale="log")
         gap.grid(alpha=0.3)
     return rows, figure
 
@@ -76,12 +77,10 @@ def fig11(out: Path, quick: bool):
     """Standard, Best-of-2 and 4, Worst-of-2 and 4 against KL (Fig. 11)."""
     figure, axes = panels(3, 2, height=3.6)
     kls, rows = budgets(quick), []
-    common = ["identity", "log", "exp5", "exp10", "exp-5", "exp-10"]
-    for axis, (procedure, n, extra) in zip(
-        [axes[0]] + axes[2:],
-        [("standard", 1, []), ("bon", 2, ["bon_fp"]), ("bon", 4, ["bon_fp"]), ("won", 2, ["won_fp"]), ("won", 4, ["won_fp"])],
-    ):
-        rows += curves(axis, None, common + extra, procedure, n, kls)
+    cases = [("standard", 1), ("bon", 2), ("bon", 4), ("won", 2), ("won", 4)]
+    for axis, (procedure, n) in zip([axes[0]] + axes[2:], cases):
+        fixed = [] if procedure == "standard" else [f"{procedure}_fp"]
+        rows += curves(axis, None, CLOSED + fixed, procedure, n, kls)
     handles, labels = axes[2].get_legend_handles_labels()
     axes[1].legend(handles, [label.replace("bon_fp", "bon_fp, won_fp") for label in labels], loc="center")
     axes[1].axis("off")
@@ -112,7 +111,8 @@ def transforms(out: Path, quick: bool):
                 for x, p, s, f in zip(u.tolist(), Phi.tolist(), rising.tolist(), log_f.exp().tolist())
             ]
         shape.set(ylabel="Phi, scaled to rise from 0 to 1", xlabel="calibrated reward u = C")
-        density.set(ylabel="density at 1 nat (pi_ref: 1)", xlabel="calibrated reward u = C", yscale="log", ylim=(1e-3, 100))
+        density.set(ylabel="density at 1 nat (pi_ref: 1)", xlabel="calibrated reward u = C")
+        density.set(yscale="log", ylim=(1e-3, 100))
         density.legend(fontsize=8)
         shape.grid(alpha=0.3)
         density.grid(alpha=0.3)
@@ -125,7 +125,7 @@ def rewind(out: Path, quick: bool):
     """Rewind-and-repeat at the 85th percentile, 32 draws at most (App. G): win rate, draws needed, and the optimum."""
     figure, (win_axis, draws_axis, density_axis) = panels(1, 3)
     kls = budgets(quick)
-    names = ["identity", "log", "exp5", "exp10", "exp-5", "exp-10", "optimal"]
+    names = CLOSED + ["optimal"]
     rows = curves(win_axis, None, names, "rewind", 32, kls)
     for row in rows:
         name = row["transform"] if row["transform"] in names else "log"
@@ -137,7 +137,7 @@ def rewind(out: Path, quick: bool):
         draws_axis.plot(kls, draws, color=COLORS[name], label=name, linestyle="--" if name == "optimal" else "-")
     q = theory.REWIND_QUANTILE
     draws_axis.axhline((1 - q**32) / (1 - q), color="grey", linewidth=1, linestyle=":", label="pi_ref")
-    draws_axis.set(title="cost", xlabel="KL(pi || pi_ref) [nats]", ylabel="mean number of draws, at most 32", ylim=(0, 14))
+    draws_axis.set(title="cost", xlabel="KL(pi || pi_ref) [nats]", ylabel="mean number of draws", ylim=(0, 14))
     for kl in (0.25, 0.5, 1.0):
         mass, ref = theory.policy_at_kl("optimal", kl, "rewind", 32)
         density_axis.plot(cells.centres(ref), mass / ref, label=f"{kl:g} nats")
@@ -184,13 +184,14 @@ def any_n(mass: Tensor, u: Tensor, n: int) -> Tensor:
 
 
 def mix(out: Path, quick: bool):
-    """The best transform for an unknown N in 1 .. 32, and what one that is tuned for N loses at another N, at equal KL."""
+    """The best transform for an unknown N in 1 .. 32, and what one tuned for N loses at another N, at equal KL."""
     sizes = (1, 4, 32) if quick else (1, 2, 4, 8, 16, 32)
     used = {f"Best-of-{N}": (theory.bon, N) for N in sizes} | {"1 .. 32": (any_n, 32)}
     rows = []
     for kl in (1.0,) if quick else (0.25, 0.5, 1.0, 2.0):
         policies = {f"optimal for {at}": theory.policy_at_kl("optimal", kl, *T) for at, T in used.items()}
-        policies |= {name: theory.policy_at_kl(name, kl, "bon", 1) for name in ("log", "exp5", "exp10", "exp20", "exp40")}
+        closed = ("log", "exp5", "exp10", "exp20", "exp40")
+        policies |= {name: theory.policy_at_kl(name, kl, "bon", 1) for name in closed}
         for tuned, (mass, ref) in policies.items():
             for at, T in used.items():
                 win = theory.mass_win_rate(mass, ref, *T).item()
@@ -202,7 +203,8 @@ def mix(out: Path, quick: bool):
     lost = torch.tensor([row["points_lost"] for row in at_1]).view(len(names), len(used))
     table.imshow(lost.clamp(max=10), cmap="Reds", aspect="auto")
     for i, j in torch.cartesian_prod(torch.arange(len(names)), torch.arange(len(used))).tolist():
-        table.text(j, i, f"{abs(lost[i, j]):.2f}", ha="center", va="center", color="white" if lost[i, j] > 6 else "black")
+        color = "white" if lost[i, j] > 6 else "black"
+        table.text(j, i, f"{abs(lost[i, j]):.2f}", ha="center", va="center", color=color)
     table.set_xticks(range(len(used)), [at.replace("Best-of-", "") for at in used])
     table.set_yticks(range(len(names)), names)
     table.set(xlabel="N it is used at (1 .. 32: uniform over them)", title="points lost to the optimum at 1 nat")

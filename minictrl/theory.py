@@ -325,7 +325,7 @@ def _cells(transform: Transform, K: int | None = None) -> tuple[Tensor, Tensor]:
 
 
 def _spread(log_ratio: Tensor, ref: Tensor, K: int | None = None) -> tuple[Tensor, Tensor]:
-    """(mass, ref), each wide cell of a finite K cut up: within one value of C_hat the true C still spreads uniformly."""
+    """(mass, ref), the wide cells of a finite K cut up: within a value of C_hat the true C still spreads uniformly."""
     mass = ref * log_ratio.exp()
     if K is None:
         return mass, ref

@@ -1,0 +1,79 @@
+"""python -m minictrl.reproduce: the files it leaves, what the studies find, bad input."""
+
+import csv
+
+import pytest
+
+from minictrl import reproduce, studies_proofs, studies_theory
+
+pytest.importorskip("matplotlib")
+
+
+def test_every_study_leaves_a_table_and_a_picture(tmp_path, monkeypatch):
+    figure, _ = studies_theory.panels(1, 1)
+    monkeypatch.setitem(reproduce.STUDIES, "small", lambda out, quick: ([{"x": 1 / 3, "quick": quick}], figure))
+    reproduce.main(["small", "transforms", "--quick", "--out", str(tmp_path / "new")])
+    assert (tmp_path / "new" / "small.csv").read_text().split() == ["x,quick", "0.33333333,True"]
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == [
+        "small.csv", "small.png", "transforms.csv", "transforms.png"
+    ]  # fmt: skip
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in (tmp_path / "new").glob("*.png"))
+    rows = list(csv.DictReader(open(tmp_path / "new" / "transforms.csv")))
+    assert {row["transform"] for row in rows} >= {"identity", "log", "exp10", "exp-10", "bon_fp", "won_fp"}
+
+
+def test_list_prints_one_study_a_line(capsys):
+    reproduce.main(["--list"])
+    names = capsys.readouterr().out.split("\n")[:-1]
+    assert names == list(reproduce.STUDIES) and {"fig2", "fig11", "theorem1", "lemmas", "mix"} <= set(names)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["fig99", "--out", "x"], "unknown study 'fig99'; known: fig2"),
+        (["--out", "x"], "no study is named"),
+        (["fig2"], "--out DIR is missing"),
+        (["fig2", "--out", "x", "--fast"], "unrecognized arguments: --fast"),
+        (["transforms", "--quick", "--out", __file__], "File exists"),
+    ],
+)
+def test_bad_arguments_are_one_line_and_status_2(arguments, message, capsys):
+    with pytest.raises(SystemExit) as exit:
+        reproduce.main(arguments)
+    error = capsys.readouterr().err
+    assert exit.value.code == 2 and message in error and error.count("\n") == 1
+
+
+def test_fixed_points_are_on_the_frontier_of_fig2_and_nothing_is_above(tmp_path):
+    rows, _ = studies_theory.fig2(tmp_path, quick=True)
+    fixed = [row["points_below_optimum"] for row in rows if row["transform"] in ("bon_fp", "won_fp")]
+    assert len(fixed) == 24 and max(map(abs, fixed)) < 1e-9
+    assert min(row["points_below_optimum"] for row in rows) > -1e-4  # the solver's grid, in points
+
+
+def test_every_claim_of_the_paper_that_should_hold_does(tmp_path):
+    """Ties break Lemmas 4 and 5, as the paper says; Theorem 5 needs the other KL, as it doesn't."""
+    rows, _ = studies_proofs.lemmas(tmp_path, quick=True)
+    fails = {row["claim"] for row in rows if row["holds"] == "no"}
+    assert fails == {"Lemma 4, 10 values, tied", "Lemma 5, 10 values, tied", "Theorem 5, KL(pi || p), as written"}
+
+
+@pytest.mark.parametrize("procedure, n", [("standard", 1), ("bon", 2), ("bon", 8), ("won", 2), ("rewind", 32)])
+def test_tabular_em_reaches_the_optimum_of_direct_ascent(procedure, n):
+    pi_ref, level, ref = studies_proofs.tabular_prompt(5, responses=20, values=8)
+    win_rate = lambda pi: studies_proofs.tied_win_rate(pi, level, ref, procedure, n)  # noqa: E731
+    direct = studies_proofs.direct_ascent(win_rate, pi_ref, 0.1)
+    best = studies_proofs.theory.ascend(procedure, n, ref, beta=0.1)
+    objective = studies_proofs.value(direct, pi_ref, win_rate(direct), 0.1).item()
+    assert best.win_rate - 0.1 * best.kl == pytest.approx(objective, abs=1e-6)  # L-BFGS's plateau
+    if procedure == "bon" and n == 2:  # the same optimum as E[max over N of g], summed over all pairs
+        summed = studies_proofs.direct_ascent(studies_proofs.max_at_n(pi_ref, level, procedure, n), pi_ref, 0.1)
+        assert (summed - direct).abs().sum() < 1e-4
+
+
+def test_the_best_policy_for_an_unknown_n_is_the_best_for_the_mix():
+    win = lambda mass, ref: studies_theory.theory.mass_win_rate(mass, ref, studies_theory.any_n, 8).item()  # noqa: E731
+    policy = studies_theory.theory.policy_at_kl
+    best = win(*policy("optimal", 1.0, studies_theory.any_n, 8))
+    assert all(win(*policy("optimal", 1.0, "bon", N)) < best - 1e-4 for N in (1, 2, 4, 8))
