@@ -11,10 +11,12 @@ Every draw is a function of (seed, prompt, sample, t) alone, whatever the batch 
 differs between batch shapes, so a draw within rounding of a boundary may differ: about one token in 30,000 in float32.
 """
 
+import functools
 import hashlib
 import inspect
 import math
 from collections import Counter
+from collections.abc import Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -28,7 +30,7 @@ from transformers import AttentionInterface, Cache, DynamicCache
 # output embedding of the last hidden state, with nothing in between (no soft cap, sink, bias or scale).
 SHARED_PREFIX = {"gpt2", "gpt_neox", "llama", "mistral", "qwen2", "qwen3", "olmo2", "smollm3", "phi3"}
 COMPACT = 0.95  # drop the rows that have ended when at most this share is left
-COLUMNS = 16  # response columns attended to at a time
+COLUMNS = 8  # response columns are attended to in blocks of this, two at least: see `PrefixCache.step`
 HEAD_ROWS = 128  # rows whose logits are made at a time on a CPU: 1 MB with 2,048 tokens, which stays in the cache
 BLOCK = 64  # tokens of the vocabulary in a block of the two-level draw
 
@@ -44,18 +46,19 @@ class Samples:
 
 
 def sample(model, tokenizer, prompts: list[str], *, num_samples: int, max_new_tokens: int, temperature: float = 1.0,
-           seed: int, first_sample: int = 0, batch_size: int = 1024) -> Samples:
+           seed: int, first_sample: int = 0, batch_size: int | None = None) -> Samples:
     """Draw y ~ pi(. | x), `num_samples` a prompt, from the full softmax (no top-k, no top-p), with log-probabilities.
 
     The same (seed, prompt, sample index, position) gives the same token, so `first_sample=100` continues a draw of 100;
     a prompt given twice gets two independent draws. Draws that must be independent (pi and pi_ref) need different seeds.
-    A response ends with EOS or is cut at `max_new_tokens`. `batch_size`: rows decoded together, for speed and memory.
+    A response ends with EOS or is cut at `max_new_tokens`. `batch_size`: rows decoded
+    together, by default what fits in 1/2 GB (a third of a GPU); it changes speed and memory, not the samples.
     Raises ValueError on no prompts, a prompt that is not text or too long for the model, a number out of range, and
     logits that are not finite.
     """
     for name, value, least in (("num_samples", num_samples, 1), ("max_new_tokens", max_new_tokens, 1),
                                ("first_sample", first_sample, 0), ("batch_size", batch_size, 1)):
-        if value < least:
+        if value is not None and value < least:
             raise ValueError(f"{name}={value}: must be at least {least}")
     if not temperature > 0:
         raise ValueError(f"temperature={temperature}: must be positive")
@@ -72,9 +75,11 @@ def sample(model, tokenizer, prompts: list[str], *, num_samples: int, max_new_to
     order = np.array(sorted(range(B), key=lambda i: -len(ids[i])))  # similar lengths go together
     prompt_of, sample_of = np.repeat(order, M), np.tile(np.arange(M), B)  # the queue
     cache = (RepeatedCache if _plain(model) else PrefixCache)(model)
-    with torch.inference_mode(), _eval_mode(model):
-        for i in range(0, B * M, batch_size):
-            x, m = prompt_of[i:i + batch_size], sample_of[i:i + batch_size]
+    size = batch_size or _batch_size(model, T)
+    size = size // M * M or size  # whole prompts, if one fits
+    with torch.inference_mode(), _decoding(model):
+        for i in range(0, B * M, size):
+            x, m = prompt_of[i:i + size], sample_of[i:i + size]
             unique, group = np.unique(x, return_inverse=True)
             prompt_ids, prompt_mask = left_pad([ids[j] for j in unique], pad, device)
             u, row, group = (torch.from_numpy(v).to(device)
@@ -156,9 +161,8 @@ def _decode_wave(cache, prompt_ids: Tensor, prompt_mask: Tensor, group: Tensor, 
     position, alive = prompt_mask.sum(1)[group], torch.ones_like(row, dtype=torch.bool)
     state = cache.prefill(prompt_ids, prompt_mask, group, T)
     for t in range(T):
-        drawn = [_draw(cache.head(x) if temperature == 1 else cache.head(x) / temperature, y)
-                 for x, y in zip(state.split(head_rows), u[:, t].split(head_rows))]
-        token, logprob = map(torch.cat, zip(*drawn))
+        logits = (cache.head(x) for x in state.split(head_rows))
+        token, logprob = _draw((x if temperature == 1 else x / temperature for x in logits), u[:, t])
         out.tokens[row, t] = torch.where(alive, token, pad)
         out.logprobs[row, t] = torch.where(alive, logprob, 0.0)
         out.mask[row, t] = alive.float()
@@ -177,24 +181,27 @@ def _decode_wave(cache, prompt_ids: Tensor, prompt_mask: Tensor, group: Tensor, 
         state = cache.step(token[:, None], (position + t)[:, None], t)
 
 
-def _draw(logits: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+def _draw(logits: Iterable[Tensor], u: Tensor) -> tuple[Tensor, Tensor]:
     """(token, log pi(token)), each (R,), by the inverse CDF in two levels: a block of the vocabulary, then a token in it.
 
-    logits: (R, V). u: (R, 2) float64 in [0, 1), one number for each level: with only one, an error of rounding in the
-    block's boundary would move every token's. Sums of blocks are vectorised where one long cumulative sum is not.
+    logits: (r, V) each, R rows together. u: (R, 2) float64 in [0, 1), a number for each level: with one for both, an
+    error of rounding in a block's boundary would move every token's. Sums are vectorised, a long cumulative sum is not.
     """
-    probs = logits.softmax(-1)
-    short = -probs.shape[-1] % BLOCK
-    blocks = (F.pad(probs, (0, short)) if short else probs).unflatten(-1, (-1, BLOCK))  # (R, V / BLOCK, BLOCK)
-    block = _inverse_cdf(blocks.sum(-1), u[:, 0])
-    inside = blocks[torch.arange(len(block), device=block.device), block]  # (R, BLOCK)
-    token = (block * BLOCK + _inverse_cdf(inside, u[:, 1])).clamp(max=probs.shape[-1] - 1)
-    return token, probs.gather(-1, token[:, None])[:, 0].log().float()
+    picked, first = [], 0
+    for piece in logits:
+        probs, short = piece.softmax(-1), -piece.shape[-1] % BLOCK
+        blocks = (F.pad(probs, (0, short)) if short else probs).unflatten(-1, (-1, BLOCK))  # (r, V / BLOCK, BLOCK)
+        block = _inverse_cdf(blocks.sum(-1), u[first:first + len(piece), 0])
+        picked.append((block, blocks[torch.arange(len(piece), device=block.device), block]))
+        first += len(piece)
+    block, inside = map(torch.cat, zip(*picked))  # (R,), (R, BLOCK)
+    i = _inverse_cdf(inside, u[:, 1])
+    return (block * BLOCK + i).clamp(max=piece.shape[-1] - 1), inside.gather(-1, i[:, None])[:, 0].log().float()
 
 
 def _inverse_cdf(weights: Tensor, u: Tensor) -> Tensor:
     """Index i with probability weights[i] / sum(weights); never one of weight 0. weights: (R, n), u: (R,)."""
-    cdf = weights.double().cumsum(-1)
+    cdf = weights.cumsum(-1, dtype=torch.float64)
     i = torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True)[:, 0]
     return i.clamp(max=weights.shape[-1] - 1)  # only NaN gets that far: `sample` reports it
 
@@ -231,7 +238,8 @@ def _prompt_keys(prompts: list[str]) -> np.ndarray:
 # ---- the forward ----
 
 def _plain(model) -> bool:
-    return model.config.model_type not in SHARED_PREFIX
+    """Whether the model takes the plain path: another family, or attention over a window."""
+    return model.config.model_type not in SHARED_PREFIX or bool(getattr(model.config, "sliding_window", None))
 
 
 def _head(model, hidden: Tensor) -> Tensor:
@@ -242,12 +250,17 @@ def _head(model, hidden: Tensor) -> Tensor:
 def _forward(model, ids: Tensor, cache=None, **kwargs):
     """transformers' output for ids (N, L): of the model without its head, or of the whole in the plain path."""
     model = model if _plain(model) else model.base_model
-    names = inspect.signature(model.forward).parameters
+    names = _arguments(type(model))
     if cache is not None:
         kwargs |= {"cache" if "cache" in names else "past_key_values": cache, "use_cache": True}  # renamed in 5.24
     if "position_ids" not in names:  # ALiBi: positions come from the mask
         del kwargs["position_ids"]
     return model(input_ids=ids, **kwargs)
+
+
+@functools.cache
+def _arguments(model_class) -> frozenset[str]:
+    return frozenset(inspect.signature(model_class.forward).parameters)
 
 
 class PrefixCache(Cache):
@@ -272,7 +285,7 @@ class PrefixCache(Cache):
         """Last hidden states (R, D) after one more token, the t-th, of each row; token, position: (R, 1)."""
         self.t = t
         # Whole blocks of columns are read, those to come behind a bias: narrow products and softmaxes are slow.
-        self.width = -(-(t + 1) // COLUMNS) * COLUMNS
+        self.width = _columns(t + 1)
         self.own_bias = torch.where(torch.arange(self.width, device=token.device) > t, -torch.inf, 0.0)
         return self._forward(token, self.bias, position)
 
@@ -280,9 +293,7 @@ class PrefixCache(Cache):
         return _head(self.model, state)
 
     def _forward(self, ids: Tensor, mask: Tensor, position_ids: Tensor) -> Tensor:
-        with _attention_of(self.model):
-            return _forward(self.model, ids, self, attention_mask=mask,
-                            position_ids=position_ids).last_hidden_state[:, -1]
+        return _forward(self.model, ids, self, attention_mask=mask, position_ids=position_ids).last_hidden_state[:, -1]
 
     def compact(self, index: Tensor) -> None:
         """Keep the rows `index` (R',), row i going where i is; those that move, move in place."""
@@ -314,7 +325,7 @@ class PrefixCache(Cache):
             self.prompt.append((key, value))
             return key, value
         if len(self.own) == layer_idx:  # the first step of a wave
-            shape = len(key), key.shape[1], -(-self.T // COLUMNS) * COLUMNS, key.shape[3]
+            shape = len(key), key.shape[1], _columns(self.T), key.shape[3]
             if len(self.buffers) == layer_idx or self.buffers[layer_idx][0].numel() < math.prod(shape):
                 self.buffers[layer_idx:layer_idx + 1] = [[x.new_zeros(math.prod(shape)) for x in (key, value)]]
             self.own.append([x[:math.prod(shape)].view(shape) for x in self.buffers[layer_idx]])
@@ -340,6 +351,10 @@ class PrefixCache(Cache):
         side_by_side = x[self.rows].view(G, -1, H, n, D).transpose(1, 2).reshape(G, H, -1, D)  # (G, H, k n, D)
         z = (side_by_side @ y + bias).view(G, H, -1, n, y.shape[-1])
         return z.transpose(1, 2).reshape(-1, H, n, y.shape[-1])[self.place]
+
+
+def _columns(T: int) -> int:
+    return max(2, -(-T // COLUMNS)) * COLUMNS
 
 
 def _attention(module, query: Tensor, key, value, mask: Tensor, scaling: float | None = None, **kwargs):
@@ -386,25 +401,27 @@ class RepeatedCache:
 # ---- small helpers ----
 
 @contextmanager
-def _eval_mode(model):
-    """Dropout off; the training flag as it was on leaving."""
-    training = model.training
+def _decoding(model):
+    """Dropout off and, but on the plain path, `_attention` in transformers' forward; both as they were on leaving."""
+    training, attention = model.training, model.config._attn_implementation
     model.eval()
+    if not _plain(model):
+        model.config._attn_implementation = "minictrl_prefix"
     try:
         yield
     finally:
+        model.config._attn_implementation = attention
         model.train(training)
 
 
-@contextmanager
-def _attention_of(model):
-    """transformers' forward with `_attention` in it."""
-    before = model.config._attn_implementation
-    model.config._attn_implementation = "minictrl_prefix"
-    try:
-        yield
-    finally:
-        model.config._attn_implementation = before
+def _batch_size(model, T: int) -> int:
+    """Rows whose keys and values of T tokens take 1/2 GB on a CPU, a third of what is free on a GPU; 2,048 at most."""
+    c, weight = model.config, model.get_input_embeddings().weight
+    heads = getattr(c, "num_key_value_heads", None) or c.num_attention_heads
+    width = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+    row = 2 * c.num_hidden_layers * heads * width * _columns(T) * weight.element_size()
+    memory = torch.cuda.mem_get_info(weight.device)[0] // 3 if weight.is_cuda else 2**29
+    return min(2048, max(32, memory // row))
 
 
 def _eos_ids(model, tokenizer) -> Tensor:

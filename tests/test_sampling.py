@@ -140,7 +140,7 @@ def test_the_draw_is_exact_over_blocks_of_a_larger_vocabulary():
     torch.manual_seed(0)
     logits = torch.randn(200) * 2
     u = torch.from_numpy(_uniforms(3, np.repeat(np.arange(4, dtype=np.uint64), 25_000), np.tile(np.arange(25_000), 4), 1))[:, 0]
-    token, logprob = _draw(logits.expand(len(u), -1), u)
+    token, logprob = _draw([logits.expand(40_000, -1), logits.expand(60_000, -1)], u)
     expected = logits.softmax(-1).double() * len(u)
     assert ((token.bincount(minlength=200) - expected) ** 2 / expected).sum() < chi2.ppf(1 - 1e-4, 199)
     assert (logprob - logits.log_softmax(-1)[token]).abs().max() < 1e-5
