@@ -31,7 +31,6 @@ from transformers import AttentionInterface, Cache, DynamicCache
 SHARED_PREFIX = {"gpt2", "gpt_neox", "llama", "mistral", "qwen2", "qwen3", "olmo2", "smollm3", "phi3"}
 COMPACT = 0.95  # drop the rows that have ended when at most this share is left
 COLUMNS = 8  # response columns are attended to in blocks of this, two at least: see `PrefixCache.step`
-HEAD_ROWS = 128  # rows whose logits are made at a time on a CPU: 1 MB with 2,048 tokens, which stays in the cache
 BLOCK = 64  # tokens of the vocabulary in a block of the two-level draw
 
 
@@ -77,6 +76,9 @@ def sample(model, tokenizer, prompts: list[str], *, num_samples: int, max_new_to
     cache = (RepeatedCache if _plain(model) else PrefixCache)(model)
     size = batch_size or _batch_size(model, T)
     size = size // M * M or size  # whole prompts, if one fits
+    # On a CPU the logits are made for so many rows at a time that they stay in its cache (1 MB), if they ever fit.
+    V = model.config.vocab_size
+    head_rows = size if device.type != "cpu" else 2**18 // V if V <= 4096 else 256
     with torch.inference_mode(), _decoding(model):
         for i in range(0, B * M, size):
             x, m = prompt_of[i:i + size], sample_of[i:i + size]
@@ -84,7 +86,8 @@ def sample(model, tokenizer, prompts: list[str], *, num_samples: int, max_new_to
             prompt_ids, prompt_mask = left_pad([ids[j] for j in unique], pad, device)
             u, row, group = (torch.from_numpy(v).to(device)
                              for v in (_uniforms(seed, keys[x], m + first_sample, T), x * M + m, group))
-            _decode_wave(cache, prompt_ids, prompt_mask, group, u, row, out, eos=eos, pad=pad, temperature=temperature)
+            _decode_wave(cache, prompt_ids, prompt_mask, group, u, row, out, eos=eos, pad=pad, temperature=temperature,
+                         head_rows=head_rows)
     if not torch.isfinite(out.logprobs).all():
         raise ValueError("the policy's logits are not finite: check its weights and dtype (float16 overflows)")
     lengths = out.mask.sum(-1).long().tolist()
@@ -153,10 +156,9 @@ def left_pad(ids: list[list[int]], pad: int, device=None) -> tuple[Tensor, Tenso
 # ---- one wave: the rows of a few prompts, decoded in step ----
 
 def _decode_wave(cache, prompt_ids: Tensor, prompt_mask: Tensor, group: Tensor, u: Tensor, row: Tensor, out: Samples, *,
-                 eos: Tensor, pad: int, temperature: float) -> None:
+                 eos: Tensor, pad: int, temperature: float, head_rows: int) -> None:
     """Sample R rows into out[row]. prompt_ids, prompt_mask: (G, P); group: (R,) prompt of a row; u: (R, T, 2)."""
     T, on_cpu = u.shape[1], row.device.type == "cpu"
-    head_rows = HEAD_ROWS if on_cpu else len(row)
     look = 1 if on_cpu else 16  # steps between looks at who is alive: a GPU has to be waited for
     position, alive = prompt_mask.sum(1)[group], torch.ones_like(row, dtype=torch.bool)
     state = cache.prefill(prompt_ids, prompt_mask, group, T)
@@ -314,7 +316,7 @@ class PrefixCache(Cache):
         rank = torch.empty_like(order)
         rank[order] = torch.arange(R, device=order.device) - (count.cumsum(0) - count)[self.group[order]]
         self.place = self.group * k + rank
-        self.rows = torch.zeros(G * k, dtype=torch.long, device=order.device).index_copy_(0, self.place, torch.arange(R, device=order.device))
+        self.rows = order.new_zeros(G * k).index_copy_(0, self.place[order], order)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return 0 if self.t is None else self.bias.shape[-1] + self.t

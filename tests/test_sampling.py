@@ -47,7 +47,7 @@ def make_model(family="gpt2", dtype=torch.float32):
 TOKENIZER = make_tokenizer()
 
 
-def draw(model, prompts=PROMPTS, num_samples=20, max_new_tokens=12, seed=1, **kwargs):
+def draw(model, prompts=PROMPTS, num_samples=12, max_new_tokens=12, seed=1, **kwargs):
     return sample(model, TOKENIZER, prompts, num_samples=num_samples, max_new_tokens=max_new_tokens, seed=seed, **kwargs)
 
 
@@ -78,7 +78,7 @@ def test_logprobs_are_those_of_a_full_forward(family, num_samples):
 def test_same_tokens_whatever_the_batch(family):
     model = make_model(family, torch.float64)
     together = draw(model)
-    for batch_size in (1, 7, 40):
+    for batch_size in (7, 40):
         assert torch.equal(draw(model, batch_size=batch_size).tokens, together.tokens)
     backwards = draw(model, PROMPTS[::-1])
     assert torch.equal(backwards.tokens.flip(0), together.tokens)
