@@ -12,9 +12,10 @@ import sys
 import time
 from pathlib import Path
 
-from minictrl import studies_proofs, studies_theory
+from minictrl import studies_beyond, studies_proofs, studies_reward, studies_runs, studies_theory
 
-STUDIES = {**studies_theory.STUDIES, **studies_proofs.STUDIES}
+MODULES = (studies_theory, studies_proofs, studies_reward, studies_runs, studies_beyond)
+STUDIES = {name: study for module in MODULES for name, study in module.STUDIES.items()}
 
 
 def write(out: Path, name: str, rows: list[dict], figure) -> None:

@@ -6,8 +6,8 @@ LAYERS = [  # a module imports from lower layers only
     {"config", "hub", "ratings", "cells", "calibration", "ppo", "baselines"},
     {"winrate", "theory", "data", "sampling", "scorers", "reference"},
     {"transforms", "scoring", "update"}, {"judge"}, {"models"}, {"runs", "methods"}, {"evaluation"}, {"figures", "trl"},
-    {"pretrain_policy", "pretrain_scorers", "pretrain_hub"}, {"pretrain"},
-    {"studies_theory"}, {"studies_proofs", "studies_runs"}, {"reproduce", "bench"}]
+    {"pretrain_policy", "pretrain_scorers", "pretrain_hub", "sweep"}, {"pretrain"},
+    {"studies_theory"}, {"studies_proofs", "studies_runs", "studies_reward", "studies_beyond"}, {"reproduce", "bench", "results"}]
 MATH = {"theory", "transforms", "calibration", "winrate", "ppo", "baselines", "cells"}
 
 

@@ -1,0 +1,156 @@
+"""Studies that train: the sweep resumes and compares at equal KL, their statistics, one study on the command line."""
+
+import csv
+import itertools
+import json
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from minictrl import reproduce, results, studies_reward, studies_runs, sweep, theory
+
+pytest.importorskip("matplotlib")
+
+
+def eval_rows(
+    kl, win, procedures=(("standard", 1), ("bon", 2), ("bon", 4), ("bon", 32), ("won", 2), ("won", 4), ("won", 32))
+):
+    return [
+        dict(
+            procedure=p,
+            n=n,
+            scorer=s,
+            win_rate=win,
+            stderr=0.01,
+            kl=kl,
+            kl_stderr=0.02,
+            theory=win,
+            optimal=0.9,
+            prompts=24,
+            samples=32,
+        )
+        for p, n in procedures
+        for s in sweep.SCORERS
+    ]
+
+
+@pytest.fixture
+def scripts(monkeypatch):
+    """train and evaluate that only leave their files; `calls` has the arguments of both."""
+    calls = []
+
+    def train(argv):
+        flags = dict(flag.removeprefix("--").split("=") for flag in argv if "=" in flag)
+        calls.append(argv)
+        out = sweep.Path(flags["out"])
+        (out / "policy").mkdir(parents=True)
+        kept = {"transform": flags.get("transform"), "method": flags.get("method", "ppo"), "kl": float(flags["kl"])}
+        (out / "config.json").write_text(
+            json.dumps(
+                kept
+                | {"seed": int(flags["seed"]), "cache": flags["cache"]}
+                | {
+                    "lr": 2e-3,
+                    "steps": 6,
+                    "prompts": 32,
+                    "batch": 16,
+                    "G": 8,
+                    "procedure": flags.get("procedure", "bon"),
+                }
+            )
+        )
+        (out / "policy" / "config.json").write_text("{}")
+
+    def evaluate(argv):
+        kl = json.loads((sweep.Path(argv[0]) / "config.json").read_text())["kl"]
+        sweep.Path(argv[0], "eval.json").write_text(json.dumps({"rows": eval_rows(kl, 0.5 + 0.1 * kl**0.5)}))
+
+    modules = {"train": SimpleNamespace(main=train), "evaluate": SimpleNamespace(main=evaluate)}
+    monkeypatch.setattr(sweep, "script", modules.__getitem__)
+    return calls
+
+
+def test_a_sweep_trains_what_is_missing_and_only_that(tmp_path, scripts):
+    methods = {name: sweep.METHODS[name] for name in ("identity", "grpo")}
+    rows = sweep.sweep(tmp_path, True, methods)
+    assert len(scripts) == 2 * 2 * 2 and len(rows) == 8 * 14
+    (tmp_path / "runs-quick" / "grpo-kl2-seed1" / "eval.json").unlink()  # trained, not evaluated
+    (tmp_path / "runs-quick" / "grpo-kl2-seed0" / "eval.json").unlink()
+    (tmp_path / "runs-quick" / "grpo-kl2-seed0" / "policy" / "config.json").unlink()  # interrupted
+    (tmp_path / "runs-quick" / "grpo-kl2-seed0" / "policy").rmdir()
+    assert sweep.sweep(tmp_path, True, methods) == rows
+    assert len(scripts) == 9 and "--resume" in scripts[-1]
+
+
+def test_a_run_with_other_settings_is_not_taken_for_this_one(tmp_path, scripts):
+    settings = {"transform": "identity", "kl": 1.0, "seed": 0, "cache": "c"}
+    sweep.run(tmp_path / "run", settings, prompts=8, samples=8)
+    with pytest.raises(ValueError, match="holds a run with kl 1.0, not 2.0; give another --out"):
+        sweep.run(tmp_path / "run", settings | {"kl": 2.0}, prompts=8, samples=8)
+
+
+def test_interpolation_in_sqrt_kl_is_exact_on_its_own_curve_and_never_extrapolates():
+    slopes = (0.1, 0.16)
+    rows = [
+        dict(row, method="m", seed=seed)
+        for seed, slope in enumerate(slopes)
+        for kl in (0.3, 1.1 + seed)
+        for row in eval_rows(kl, 0.5 + slope * kl**0.5)
+    ]
+    win, stderr = sweep.at_kl(rows, 0.7, "m", "bon", 4, "judge")
+    assert win == pytest.approx(0.5 + 0.13 * 0.7**0.5) and stderr == pytest.approx(
+        0.03 * 0.7**0.5
+    )  # half the difference
+    assert math.isnan(sweep.at_kl(rows, 1.5, "m", "bon", 4, "judge")[0])  # seed 0 ends at 1.1
+    assert sweep.common_kl(rows) == 1.0
+
+
+@pytest.mark.parametrize("procedure, n", [("standard", 1), ("bon", 2), ("won", 2)])
+def test_weights_of_best_of_n_are_those_of_all_groups(procedure, n):
+    """6 samples, ties among them, every ordered way to fill the groups; ties share the selection."""
+    select, keep = torch.tensor([[3.0, 1.0, 4.0, 1.0, 5.0, 4.0]]), {"standard": max, "bon": max, "won": min}[procedure]
+    expected = torch.zeros(6, dtype=torch.float64)
+    for order in itertools.permutations(range(6), 2 * n):
+        best = [max(order[i : i + 2], key=lambda j: select[0, j]) for i in range(0, 2 * n, 2)]
+        value = select[0, keep(best, key=lambda j: select[0, j])]
+        expected += (select[0] == value) / (select[0] == value).sum()
+    found = studies_runs.best_of_weights(select, 2, procedure, n)[0]
+    assert torch.allclose(found, expected / expected.sum(), atol=1e-12)
+
+
+def test_mean_draws_is_the_theorys_on_uniform_rewards():
+    """pi = pi_ref: (1 - q^32) / (1 - q) draws at q = .85; 4 standard errors over 4,000 prompts of 64 samples."""
+    u = torch.rand(4000, 64, generator=torch.Generator().manual_seed(0))
+    each = torch.stack([(u[i : i + 400] < 0.85).sum(1).double() for i in range(0, 4000, 400)]).std() / 4000**0.5
+    found = studies_runs.mean_draws(u, torch.full((4000,), 0.85), 32)
+    assert found == pytest.approx((1 - 0.85**32) / 0.15, abs=4 * each.item() * 1.2)  # d draws / d fails < 1.2
+
+
+def test_accuracy_counts_the_phrase_on_one_side_only():
+    labels, plain = torch.tensor([0.0, 1.0, 2.0]), torch.tensor([0.0, 1.0, 2.0])
+    assert studies_reward.accuracy(plain, plain, labels)[0] == 1
+    assert studies_reward.accuracy(plain, plain + 1, labels)[0] == pytest.approx((0.5 + 0.5 + 1) / 3)  # gaps 1, 1, 2
+
+
+def test_figures_of_the_sweep_and_the_page_come_from_the_same_runs(tmp_path, scripts, monkeypatch):
+    kept = {name: sweep.METHODS[name] for name in ("none", "identity", "exp10")}
+    monkeypatch.setattr(studies_runs, "METHODS", kept)
+    monkeypatch.setattr(theory, "optimal_win_rate", lambda kl, procedure, n: 0.9)
+    reproduce.main(["fig4", "which_t", "--quick", "--out", str(tmp_path)])
+    assert len(scripts) == 3 * 4
+    rows = list(csv.DictReader(open(tmp_path / "fig4.csv")))
+    assert len(rows) == 3 * 2 * 3 * 2 and {row["seeds"] for row in rows} == {"2"}
+    results.main([str(tmp_path)])
+    page = (tmp_path / "RESULTS.md").read_text()
+    assert "fig4.png" in page and "| none |" in page and "fig5" not in page
+
+
+def test_fig3_on_the_command_line(tmp_path):
+    reproduce.main(["fig3", "--quick", "--out", str(tmp_path)])
+    rows = list(csv.DictReader(open(tmp_path / "fig3.csv")))
+    assert len(rows) == 1000 and (tmp_path / "fig3.png").stat().st_size > 10_000
+    mine = sorted((float(row["reward"]), float(row["rank"])) for row in rows if row["prompt"] == "3")
+    assert mine == sorted(mine, key=lambda pair: pair[1])  # a rank is increasing in the reward
+    assert 0.05 < float(rows[0]["largest_distance"]) < 1
