@@ -23,12 +23,17 @@ from minictrl.update import Loss, Rows
 # --- online: rows of a rollout, settings, beta, the reference samples of its prompts -> advantages (B, T) ---
 
 def ppo_advantages(rows: Rows, config: Config, beta: float, reference: Reference) -> Tensor:
-    """PPO, k1 in the reward: GAE with a value head; without, rewards to go minus the other samples' mean return."""
+    """PPO, k1 in the reward: GAE with a value head; without, rewards to go minus the mean return of the other samples.
+
+    The others are those of all prompts: calibration gives their returns one law, so the mean of many is the better
+    baseline, above all for exp-10, where one bad response in a group of 8 would lift the other 7. Raw rewards differ from
+    prompt to prompt: there the others are the prompt's own.
+    """
     rewards = ppo.token_rewards(rows["R"], rows["old_logprobs"], rows["ref_logprobs"], rows["mask"])
     if "values" in rows:
         advantages, rows["returns"] = ppo.gae(rewards, rows["values"], rows["mask"], lam=config.lam)
         return advantages
-    returns = rewards.sum(1).view(-1, config.G)
+    returns = rewards.sum(1).view(-1, config.G if config.transform == "none" else len(rewards))
     baseline = (returns - ppo.loo_advantages(returns)).view(-1, 1)  # a token isn't blamed for the KL of those before it
     return (rewards.flip(1).cumsum(1).flip(1) - baseline) * rows["mask"]
 
