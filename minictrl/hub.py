@@ -6,10 +6,13 @@ hub calls Anthropic/hh-rlhf is read from ./Anthropic/hh-rlhf, if that is there. 
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import socket
+import sys
 import urllib.request
+from contextlib import nullcontext, redirect_stderr
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -51,8 +54,10 @@ def first_line(error: Exception) -> str:
 def from_hub(loader, kind: str, name: str, **options):
     """loader.from_pretrained, where whatever can be wrong is a ValueError of one line, missing weights included."""
     model, name = loader.__name__.startswith("AutoModelFor"), hub_name(name)
+    quiet = nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO())  # a .gguf file's progress bar
     try:
-        loaded = loader.from_pretrained(name, **options, **({"output_loading_info": True} if model else {}))
+        with quiet:
+            loaded = loader.from_pretrained(name, **options, **({"output_loading_info": True} if model else {}))
     except (ImportError, OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError,
             SafetensorError) as error:
         if "gguf_file" in options:

@@ -14,6 +14,7 @@ from transformers import (
 
 from minictrl.judge import load_pairwise, wins
 from minictrl.models import load_policy, load_scorer, render, save_policy
+from minictrl.scoring import in_batches
 
 TEMPLATE = ("{% for m in messages %}<s>{{ m['role'] }}\n{{ m['content'] }}</s>\n{% endfor %}"
             "{% if add_generation_prompt %}<s>assistant\n{% endif %}")
@@ -151,6 +152,22 @@ def test_a_score_that_is_not_finite_and_a_model_without_a_head_are_refused(tmp_p
         load_scorer(path, "reward", device="cpu")(["a", "b"], ["c", "d"])
     with pytest.raises(ValueError, match="unknown role 'rewards': use reward or judge"):
         load_scorer(path, "rewards")
+
+
+def test_out_of_memory_is_tried_again_in_smaller_batches():
+    model, tok, sizes = torch.nn.Linear(1, 1), tokenizer(eos_token="</s>", pad_token="<pad>"), []
+
+    def read(inputs):
+        sizes.append(len(inputs["input_ids"]))
+        if sizes[-1] > limit:
+            raise torch.OutOfMemoryError
+        return inputs["attention_mask"].sum(1)
+    limit, texts = 3, ["a" * n for n in (5, 2, 9, 4, 7, 1, 3, 8)]
+    assert in_batches(model, tok, torch.device("cpu"), texts, read).tolist() == [5, 2, 9, 4, 7, 1, 3, 8]
+    assert max(sizes) == 8 and sum(size for size in sizes if size <= 3) == 8  # no text is read twice
+    limit = 0
+    with pytest.raises(ValueError, match="out of GPU memory with one text"):
+        in_batches(model, tok, torch.device("cpu"), texts, read)
 
 
 def test_the_reviews_models_score_any_text():
