@@ -100,7 +100,7 @@ def log_odds(model: nn.Module, tokenizer, device: torch.device, questions: list[
 
     def read(inputs: dict[str, Tensor]) -> Tensor:
         hidden = model.base_model(**inputs).last_hidden_state  # (B, L, D), padded on the right
-        last = hidden[torch.arange(len(hidden)), inputs["attention_mask"].sum(1) - 1].float()
+        last = hidden[torch.arange(len(hidden), device=hidden.device), inputs["attention_mask"].sum(1) - 1].float()
         rows, bias = head.weight[[this, other]].float(), None if head.bias is None else head.bias[[this, other]].float()
         logits = F.linear(last, rows, bias)  # (B, 2): the rest of the vocabulary cancels
         return logits[:, 0] - logits[:, 1]
