@@ -25,7 +25,7 @@ Transform = str | Callable[[Tensor], Tensor]
 Procedure = Callable[[Tensor, Tensor, int], Tensor]
 
 FINE = 32_000  # cells for a Phi in closed form: KL and win rate to 1e-7
-COARSE = 4_000  # cells of the solver, which visits them a hundred times: KL to 4e-6, win rate to 1e-6
+COARSE = 4_000  # cells of the solver, which visits them a hundred times: KL to 1e-5, win rate to 1e-6
 POINTS = 400_000  # midpoint grid of optimal_transform: for large N the optimum has a spike at u = 1, 1e-4 wide and less
 MAX_KL = 16.0  # nats; a policy beyond it lives on the last 1e-7 of [0, 1], where the cells end
 MAX_STEPS = 1000  # of the solver; up to N = 256 and down to beta = .005 it takes at most 150
