@@ -18,16 +18,20 @@ from minictrl.data import ASSETS
 from minictrl.pretrain_policy import encode, perplexity, train_policy
 from minictrl.pretrain_scorers import train_scorers
 from minictrl.ratings import load_ratings, split_of
+from minictrl.scorers import NgramScorer
+
+
+def first_words(reviews: list[dict], split: str) -> list[str]:
+    """The first 4 to 6 words of a split's reviews that go on for at least 3 more, in order, none twice."""
+    counts = {row["text"]: 4 + row["index"] // 20 % 3 for row in reviews if split_of(row["index"]) == split}
+    return list(dict.fromkeys(" ".join(text.split()[:count]) for text, count in counts.items()
+                              if len(text.split()) >= count + 3))
 
 
 def make_prompts(reviews: list[dict]) -> dict[str, list[str]]:
-    """The first 4 to 6 words of the reviews that go on for at least 3 more: "train" for RL, "test" for evaluation."""
-    prompts = {"prompts": {}, "test": {}}  # dicts: in order, none twice
-    for row in reviews:
-        words, count = row["text"].split(), 4 + row["index"] // 20 % 3
-        if split_of(row["index"]) in prompts and len(words) >= count + 3:
-            prompts[split_of(row["index"])][" ".join(words[:count])] = None
-    return {"train": list(prompts["prompts"]), "test": [p for p in prompts["test"] if p not in prompts["prompts"]]}
+    """Prompts of calibration and RL ("train") and of evaluation ("test"), none in both."""
+    train = first_words(reviews, "prompts")
+    return {"train": train, "test": [prompt for prompt in first_words(reviews, "test") if prompt not in set(train)]}
 
 
 def ngram_perplexity(train: list[list[int]], test: list[list[int]], order: int, vocab_size: int) -> float:
@@ -63,7 +67,10 @@ def pretrain_reviews(data: Path | None, out: Path, seed: int):
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "prompts.json", make_prompts(rows["reviews"]))
     train_scorers(data, out, seed)
-    model, tokenizer = train_policy(sources, out / "policy", seed=seed, valid=held_out)
+    reward = NgramScorer.load(out / "reward")
+    train_prompts = first_words(rows["reviews"], "train")
+    model, tokenizer = train_policy(sources, train_prompts, lambda prompts, texts: reward.score(
+        [prompt + text for prompt, text in zip(prompts, texts)]), out / "policy", seed=seed)
 
     per_token, per_word = perplexity(model, tokenizer, held_out)
     train, test = (encode(tokenizer, [("reviews", text) for text in texts], 127)

@@ -3,14 +3,15 @@
 Every text starts with the token of its source; that of a review is the tokenizer's BOS, so that a prompt, which the
 tokenizer begins with BOS, is always continued as a review. Before it, half of the texts have a token for their rating, and
 a linear head learns to tell the rating from the text so far: in this way a small model knows what a large one has learned
-from the web, that texts differ in sentiment and which words go with it. Neither is used afterwards: pi_ref is the model
-without a rating. The average of the weights over the last steps (EMA) is kept.
+from the web, that texts differ in sentiment and which words go with it. Then it reads its own continuations of training
+prompts, half of them after a token for the rank of their reward among the 6 of their prompt (`learn_ranks`): as a large
+model knows what raters like, it knows what the reward model likes, and RL has to elicit it, not to teach it. The tokens
+are not used afterwards: pi_ref is the model without one. The average of the weights over the last steps (EMA) is kept.
 """
 
 from __future__ import annotations
 
 import math
-import time
 from pathlib import Path
 
 import torch
@@ -18,6 +19,8 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from tqdm import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+from minictrl.sampling import encode_prompts, sample
 
 BOS = {"reviews": "<|review|>", "editorials": "<|editorial|>", "tweets": "<|tweet|>"}
 RATINGS = [f"<|rating {i}|>" for i in range(6)]  # of the mean rating, in sixths of the texts
@@ -83,52 +86,70 @@ def batches(lines: list[list[int]], size: int, generator: torch.Generator) -> li
     return [groups[i] for i in torch.randperm(len(groups), generator=generator).tolist()]
 
 
-def train_policy(sources: dict[str, list[tuple[str, float]]], out: Path, *, vocab_size: int = 4096, n_embd: int = 128,
-                 n_layer: int = 4, n_head: int = 4, dropout: float = 0.1, lr: float = 3e-3, batch: int = 64,
-                 epochs: int = 14, weight_decay: float = 0.1, seed: int = 0, valid: list[str] = (), log=print):
-    """Train tokenizer and model on {source: (text, mean rating)}; `valid` texts are only reported on.
+def fit(model, tokenizer, lines: list[list[int]], ratings: torch.Tensor, codes: list[list[int]], *, epochs: int, lr: float,
+        seed: int, batch: int = 64, weight_decay: float = 0.1, report=lambda model: None):
+    """Train in place on token ids, each with its rating and the code to put before it half of the time (or none).
 
-    Writes the model in half precision to `out`. Returns (model, tokenizer).
+    Returns the average of the weights. AdamW, up in 200 steps, then down along a cosine.
     """
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
-    texts = [(source, text) for source, rows in sources.items() for text, _ in rows]
-    ratings = torch.tensor([rating for rows in sources.values() for _, rating in rows])
-    tokenizer = train_tokenizer([text for _, text in texts], vocab_size)
-    sixths = torch.bucketize(ratings, ratings.quantile(torch.arange(1, 6) / 6))
-    codes = torch.tensor(tokenizer.convert_tokens_to_ids(RATINGS))[sixths].tolist()
-    config = GPT2Config(vocab_size=len(tokenizer), n_positions=128, n_embd=n_embd, n_layer=n_layer, n_head=n_head,
-                        activation_function="gelu_pytorch_tanh", resid_pdrop=dropout, embd_pdrop=dropout,
-                        attn_pdrop=dropout, attn_implementation="eager", bos_token_id=tokenizer.bos_token_id,
-                        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
-    model, rating_head = GPT2LMHeadModel(config), torch.nn.Linear(n_embd, 1)
+    rating_head = torch.nn.Linear(model.config.n_embd, 1)
     average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(.998))
-    lines = encode(tokenizer, texts, 127)
     schedule = [group for _ in range(epochs) for group in batches(lines, batch, generator)]
     parameters = [*model.parameters(), *rating_head.parameters()]
     optimizer = torch.optim.AdamW([{"params": [p for p in parameters if p.dim() > 1], "weight_decay": weight_decay},
                                    {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.}],
                                   lr=lr, betas=(.9, .98), fused=True)
-    start = time.time()
+    model.train()
     for step, group in enumerate(tqdm(schedule, "policy", disable=None)):
         scale = min(1, step / 200) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / len(schedule))))
         for param_group in optimizer.param_groups:
             param_group["lr"] = lr * scale
-        model.train()
-        coded = torch.rand(len(group), generator=generator) < 0.5
-        ids, mask = pad([[codes[j]] * int(code) + lines[j] for j, code in zip(group, coded)], tokenizer.pad_token_id)
+        coded = (torch.rand(len(group), generator=generator) < 0.5).tolist()
+        ids, mask = pad([codes[j] * code + lines[j] for j, code in zip(group, coded)], tokenizer.pad_token_id)
         nll, error = losses(model, rating_head, ids, mask, ratings[group])
-        loss = (nll + 0.1 * error) / mask[:, 1:].sum()
         optimizer.zero_grad()
-        loss.backward()
+        ((nll + 0.1 * error) / mask[:, 1:].sum()).backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.)
         optimizer.step()
         average.update_parameters(model)
-        if valid and (step % 1000 == 999 or step == len(schedule) - 1):
-            log(f"step {step + 1}/{len(schedule)} {time.time() - start:.0f} s loss {loss.item():.3f}, error of the rating "
-                f"{error / mask[:, 1:].sum():.2f}, held-out perplexity of the average per token %.2f per word %.1f"
-                % perplexity(average.module, tokenizer, valid))
-    model = average.module.eval()
+    return average.module.eval()
+
+
+def train_policy(sources: dict[str, list[tuple[str, float]]], prompts: list[str], reward, out: Path, *, vocab_size: int = 4096,
+                 n_embd: int = 128, n_layer: int = 4, n_head: int = 4, dropout: float = 0.1, seed: int = 0):
+    """Tokenizer and model from {source: (text, mean rating)}, then the ranks of its own continuations of the prompts.
+
+    reward: score(prompts, texts) -> (B,). Writes the model in half precision to `out`; returns (model, tokenizer).
+    """
+    torch.manual_seed(seed)
+    texts = [(source, text) for source, rows in sources.items() for text, _ in rows]
+    ratings = torch.tensor([rating for rows in sources.values() for _, rating in rows])
+    tokenizer = train_tokenizer([text for _, text in texts], vocab_size)
+    model = GPT2LMHeadModel(GPT2Config(
+        vocab_size=len(tokenizer), n_positions=128, n_embd=n_embd, n_layer=n_layer, n_head=n_head,
+        activation_function="gelu_pytorch_tanh", resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=dropout,
+        attn_implementation="eager", bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id))
+    code_ids = tokenizer.convert_tokens_to_ids(RATINGS)
+    sixths = torch.bucketize(ratings, ratings.quantile(torch.arange(1, 6) / 6)).tolist()
+    lines = encode(tokenizer, texts, 127)
+    model = fit(model, tokenizer, lines, ratings, [[code_ids[i]] for i in sixths], epochs=12, lr=3e-3, seed=seed)
+    model = learn_ranks(model, tokenizer, lines, prompts, reward, seed=seed)
     model.half().save_pretrained(out)
     tokenizer.save_pretrained(out)
     return model.float(), tokenizer
+
+
+def learn_ranks(model, tokenizer, lines: list[list[int]], prompts: list[str], reward, *, seed: int, epochs: int = 2):
+    """The texts once more, now without codes, and 6 continuations of each prompt with codes for their reward's rank."""
+    M = len(RATINGS)
+    samples = sample(model, tokenizer, prompts, num_samples=M, max_new_tokens=32, seed=seed + 1)
+    r = reward([prompt for prompt in prompts for _ in range(M)], [text for row in samples.texts for text in row]).view(-1, M)
+    rank = r.argsort(1).argsort(1).flatten()
+    code_ids = tokenizer.convert_tokens_to_ids(RATINGS)
+    own = [prompt + tokens[:count] for prompt, group, counts in zip(encode_prompts(tokenizer, prompts), samples.tokens.tolist(),
+           samples.mask.sum(-1).long().tolist()) for tokens, count in zip(group, counts)]
+    return fit(model, tokenizer, lines + own, torch.cat([torch.zeros(len(lines)), rank - 2.5]),
+               [[] for _ in lines] + [[code_ids[i]] for i in rank], epochs=epochs, lr=1.5e-3, seed=seed)
