@@ -98,6 +98,7 @@ class Config:
         need(implied is None or self.transform in (None, implied), "transform",
              f"method {self.method} implies {implied}; leave --transform out, or use --method ppo")
         need(self.transform != "none" or self.method != "qrpo", "transform", "qrpo needs a calibrated reward")
+        need(self.procedure != "rewind" or self.method != "pkpo", "procedure", "pkpo has standard, bon and won")
         need(0 <= self.lam <= 1, "lam", "use a number from 0 to 1")
         need(self.device in ("auto", "cpu") or self.device.startswith("cuda"), "device", "use auto, cpu or cuda")
 

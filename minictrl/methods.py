@@ -46,7 +46,7 @@ def grpo_advantages(rows: Rows, config: Config, beta: float, reference: Referenc
 
 def pkpo_advantages(rows: Rows, config: Config, beta: float, reference: Reference) -> Tensor:
     """PKPO: the win rate after the procedure itself, as E[max of g over N draws] (or min); the KL as in PPO."""
-    g, n = rows["C_hat"].view(-1, config.G), config.n
+    g, n = rows["C_hat"].view(-1, config.G), 1 if config.procedure == "standard" else config.n
     if config.procedure == "won":
         wins = baselines.min_at_n_advantages(1 - (1 - g) ** n, n, baseline=n > 1)
     else:

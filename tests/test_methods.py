@@ -1,0 +1,85 @@
+import math
+
+import pytest
+import torch
+
+from minictrl import methods, theory
+from minictrl.config import Config
+from minictrl.reference import Reference
+
+
+def rollout(P=6, G=4, T=5, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, T + 1, (P * G,), generator=g)
+    mask = (torch.arange(T) < lengths[:, None]).float()
+    C_hat = torch.rand(P * G, generator=g)
+    return {"mask": mask, "tokens": torch.randint(9, (P * G, T), generator=g), "R": 3 * C_hat, "r": C_hat.log(), "C_hat": C_hat,
+            "old_logprobs": -torch.rand(P * G, T, generator=g) * mask, "ref_logprobs": -torch.rand(P * G, T, generator=g) * mask}
+
+
+def reference(P=6, K=20, T=5, seed=1):
+    g = torch.Generator().manual_seed(seed)
+    return Reference(torch.randn(P, K, generator=g), torch.randint(9, (P, K, T), generator=g).int(),
+                     -torch.rand(P, K, T, generator=g), torch.ones(P, K, T, dtype=torch.bool))
+
+
+def test_the_baseline_is_the_mean_of_all_other_returns_and_a_prompts_own_for_raw_rewards():
+    rows = rollout()
+    k1 = (rows["old_logprobs"] - rows["ref_logprobs"])
+    returns = rows["R"] - k1.sum(1)
+    for transform, group in (("exp10", 24), ("none", 4)):
+        advantages = methods.ppo_advantages(dict(rows), Config(transform=transform, G=4), 1., reference())
+        for i in range(24):
+            others = [j for j in range(24) if j != i and j // group == i // group]
+            expected = rows["R"][i] - k1[i].sum() - returns[others].mean()
+            assert advantages[i, 0] == pytest.approx(float(expected), abs=1e-5)
+            last = int(rows["mask"][i].sum()) - 1  # the last token answers for itself and the reward alone
+            assert advantages[i, last] == pytest.approx(float(rows["R"][i] - k1[i, last] - returns[others].mean()), abs=1e-5)
+
+
+def test_a_value_head_turns_it_into_gae():
+    rows = rollout() | {"values": torch.zeros(24, 5)}
+    advantages = methods.ppo_advantages(rows, Config(G=4, lam=1.), 1., reference())
+    returns = rows["R"] - (rows["old_logprobs"] - rows["ref_logprobs"]).sum(1)
+    assert torch.allclose(advantages[:, 0], returns, atol=1e-5) and torch.allclose(rows["returns"], advantages)
+
+
+def test_pkpo_for_best_of_1_is_the_standard_win_rate():
+    rows = rollout()
+    a = methods.pkpo_advantages(dict(rows), Config(procedure="bon", n=1, G=4), 0.5, reference())
+    b = methods.ppo_advantages(dict(rows) | {"R": torch.zeros(24)}, Config(G=4), 0.5, reference())
+    assert torch.allclose(a - b, rows["C_hat"][:, None] / 0.5 * rows["mask"], atol=1e-5)
+
+
+def test_bond_puts_the_best_of_n_beside_each_response():
+    rows, ref = rollout(), reference()
+    methods.bond_advantages(rows, Config(G=4, transform="log"), 1 / 4, ref)  # beta 1/4: the best of 5
+    best = ref.r_ref.view(6, 4, 5).argmax(2) + torch.arange(0, 20, 5)
+    assert rows["tokens"].shape == (24, 2, 5)
+    assert torch.equal(rows["tokens"][:, 1].view(6, 4, 5), ref.tokens[torch.arange(6)[:, None], best].long())
+
+
+def test_raw_rewards_get_the_beta_of_their_own_tilt():
+    """Normal rewards: KL = s^2 / (2 beta^2); 4,000 samples know the KL of 0.5 nats to a few per cent."""
+    r_ref = 3 * torch.randn(20, 4000, generator=torch.Generator().manual_seed(0))
+    assert methods.empirical_beta(r_ref, 0.5) == pytest.approx(3., rel=0.03)
+    with pytest.raises(ValueError, match="use a smaller KL"):
+        methods.empirical_beta(r_ref[:, :5], 4.)
+
+
+def test_a_budget_becomes_the_beta_of_what_the_method_converges_to():
+    assert methods.beta_for(Config(transform="exp10").resolved()) == pytest.approx(theory.beta_for_kl("exp10", 1.))
+    assert methods.beta_for(Config(method="ipo", kl=.5).resolved()) == pytest.approx(theory.beta_for_kl("identity", .5))
+    assert methods.beta_for(Config(method="grpo").resolved()) == pytest.approx(1 / math.sqrt(2))
+    assert methods.beta_for(Config(transform="none").resolved()) is None
+    assert methods.best_of(theory.beta_for_kl("log", math.log(8) - 7 / 8)) == 8
+
+
+def test_offline_rows_are_the_reference_samples():
+    ref = reference()
+    rows, loss = methods.qrpo(ref, Phi=lambda u: u, beta=0.1, seed=0)
+    assert len(rows["of"]) == 120 and torch.equal(rows["tokens"][25], ref.tokens[1, 5].long())
+    value, _ = loss(rows["ref_logprobs"], None, rows)
+    assert value > 0  # pi_ref is not the optimum
+    pairs, _ = methods.ipo(ref, beta=0.1, seed=0)
+    assert pairs["tokens"].shape == (60, 2, 5)
