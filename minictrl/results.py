@@ -46,15 +46,15 @@ def at_equal_kl(rows: list[dict]) -> Finding:
         [],
         {m: [m] for m in methods},
     )
+    others = [m for m in methods if m not in AWARE["bon"] + AWARE["won"]]
     for procedure, n in cases:
         for scorer in SCORERS:
             found = {m: at_kl(rows, kl, m, procedure, n, scorer) for m in methods}
             for method in methods:
                 lines[method].append(percent(*found[method]))
             found = {m: x for m, x in found.items() if not math.isnan(x[0])}
-            groups = [
-                [m for m in found if (m in AWARE.get(procedure, ("identity", "log"))) == ours] for ours in (True, False)
-            ]
+            aware = AWARE.get(procedure, ("identity", "log"))
+            groups = [m for m in found if m in aware], [m for m in found if m in others and m not in aware]
             if all(groups):
                 ours, other = (max(group, key=lambda m: found[m][0]) for group in groups)
                 gain = 100 * (found[ours][0] - found[other][0])
@@ -64,7 +64,7 @@ def at_equal_kl(rows: list[dict]) -> Finding:
                     f"{gain:+.1f} ± {error:.1f} points"
                 )
     head = ["method"] + [f"{TITLES[p].format(n=n)}, {scorer}" for p, n in cases for scorer in SCORERS]
-    return f"At {kl:g} nats. " + "; ".join(said) + ".", head, list(lines.values())
+    return f"At {kl:g} nats: " + "; ".join(said) + ".", head, list(lines.values())
 
 
 def everything(names: list[str], sentence: Callable[[list[dict]], str]) -> Callable[[list[dict]], Finding]:

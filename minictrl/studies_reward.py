@@ -166,10 +166,11 @@ def fig7(out: Path, quick: bool):
             yerr=[row["stderr"] for row in mine],
         )
     axes[0].set_xticks(
-        range(len(mine)), [f"{row['model']} model\n{row['reward']}\n{row['test']} test" for row in mine], fontsize=5
+        range(len(mine)), ["\n".join((row["model"], row["reward"], row["test"])) for row in mine], fontsize=6
     )
+    axes[0].legend(fontsize=7)
     axes[0].axhline(0.5, color="black", linewidth=1)
-    axes[0].set(title="pair accuracy", ylim=(0, 1))
+    axes[0].set(title="pair accuracy of reward model, reward, test", ylim=(0, 1))
     methods = {
         f"{transform}, {name}": {"transform": transform, "reward": folder}
         for name, folder in folders.items()

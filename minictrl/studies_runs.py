@@ -95,7 +95,7 @@ def figure_of(out: Path, quick: bool, cases: list[tuple[str, int]]):
     rows, (figure, axes) = sweep(out, quick, METHODS), panels(2, len(cases))
     for i, scorer in enumerate(SCORERS):
         for axis, (procedure, n) in zip(axes[i * len(cases) :], cases):
-            curve(axis, rows, [*ALIGNED[procedure], *dict.fromkeys(("identity", *OTHERS))], procedure, n, scorer)
+            curve(axis, rows, dict.fromkeys([*ALIGNED[procedure], "identity", *OTHERS]), procedure, n, scorer)
     return [p for p in points(rows) if (p["procedure"], p["n"]) in cases], figure
 
 
