@@ -40,7 +40,7 @@ def main(argv=None):
     from minictrl import methods, runs
     from minictrl.calibration import calibrated_reward
     from minictrl.models import save_policy
-    from minictrl.transforms import get_transform
+    from minictrl.transforms import RAW, get_transform
     from minictrl.update import forward_all, make_learner, update
 
     # Whatever can be wrong with the input is found here, before the first sample is drawn.
@@ -58,12 +58,12 @@ def main(argv=None):
     r_ref = reference.r_ref
 
     # 2. Transform. The whole objective is divided by beta: R = Phi(C_hat) / beta, and the KL has weight 1.
-    beta = beta or methods.empirical_beta(r_ref, config.kl)
+    beta = beta or methods.empirical_beta(RAW[config.transform](r_ref, r_ref), config.kl)
     runs.describe(out, config, resolved_beta=beta)
 
     def objective(r, r_ref):  # raw, calibrated and transformed: (B, M) each
         C_hat = calibrated_reward(r, r_ref)
-        return C_hat, (r if Phi is None else Phi(C_hat)) / beta
+        return C_hat, (RAW[config.transform](r, r_ref) if Phi is None else Phi(C_hat)) / beta
 
     # 3. Maximise E[R] - KL(pi || pi_ref).
     policy, ref_policy = task.policy, copy.deepcopy(task.policy).requires_grad_(False)

@@ -14,6 +14,7 @@ from pathlib import Path
 PROCEDURES = ("standard", "bon", "won", "rewind")
 # Method -> the transform that its optimum has, where it isn't the run's to choose (BoNBoN's is Best-of-n, as log's is).
 METHODS = {"ppo": None, "grpo": "none", "ipo": "identity", "bonbon": "log", "bond": "log", "qrpo": None, "pkpo": "optimal"}
+RAW = ("none", "median", "standardised")  # transforms of the raw reward, which no theory covers (`transforms.RAW`)
 
 # A data set on the hub (`data.py`): name, folder in it, its splits, and whether rows without a prompt or a side are left out.
 HUB = {"folder": None, "train": "train", "test": "test", "skip_bad": True}
@@ -97,7 +98,7 @@ class Config:
         implied = METHODS[self.method]
         need(implied is None or self.transform in (None, implied), "transform",
              f"method {self.method} implies {implied}; leave --transform out, or use --method ppo")
-        need(self.transform != "none" or self.method != "qrpo", "transform", "qrpo needs a calibrated reward")
+        need(self.transform not in RAW or self.method != "qrpo", "transform", "qrpo needs a calibrated reward")
         need(self.procedure != "rewind" or self.method != "pkpo", "procedure", "pkpo has standard, bon and won")
         need(0 <= self.lam <= 1, "lam", "use a number from 0 to 1")
         need(self.device in ("auto", "cpu") or self.device.startswith("cuda"), "device", "use auto, cpu or cuda")

@@ -14,7 +14,7 @@ from torch.nn.functional import log_softmax
 
 from minictrl import runs, theory
 from minictrl.calibration import calibrated_reward
-from minictrl.config import Config, write_json
+from minictrl.config import RAW, Config, write_json
 from minictrl.models import load_policy, load_scorer
 from minictrl.sampling import response_logits
 from minictrl.update import Rows, by_length, cut
@@ -64,7 +64,7 @@ def evaluate(run: Path, config: Config, *, split: str, prompts: int, M: int, siz
 def curve_of(config: Config, run: Path):
     """The transform whose theory a run is held against: None where raw rewards have none; a Phi that is solved for a
     procedure stays that procedure's in every row."""
-    if config.transform == "none":
+    if config.transform in RAW:
         return None
     if config.transform in theory.FIXED_POINTS:
         beta = runs.load_config(run)[1]["resolved_beta"]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from minictrl import baselines, ppo, theory
-from minictrl.config import Config
+from minictrl.config import RAW, Config
 from minictrl.reference import Reference
 from minictrl.update import Loss, Rows
 
@@ -33,7 +33,7 @@ def ppo_advantages(rows: Rows, config: Config, beta: float, reference: Reference
     if "values" in rows:
         advantages, rows["returns"] = ppo.gae(rewards, rows["values"], rows["mask"], lam=config.lam)
         return advantages
-    returns = rewards.sum(1).view(-1, config.G if config.transform == "none" else len(rewards))
+    returns = rewards.sum(1).view(-1, config.G if config.transform in RAW else len(rewards))
     baseline = (returns - ppo.loo_advantages(returns)).view(-1, 1)  # a token isn't blamed for the KL of those before it
     return (rewards.flip(1).cumsum(1).flip(1) - baseline) * rows["mask"]
 
@@ -139,7 +139,7 @@ def beta_for(config: Config) -> float | None:
     """
     if config.method == "grpo":
         return 1 / math.sqrt(2 * config.kl)
-    if config.transform == "none":
+    if config.transform in RAW:
         return None
     return theory.beta_for_kl(config.transform, config.kl, procedure=config.procedure, n=config.n)
 

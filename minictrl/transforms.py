@@ -15,7 +15,7 @@ from minictrl import theory
 Phi = Callable[[Tensor], Tensor]
 
 MAX_T = 80  # e^80 is still a float32
-KNOWN = "identity, log, exp<t> (exp5, exp-10, ...), bon_fp, won_fp, optimal, none"
+KNOWN = "identity, log, exp<t> (exp5, exp-10, ...), bon_fp, won_fp, optimal, none, median, standardised"
 
 
 def identity(u: Tensor) -> Tensor:
@@ -33,13 +33,20 @@ def exp(t: float) -> Phi:
     return lambda u: (t * u).exp() if t > 0 else -(t * u).exp()
 
 
+# Uncalibrated RLHF and what lies between: (r (B, M), r_ref (B, K)) -> reward. A constant per prompt moves no optimum.
+RAW = {
+    "none": lambda r, r_ref: r,
+    "median": lambda r, r_ref: r - r_ref.median(1, keepdim=True).values,
+    "standardised": lambda r, r_ref: (r - r_ref.mean(1, keepdim=True)) / r_ref.std(1, keepdim=True).clamp(min=1e-6),
+}
+
 CLOSED_FORMS: dict[str, Phi] = {"identity": identity, "log": log}
 
 
 def get_transform(
     name: str, *, procedure: str | theory.Procedure = "bon", n: int = 4, beta: float | None = None, K: int | None = 100
 ) -> Phi | None:
-    """Phi by name: an increasing function on tensors in [0, 1], any shape, dtype and device kept. None for `none`.
+    """Phi by name: an increasing function on tensors in [0, 1], any shape, dtype and device kept. None for those of RAW.
 
     `none` is uncalibrated RLHF: there is no Phi, the raw reward is used. bon_fp, won_fp and optimal are the fixed
     points of Corollary 2 and Theorem 1, solved at this n and beta (optimal: for this procedure). K: samples of the
@@ -48,7 +55,7 @@ def get_transform(
     if K is not None:
         theory.at_least_1("K", K)
     tilt = re.fullmatch(r"exp([+-]?(\d+\.?\d*|\.\d+))", name)
-    if name == "none":
+    if name in RAW:
         return None
     if name in theory.FIXED_POINTS:
         if beta is None:
