@@ -307,16 +307,17 @@ class PrefixCache(Cache):
         self._place_rows()
 
     def _place_rows(self) -> None:
-        """Where the rows stand when those of a prompt are put side by side, (G, k) with gaps: `rows` says which row is at
-        a place (some row in a gap), `place` the place of a row."""
-        G, R = len(self.bias), len(self.group)
+        """Index from rows to (G, k), the rows of each prompt side by side with gaps, and back; for every one of H heads."""
+        G, H, R = len(self.bias), self.prompt[0][0].shape[1], len(self.group)
         count = self.group.bincount(minlength=G)
-        k = int(count.max())
-        order = self.group.argsort(stable=True)
-        rank = torch.empty_like(order)
-        rank[order] = torch.arange(R, device=order.device) - (count.cumsum(0) - count)[self.group[order]]
-        self.place = self.group * k + rank
-        self.rows = order.new_zeros(G * k).index_copy_(0, self.place[order], order)
+        order, k = self.group.argsort(stable=True), int(count.max())
+        rank = torch.arange(R, device=order.device) - (count.cumsum(0) - count)[self.group[order]]
+        row = order.new_zeros(G, 1, k)  # a gap computes row 0 once more, and is never read
+        row[self.group[order], 0, rank] = order
+        head = torch.arange(H, device=order.device)
+        self.side_by_side = (row * H + head[:, None]).flatten()  # (G H k) into (R H)
+        place = torch.empty_like(order).index_copy_(0, order, self.group[order] * H * k + rank)
+        self.back = (place[:, None] + head * k).flatten()  # (R H) into (G H k)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return 0 if self.t is None else self.bias.shape[-1] + self.t
@@ -349,10 +350,9 @@ class PrefixCache(Cache):
 
     def _by_prompt(self, x: Tensor, y: Tensor, bias: Tensor | float = 0.0) -> Tensor:
         """x (R, H, n, D) times its prompt's y (G, H, D, m), as one product for all rows of a prompt: (R, H, n, m)."""
-        (R, H, n, D), G = x.shape, len(y)
-        side_by_side = x[self.rows].view(G, -1, H, n, D).transpose(1, 2).reshape(G, H, -1, D)  # (G, H, k n, D)
-        z = (side_by_side @ y + bias).view(G, H, -1, n, y.shape[-1])
-        return z.transpose(1, 2).reshape(-1, H, n, y.shape[-1])[self.place]
+        (R, H, n, D), (G, *_, m) = x.shape, y.shape
+        z = x.reshape(R * H, n * D).index_select(0, self.side_by_side).view(G, H, -1, D) @ y + bias  # (G, H, k n, m)
+        return z.view(-1, n * m).index_select(0, self.back).view(R, H, n, m)
 
 
 def _columns(T: int) -> int:
