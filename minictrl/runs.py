@@ -161,16 +161,27 @@ class Task:
     max_new_tokens: int
 
 
-def load_task(config: Config, split: str, *, policy: str | Path | None = None) -> Task:
-    """Models and prompts of a run, checked: every prompt fits the context together with its response."""
-    model, tokenizer = load_policy(str(policy or config.policy))
-    prompts = load_prompts(config.task, split)[:config.prompts]
-    texts = [render(tokenizer, prompt) for prompt in prompts]
-    encoded = encode_prompts(tokenizer, texts)
-    check_lengths(model, prompts, encoded, config.max_new_tokens)
+def load_task(config: Config, split: str) -> Task:
+    """Models and prompts of a run, checked: every prompt fits the context together with its response.
+
+    A task's prompts that are longer than max_prompt_tokens are left out; those of a file are the user's, so they raise.
+    """
+    model, tokenizer = load_policy(config.policy)
+    prompts, texts, encoded = [], [], []
+    for prompt in load_prompts(config.task, split):
+        text = render(tokenizer, prompt)
+        ids = encode_prompts(tokenizer, [text])[0]
+        if len(ids) <= config.max_prompt_tokens or config.task.endswith(".jsonl"):
+            prompts, texts, encoded = [*prompts, prompt], [*texts, text], [*encoded, ids]
+        if len(prompts) == config.prompts:
+            break
+    if not prompts:
+        raise ValueError(f"--max-prompt-tokens {config.max_prompt_tokens}: every prompt of {config.task} is longer; use more")
+    check_lengths(model, texts, encoded, config.max_new_tokens)
     model.to(resolve_device(config.device))
     ids, mask = left_pad(encoded, tokenizer.pad_token_id, model.device)
-    return Task(model, tokenizer, load_scorer(config.reward, "reward"), prompts, texts, ids, mask, config.max_new_tokens)
+    reward = load_scorer(config.reward, "reward", device=config.device)
+    return Task(model, tokenizer, reward, prompts, texts, ids, mask, config.max_new_tokens)
 
 
 def rollout(task: Task, model: nn.Module, index: list[int] | Tensor, *, num_samples: int, seed: int,
