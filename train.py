@@ -59,7 +59,7 @@ def main(argv=None):
 
     # 2. Transform. The whole objective is divided by beta: R = Phi(C_hat) / beta, and the KL has weight 1.
     beta = beta or methods.empirical_beta(RAW[config.transform](r_ref, r_ref), config.kl)
-    runs.describe(out, config, resolved_beta=beta)
+    runs.describe(out, config, beta)
 
     def objective(r, r_ref):  # raw, calibrated and transformed: (B, M) each
         C_hat = calibrated_reward(r, r_ref)

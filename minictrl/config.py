@@ -114,12 +114,14 @@ class Config:
 
     @classmethod
     def load(cls, path: Path) -> tuple[Config, dict]:
-        """The run's settings and what else was stored beside them."""
+        """A run's settings, and all that its config.json holds: there `beta` is also given where it followed from `kl`."""
         stored = json.loads(path.read_text())
         if not isinstance(stored, dict):
             raise ValueError("it is no JSON object")
-        names = {f.name for f in fields(cls)}
-        return cls(**{k: v for k, v in stored.items() if k in names}), {k: v for k, v in stored.items() if k not in names}
+        settings = {f.name: stored[f.name] for f in fields(cls) if f.name in stored}
+        if settings.get("kl") is not None:
+            settings["beta"] = None
+        return cls(**settings), stored
 
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser):
@@ -140,6 +142,7 @@ def run_script(main):
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
+        print(f"{Path(sys.argv[0]).name}: stopped; the same command (train.py: with --resume) goes on", file=sys.stderr)
         sys.exit(130)
 
 

@@ -67,7 +67,7 @@ def curve_of(config: Config, run: Path):
     if config.transform in RAW:
         return None
     if config.transform in theory.FIXED_POINTS:
-        beta = runs.load_config(run)[1]["resolved_beta"]
+        beta = runs.load_config(run)[1]["beta"]
         return theory.fixed_point(config.transform, config.procedure, config.n, beta)
     return config.transform
 

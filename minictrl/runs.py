@@ -55,7 +55,7 @@ def load_config(run: Path) -> tuple[Config, dict]:
         raise ValueError(f"{run}: is no run directory (it has no config.json); give the --out of a train.py run")
     try:
         return Config.load(path)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: is damaged ({error}); train the run again with --overwrite") from None
 
 
@@ -74,14 +74,14 @@ def create(out: Path, config: Config):
     write_json(out / "config.json", asdict(config))
 
 
-def describe(out: Path, config: Config, **more):
-    """config.json: every setting, `more` (the resolved beta), and what else a number may depend on."""
+def describe(out: Path, config: Config, beta: float):
+    """config.json: every setting, with the beta that a KL budget came to, and what else a number may depend on."""
     commit = subprocess.run(["git", "-C", str(Path(minictrl.__file__).parent), "rev-parse", "HEAD"], capture_output=True,
                             text=True).stdout.strip() if shutil.which("git") else ""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    write_json(out / "config.json", asdict(config) | more | {
-            "commit": commit or None, "python": platform.python_version(), "torch": torch.__version__,
-            "transformers": transformers.__version__, "gpu": gpu, "threads": torch.get_num_threads()})
+    write_json(out / "config.json", asdict(config) | {
+        "beta": beta, "commit": commit or None, "python": platform.python_version(), "torch": torch.__version__,
+        "transformers": transformers.__version__, "gpu": gpu, "threads": torch.get_num_threads()})
 
 
 # --- checkpoint and metrics ---

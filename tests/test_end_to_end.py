@@ -29,7 +29,7 @@ def test_kl_rises_from_zero_and_the_win_rate_rises(short_run):
 def test_a_run_directory_holds_what_the_contract_says(short_run):
     config, more = runs.load_config(short_run)
     assert config.transform == "exp10" and config.K == 32 and more["torch"] == torch.__version__
-    assert more["resolved_beta"] == pytest.approx(theory.beta_for_kl("exp10", 1.0))
+    assert more["beta"] == pytest.approx(theory.beta_for_kl("exp10", 1.0))
     row = rows_of(short_run / "metrics.jsonl")[0]
     for name in ("step tokens seconds reward C_hat Phi kl_ref kl_ref_stderr approx_kl clipfrac entropy value_loss "
                  "explained_variance lr tok_per_s").split():

@@ -51,7 +51,7 @@ def test_a_run_is_not_touched_without_being_asked(short_run, tmp_path):
     assert (tmp_path / "thesis.txt").read_text() == "precious" and (short_run / "config.json").read_bytes() == before
 
 
-@pytest.mark.parametrize("content", [None, "", "{\"task\": ", "[]", "{\"colour\": 1}"])
+@pytest.mark.parametrize("content", [None, "", "{\"task\": ", "[]", "{\"task\": 1}"])
 def test_evaluate_refuses_what_is_no_finished_run(content, tmp_path):
     if content is not None:
         (tmp_path / "config.json").write_text(content)
@@ -68,5 +68,6 @@ def test_the_exit_status_is_2_with_one_line_and_no_traceback(script, flags):
 
 def test_settings_survive_json(tmp_path):
     config = Config(transform="exp10", kl=0.5, steps=7).resolved()
-    (tmp_path / "config.json").write_text(json.dumps(vars(config) | {"torch": "2"}))
-    assert Config.load(tmp_path / "config.json") == (config, {"torch": "2"})
+    stored = vars(config) | {"beta": 3.5, "torch": "2"}  # beta followed from kl
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    assert Config.load(tmp_path / "config.json") == (config, stored)
