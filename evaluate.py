@@ -11,13 +11,13 @@ tradeoff.png and training.png into the run.
 import argparse
 from pathlib import Path
 
-from minictrl.config import run_script
+from minictrl.config import Parser, run_script
 
 SIZES = (1, 2, 4, 8, 32)  # N of the table
 
 
 def read_arguments(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = Parser("evaluate.py", __doc__.split("\n")[0])
     parser.add_argument("runs", nargs="+", metavar="RUN", type=Path, help="run directory of train.py")
     parser.add_argument("--split", default="test", choices=("test", "train"), help="which prompts (default test)")
     parser.add_argument("--prompts", type=int, default=200, help="how many prompts (default 200)")

@@ -8,20 +8,19 @@
 Then `python evaluate.py RUN`. A run directory holds config.json, metrics.jsonl, policy/, reference.safetensors, checkpoint/.
 """
 
-import argparse
 import copy
 import json
 import time
 from functools import partial
 from pathlib import Path
 
-from minictrl.config import Config, run_script
+from minictrl.config import Config, Parser, run_script
 
 CHECKPOINT = 20  # seconds between checkpoints, at least
 
 
 def read_arguments(argv=None) -> tuple[dict, bool, bool]:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = Parser("train.py", __doc__.split("\n")[0])
     Config.add_arguments(parser)
     again = parser.add_mutually_exclusive_group()
     again.add_argument("--resume", action="store_true", help="go on from the last checkpoint of --out, with its settings")

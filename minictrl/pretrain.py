@@ -9,12 +9,11 @@ Prints what the models do on held-out data, beside the baselines. From a fixed s
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections import Counter
 from pathlib import Path
 
-from minictrl.config import run_script, write_json
+from minictrl.config import Parser, run_script, write_json
 from minictrl.data import ASSETS
 from minictrl.pretrain_policy import encode, perplexity, train_policy
 from minictrl.pretrain_scorers import train_scorers
@@ -85,7 +84,7 @@ def pretrain_reviews(data: Path | None, out: Path, seed: int):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m minictrl.pretrain", description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = Parser("python -m minictrl.pretrain", __doc__.split("\n")[0])
     parser.add_argument("--task", default="reviews", help="reviews, or a task or .jsonl file with preference pairs")
     parser.add_argument("--data", type=Path, help="reviews: directory with the ratings (default: fetched with pip)")
     parser.add_argument("--policy", help="pairs: what to start from (default: the task's policy)")

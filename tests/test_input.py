@@ -63,7 +63,7 @@ def test_evaluate_refuses_what_is_no_finished_run(content, tmp_path):
                                            ("evaluate.py", ["nowhere"])])
 def test_the_exit_status_is_2_with_one_line_and_no_traceback(script, flags):
     done = subprocess.run([sys.executable, ROOT / script, *flags], capture_output=True, text=True)
-    assert done.returncode == 2 and "Traceback" not in done.stderr and "error: " in done.stderr.splitlines()[-1]
+    assert done.returncode == 2 and done.stderr.startswith(f"{script}: error: ") and done.stderr.count("\n") == 1
 
 
 def test_settings_survive_json(tmp_path):
