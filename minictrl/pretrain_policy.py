@@ -87,7 +87,7 @@ def batches(lines: list[list[int]], size: int, generator: torch.Generator) -> li
 
 
 def fit(model, tokenizer, lines: list[list[int]], ratings: torch.Tensor, codes: list[list[int]], *, epochs: int, lr: float,
-        seed: int, batch: int = 64, weight_decay: float = 0.1, report=lambda model: None):
+        seed: int, batch: int = 64, weight_decay: float = 0.1):
     """Train in place on token ids, each with its rating and the code to put before it half of the time (or none).
 
     Returns the average of the weights. AdamW, up in 200 steps, then down along a cosine.
@@ -118,7 +118,8 @@ def fit(model, tokenizer, lines: list[list[int]], ratings: torch.Tensor, codes: 
 
 
 def train_policy(sources: dict[str, list[tuple[str, float]]], prompts: list[str], reward, out: Path, *, vocab_size: int = 4096,
-                 n_embd: int = 128, n_layer: int = 4, n_head: int = 4, dropout: float = 0.1, seed: int = 0):
+                 n_embd: int = 128, n_layer: int = 4, n_head: int = 4, dropout: float = 0.1, epochs: tuple[int, int] = (12, 2),
+                 seed: int = 0):
     """Tokenizer and model from {source: (text, mean rating)}, then the ranks of its own continuations of the prompts.
 
     reward: score(prompts, texts) -> (B,). Writes the model in half precision to `out`; returns (model, tokenizer).
@@ -135,14 +136,15 @@ def train_policy(sources: dict[str, list[tuple[str, float]]], prompts: list[str]
     code_ids = tokenizer.convert_tokens_to_ids(RATINGS)
     sixths = torch.bucketize(ratings, ratings.quantile(torch.arange(1, 6) / 6)).tolist()
     lines = encode(tokenizer, texts, 127)
-    model = fit(model, tokenizer, lines, ratings, [[code_ids[i]] for i in sixths], epochs=12, lr=3e-3, seed=seed)
-    model = learn_ranks(model, tokenizer, lines, prompts, reward, seed=seed)
+    model = fit(model, tokenizer, lines, ratings, [[code_ids[i]] for i in sixths], epochs=epochs[0], lr=3e-3,
+                seed=seed)
+    model = learn_ranks(model, tokenizer, lines, prompts, reward, epochs=epochs[1], seed=seed)
     model.half().save_pretrained(out)
     tokenizer.save_pretrained(out)
     return model.float(), tokenizer
 
 
-def learn_ranks(model, tokenizer, lines: list[list[int]], prompts: list[str], reward, *, seed: int, epochs: int = 2):
+def learn_ranks(model, tokenizer, lines: list[list[int]], prompts: list[str], reward, *, epochs: int, seed: int):
     """The texts once more, now without codes, and 6 continuations of each prompt with codes for their reward's rank."""
     M = len(RATINGS)
     samples = sample(model, tokenizer, prompts, num_samples=M, max_new_tokens=32, seed=seed + 1)

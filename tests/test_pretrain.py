@@ -4,8 +4,11 @@ from collections import Counter
 
 import pytest
 
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
 from minictrl import pretrain, ratings
 from minictrl.data import ASSETS, load_prompts
+from minictrl.pretrain_policy import RATINGS, perplexity, train_policy
 
 
 def test_no_prompt_is_in_two_splits_and_none_is_a_whole_review():
@@ -54,3 +57,18 @@ def test_the_ngram_baselines_are_distributions():
 def test_assets_fit_in_12_megabytes():
     sizes = Counter({path.suffix: path.stat().st_size for path in ASSETS.rglob("*") if path.is_file()})
     assert sum(path.stat().st_size for path in ASSETS.rglob("*") if path.is_file()) < 12e6 and sizes
+
+
+def test_a_tiny_policy_learns_its_texts_and_loads_again(tmp_path):
+    import torch
+    texts = [(f"{a} film about {b} and {c}", score) for a, score in (("good", 2.), ("bad", -2.)) for b in "love war".split()
+             for c in "rain snow sun".split()] * 10
+    model, tokenizer = train_policy(
+        {"reviews": texts, "tweets": texts[:4]}, ["good film", "bad film"], lambda prompts, texts: torch.tensor(
+            [float(len(text)) for text in texts]), tmp_path, vocab_size=300, n_embd=16, n_layer=1, n_head=2, epochs=(400, 1))
+    held = [text for text, _ in texts[:12]]
+    assert perplexity(model, tokenizer, held)[0] < 100 < len(tokenizer) - len(RATINGS)  # the uniform guess is 300
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    assert perplexity(loaded, AutoTokenizer.from_pretrained(tmp_path), held)[0] == pytest.approx(
+        perplexity(model, tokenizer, held)[0], rel=1e-2)  # half precision
+    assert tokenizer("good film")["input_ids"][0] == tokenizer.bos_token_id
