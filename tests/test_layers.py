@@ -3,7 +3,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "minictrl"
 LAYERS = [  # a module imports from lower layers only
-    {"config", "hub", "ratings", "cells", "calibration", "ppo", "baselines"},
+    {"config", "hub", "ratings", "cells", "calibration", "ppo", "baselines", "kvcache"},
     {"winrate", "theory", "data", "sampling", "scorers", "reference"},
     {"transforms", "scoring", "update"}, {"judge"}, {"models"}, {"runs", "methods"}, {"evaluation"}, {"figures", "trl"},
     {"pretrain_policy", "pretrain_scorers", "pretrain_hub", "sweep"}, {"pretrain"},
