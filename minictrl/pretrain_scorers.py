@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 import torch
@@ -12,8 +11,10 @@ from torch import Tensor
 from minictrl.ratings import halves, load_ratings, split_of
 from minictrl.scorers import GROUPS, NgramScorer, bradley_terry_loss, pair_accuracy
 
-SIZES = {"reward": dict(buckets=1 << 18, characters=(2, 5)), "judge": dict(buckets=1 << 19, characters=(2, 6))}
+SIZES = {"reward": dict(buckets=1 << 18, characters=(2, 5)),
+         "judge": dict(buckets=1 << 19, characters=(2, 6))}
 WEIGHTS = torch.tensor([0.7, 1.0, 1.0])
+SOURCES = {"reviews": 1.0, "tweets": 0.3, "editorials": 0.3}  # weight of each source's mean loss
 LABELS = ("reward", "judge")  # the half of the raters that each learns from, in order
 
 
@@ -47,31 +48,51 @@ def fit(scorer: NgramScorer, sources: list[tuple[list[str], Tensor, float]], *, 
     scorer.value.data.copy_(theta.detach() * scorer.rarity)
 
 
-def train_scorers(data_path: str | Path | None, out_dir: str | Path, seed: int = 0) -> str:
-    """Write out_dir/reward and out_dir/judge, and print and return a Markdown report on the held-out reviews.
+def tfidf_ridge(texts: list[str], labels: Tensor, held_out: list[str], **options) -> Tensor:
+    """Scores of the held-out texts by the usual baseline, scikit-learn's TF-IDF and ridge regression."""
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import Ridge
+    vectorizer = TfidfVectorizer(sublinear_tf=True, **options)
+    ridge = Ridge(alpha=1.0, solver="sparse_cg").fit(vectorizer.fit_transform(texts), labels.numpy())
+    return torch.from_numpy(ridge.predict(vectorizer.transform(held_out))).float()
 
-    data_path: what `load_ratings` takes. Deterministic on one machine; minutes on one core.
+
+def train_scorers(data_path: str | Path | None, out_dir: str | Path, seed: int = 0) -> str:
+    """Write out_dir/reward and out_dir/judge, print and return a Markdown report on the held-out reviews.
+
+    data_path: what `load_ratings` takes. Deterministic on one machine; a few minutes on one core. The baseline's lines
+    are there if scikit-learn is.
     """
-    rows = {name: load_ratings(name, data_path) for name in ("reviews", "tweets", "editorials")}
-    splits = {"reviews": [row for row in rows["reviews"] if split_of(row["index"]) == "train"],
-              "tweets": rows["tweets"], "editorials": rows["editorials"]}
-    test = [row for row in rows["reviews"] if split_of(row["index"]) == "test"]
-    labels = {name: torch.tensor([halves(row["ratings"]) for row in part]) for name, part in (splits | {"test": test}).items()}
-    scores, lines = {}, ["| scorer | labels | pair accuracy, % | s.e. | s |", "|---|---|---|---|---|"]
+    data = {name: load_ratings(name, data_path) for name in ("reviews", "tweets", "editorials")}
+    data["test"] = [row for row in data["reviews"] if split_of(row["index"]) == "test"]
+    data["reviews"] = [row for row in data["reviews"] if split_of(row["index"]) == "train"]
+    texts = {name: [row["text"] for row in rows] for name, rows in data.items()}
+    labels = {name: torch.tensor([halves(row["ratings"]) for row in rows]) for name, rows in data.items()}
+    length = torch.tensor([len(text.split()) for text in texts["test"]]).float()
+    lines = ["| on held-out reviews | pairs ordered rightly, % | s.e. | correlation with length |", "|---|---|---|---|"]
+
+    def report(name: str, scores: Tensor, truth: Tensor) -> None:
+        accuracy, stderr = pair_accuracy(scores, truth)
+        correlation = torch.corrcoef(torch.stack([scores, length]))[0, 1]
+        lines.append(f"| {name} | {100 * accuracy:.1f} | {100 * stderr:.1f} | {correlation:+.2f} |")
+
+    scores = {}
     for half, name in enumerate(LABELS):
-        start = time.time()
-        scorer = NgramScorer(**SIZES[name])
-        sources = [([row["text"] for row in part], labels[source][:, half], 1.0 if source == "reviews" else 0.3)
-                   for source, part in splits.items()]
+        scorer, truth = NgramScorer(**SIZES[name]), labels["test"][:, half]
+        sources = [(texts[source], labels[source][:, half], weight) for source, weight in SOURCES.items()]
         fit(scorer, sources, l2=2e-5, steps=60, seed=seed)
         scorer.save(Path(out_dir) / name)
-        scores[name] = NgramScorer.load(Path(out_dir) / name).score([row["text"] for row in test])
-        accuracy, stderr = pair_accuracy(scores[name], labels["test"][:, half])
-        lines.append(f"| {name} | half {half + 1} | {100 * accuracy:.1f} | {100 * stderr:.1f} | {time.time() - start:.0f} |")
-    for name, a, b in (("reward and judge agree", scores["reward"], scores["judge"]),
-                       ("the raters' halves agree", *labels["test"].T)):
-        accuracy, stderr = pair_accuracy(a, b)
-        lines.append(f"| {name} | – | {100 * accuracy:.1f} | {100 * stderr:.1f} | |")
-    report = "\n".join(lines)
-    print(report)
-    return report
+        scores[name] = NgramScorer.load(Path(out_dir) / name).score(texts["test"])
+        report(f"{name}, raters' half {half + 1}", scores[name], truth)
+        for kind, options in (("words and pairs", dict(ngram_range=(1, 2))),
+                              ("2 to 6 characters", dict(analyzer="char", ngram_range=(2, 6)))):
+            try:
+                baseline = tfidf_ridge(texts["reviews"], labels["reviews"][:, half], texts["test"], **options)
+            except ImportError:
+                continue
+            report(f"TF-IDF + ridge, {kind}, raters' half {half + 1}", baseline, truth)
+    report("reward model against the judge's order", scores["reward"], scores["judge"])
+    report("raters' half 1 against half 2", *labels["test"].T)
+    text = "\n".join(lines)
+    print(text)
+    return text
