@@ -66,8 +66,8 @@ def rate(work: Callable[[], float]) -> float:
 # --- sampling ---
 
 def sample_vs_generate(policy: str, device: torch.device, quick: bool) -> dict:
-    """Response tokens a second (EOS counts, nothing after it), K samples a prompt, against transformers' generate at the
-    best of its settings: how many prompts a call, dynamic or static cache."""
+    """Response tokens a second (EOS counts, nothing after it), K samples a prompt, against transformers' generate at
+    the best of its settings: how many prompts a call, dynamic or static cache."""
     on_cpu = device.type == "cpu"
     model, tokenizer = load_policy(policy, dtype=torch.float32 if on_cpu else torch.bfloat16)
     model.to(device)
@@ -92,8 +92,9 @@ def sample_vs_generate(policy: str, device: torch.device, quick: bool) -> dict:
     length = statistics.mean(map(len, encode_prompts(tokenizer, texts)))
     tried = ", ".join(f"{size} {cache}" for size, cache in settings)
     return result | {"unit": "tokens/s", "setting": (
-        f"{Path(policy).name}, {model.num_parameters() / 1e6:.3g} M parameters, {where}, {count} prompts of {length:.0f} tokens, "
-        f"K = {K}, at most {T} new tokens; generate with {best[0]} prompts a call, {best[1]} cache (best of {tried})")}
+        f"{Path(policy).name}, {model.num_parameters() / 1e6:.3g} M parameters, {where}, {count} prompts of "
+        f"{length:.0f} tokens, K = {K}, at most {T} new tokens; generate with {best[0]} prompts a call, {best[1]} "
+        f"cache (best of {tried})")}
 
 
 def generate(model, tokenizer, texts: list[str], size: int, cache: str) -> int:
@@ -101,9 +102,9 @@ def generate(model, tokenizer, texts: list[str], size: int, cache: str) -> int:
     count, pad = 0, tokenizer.pad_token_id
     for i in range(0, len(texts), size):
         ids, mask = left_pad(encode_prompts(tokenizer, texts[i:i + size]), pad, model.device)
-        out = model.generate(input_ids=ids, attention_mask=mask, num_return_sequences=K, max_new_tokens=T, do_sample=True,
-                             top_k=0, top_p=1.0, temperature=1.0, repetition_penalty=1.0, pad_token_id=pad,
-                             eos_token_id=tokenizer.eos_token_id, cache_implementation=cache)
+        out = model.generate(input_ids=ids, attention_mask=mask, num_return_sequences=K, max_new_tokens=T,
+                             do_sample=True, top_k=0, top_p=1.0, temperature=1.0, repetition_penalty=1.0,
+                             pad_token_id=pad, eos_token_id=tokenizer.eos_token_id, cache_implementation=cache)
         ended = (out[:, ids.shape[1]:] == tokenizer.eos_token_id).cumsum(1).clamp(max=1)
         count += int((1 - ended).sum() + ended.amax(1).sum())  # what comes before EOS, and EOS
     return count

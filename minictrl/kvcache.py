@@ -1,6 +1,6 @@
 """transformers' forward for sampling: a KV cache in which the samples of a prompt share its keys and values.
 
-`PrefixCache` goes into the forward of any model of a family in SHARED_PREFIX, by transformers' own interfaces for caches
+`PrefixCache` goes into the forward of any model of a family in SHARED_PREFIX, by transformers' interfaces for caches
 and attention. `RepeatedCache`, for any other causal LM, is transformers' cache with the prompt repeated for every row.
 Both have prefill, step, head and compact; rows of the same step are decoded together.
 """
@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface, Cache, DynamicCache
 
-# Families whose attention is softmax(q k / sqrt(d)) v through transformers' attention interface and whose logits are the
-# output embedding of the last hidden state, with nothing in between (no soft cap, sink, bias or scale).
+# Families whose attention is softmax(q k / sqrt(d)) v through transformers' attention interface, and whose logits are
+# the output embedding of the last hidden state, with nothing in between (no soft cap, sink, bias or scale).
 SHARED_PREFIX = {"gpt2", "gpt_neox", "llama", "mistral", "qwen2", "qwen3", "olmo2", "smollm3", "phi3"}
 COLUMNS = 8  # response columns are attended to in blocks of this, two at least: see `PrefixCache.step`
 
@@ -48,10 +48,11 @@ def _arguments(model_class) -> frozenset[str]:
 
 
 class PrefixCache(Cache):
-    """Keys and values of G prompts, and in buffers made once those of the response tokens of R rows, each on a prompt."""
+    """Keys and values of G prompts and, in buffers made once, of the response tokens of R rows, each on a prompt."""
 
     def __init__(self, model):
-        self.model, self.layers, self.buffers = model, [], []  # transformers looks at `layers` for masks: ours are ready
+        self.model, self.buffers = model, []
+        self.layers = []  # where transformers looks to make a mask; ours are ready made
 
     def prefill(self, ids: Tensor, mask: Tensor, group: Tensor, T: int) -> Tensor:
         """Last hidden states (R, D) after each row's prompt; ids, mask: (G, P); group: (R,)."""
@@ -89,7 +90,7 @@ class PrefixCache(Cache):
         self._place_rows()
 
     def _place_rows(self) -> None:
-        """Index from rows to (G, k), the rows of each prompt side by side with gaps, and back; for every one of H heads."""
+        """Index from rows to (G, k), the rows of a prompt side by side with gaps, and back; for each of H heads."""
         G, H, R = len(self.bias), self.prompt[0][0].shape[1], len(self.group)
         count = self.group.bincount(minlength=G)
         order, k = self.group.argsort(stable=True), int(count.max())

@@ -1,10 +1,10 @@
 """Sampling with a KV cache, and the log-probabilities of given responses: one forward for everything that trains.
 
-The forward is transformers' own, with a cache and an attention of ours put in where the family allows (`kvcache.py`). K
-samples of a prompt share its keys and values: computed once, never copied. Rows of the same step are decoded together, in
-waves of prompts of similar length. A row that has ended gives its place to the last living one: with 4 % EOS a token 2 to
-4 % of the rows computed are wasted, so refilling places from the queue, which needs a step of its own for every row, has
-little to win.
+The forward is transformers' own, with a cache and an attention of ours put in where the family allows (`kvcache.py`).
+K samples of a prompt share its keys and values: computed once, never copied. Rows of the same step are decoded
+together, in waves of prompts of similar length. A row that has ended gives its place to the last living one: with 4 %
+EOS a token 2 to 4 % of the rows computed are wasted, so refilling places from the queue, which needs a step of its own
+for every row, has little to win.
 
 Every draw is a function of (seed, prompt, sample, t) alone (`_uniforms`), whatever the batch size and order. Rounding
 differs between batch shapes, and a draw within rounding of a boundary may fall on the other side: in float32 this
@@ -45,7 +45,7 @@ def sample(model, tokenizer, prompts: list[str], *, num_samples: int, max_new_to
     """Draw y ~ pi(. | x), `num_samples` a prompt, from the full softmax (no top-k, no top-p), with log-probabilities.
 
     The same (seed, prompt, sample index, position) gives the same token, so `first_sample=100` continues a draw of 100;
-    a prompt given twice gets two independent draws. Draws that must be independent (pi and pi_ref) need different seeds.
+    a prompt given twice gets two independent draws. What must be independent (pi and pi_ref) needs different seeds.
     A response ends with EOS or is cut at `max_new_tokens`. `batch_size`: rows decoded
     together, by default what fits in 1/2 GB (a third of a GPU); it changes speed and memory, not the samples.
     Raises ValueError on no prompts, a prompt that is not text or too long for the model, a number out of range, and
@@ -97,8 +97,8 @@ def sequence_logprobs(model, prompt_ids: Tensor, prompt_mask: Tensor, tokens: Te
     """log pi(token) of given responses, by one forward over prompt and response, with gradient if enabled.
 
     prompt_ids, prompt_mask: (N, P) left-padded, from `left_pad`. tokens, mask: (N, T), right-padded, as in `Samples`.
-    Returns (N, T) float32, nats, 0 where mask is 0; with return_hidden also the (N, T, D) last hidden states, position t
-    being the state *before* token t, which a value head reads. Dropout follows the model's own mode.
+    Returns (N, T) float32, nats, 0 where mask is 0; with return_hidden also the last hidden states (N, T, D), those
+    at t the state *before* token t, which a value head reads. Dropout follows the model's own mode.
     """
     if not (len(prompt_ids) == len(tokens) and prompt_ids.shape == prompt_mask.shape and tokens.shape == mask.shape):
         raise ValueError(f"shapes do not match: prompt_ids {tuple(prompt_ids.shape)}, prompt_mask "
@@ -110,7 +110,8 @@ def sequence_logprobs(model, prompt_ids: Tensor, prompt_mask: Tensor, tokens: Te
     return (logprobs, hidden) if return_hidden else logprobs
 
 
-def response_logits(model, prompt_ids: Tensor, prompt_mask: Tensor, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+def response_logits(model, prompt_ids: Tensor, prompt_mask: Tensor, tokens: Tensor,
+                    mask: Tensor) -> tuple[Tensor, Tensor]:
     """The logits (mask.sum(), V) float32 that each token that counts was drawn from, row by row, and the (N, T, D) last
     hidden states. Arguments as those of `sequence_logprobs`, which checks them."""
     first, kept = prompt_ids.shape[1] - 1, mask.bool()
@@ -127,8 +128,8 @@ def response_logits(model, prompt_ids: Tensor, prompt_mask: Tensor, tokens: Tens
 
 
 def encode_prompts(tokenizer, prompts: list[str]) -> list[list[int]]:
-    """Token ids of each prompt, with the special tokens the tokenizer adds by itself (BOS), but never BOS twice: a prompt
-    that a chat template has written already begins with it. Raises ValueError on no prompts, not text, or no token."""
+    """Token ids of each prompt, with the special tokens the tokenizer adds by itself (BOS), but never BOS twice: a
+    prompt that a chat template has written already begins with it. Raises ValueError on no prompts, text or token."""
     if not prompts:
         raise ValueError("no prompts: give a list of at least one string")
     for i, prompt in enumerate(prompts):
@@ -180,7 +181,7 @@ def _decode_wave(cache, prompt_ids: Tensor, prompt_mask: Tensor, group: Tensor, 
 
 
 def _draw(logits: Iterable[Tensor], u: Tensor) -> tuple[Tensor, Tensor]:
-    """(token, log pi(token)), each (R,), by the inverse CDF in two levels: a block of the vocabulary, then a token in it.
+    """(token, log pi(token)), each (R,), by the inverse CDF in two levels: a block of the vocabulary, a token in it.
 
     logits: (r, V) each, R rows together. u: (R, 2) float64 in [0, 1), a number for each level: with one for both, an
     error of rounding in a block's boundary would move every token's. Sums are vectorised, a long cumulative sum is not.
@@ -236,7 +237,7 @@ def _prompt_keys(prompts: list[str]) -> np.ndarray:
 # ---- checks ----
 
 def _eos_ids(model, tokenizer) -> Tensor:
-    """Every token that ends a response: the tokenizer's EOS and those of the generation config (chat models have two)."""
+    """Every token that ends a response: the tokenizer's EOS and the generation config's (chat models have two)."""
     ids = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ids = set(ids if isinstance(ids, (list, tuple)) else [ids]) | {tokenizer.eos_token_id}
     ids = sorted(i for i in ids if i is not None)

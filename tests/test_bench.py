@@ -16,11 +16,14 @@ def test_a_ratio_is_the_median_of_neighbours(monkeypatch):
     assert bench.paired(None, None, 3) == {"ours": 10, "theirs": 2, "ratio": 5}
 
 
-def test_tokens_of_generate_count_up_to_eos(monkeypatch):
-    model, tokenizer = load_policy("reviews")
+def test_tokens_of_generate_count_up_to_eos():
+    _, tokenizer = load_policy("reviews")
     eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     responses = torch.tensor([[9, 9, 9], [9, eos, pad], [eos, pad, pad], [9, 9, eos]])  # 3 + 2 + 1 + 3
-    stub = SimpleNamespace(device="cpu", generate=lambda input_ids, **_: torch.cat([input_ids.repeat(4, 1), responses], 1))
+    def answer(input_ids, **_):
+        return torch.cat([input_ids.repeat(4, 1), responses], 1)
+
+    stub = SimpleNamespace(device="cpu", generate=answer)
     assert bench.generate(stub, tokenizer, ["this film is"], 1, "dynamic") == 9
 
 
