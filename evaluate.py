@@ -1,6 +1,6 @@
 """Inference-time win rates of trained policies against pi_ref, beside the theory's at the same KL.
 
-    python evaluate.py runs/reviews-exp10            # about 40 s on two cores
+    python evaluate.py runs/reviews-exp10            # half a minute on two cores
     python evaluate.py runs/a runs/b --split train   # several runs, on the prompts they were trained on
 
 Draws M responses a prompt from pi and from pi_ref. The reward model selects (Best-of-N, Worst-of-N, …), reward model and

@@ -21,6 +21,7 @@ from minictrl.update import Rows, by_length, cut
 from minictrl.winrate import win_rate
 
 REFERENCE_SEED, POLICY_SEED = 1, 2  # the calibration's is 0: pi_ref's samples here are fresh ones
+KL_SAMPLES = 16  # responses a prompt for the KL, whose error is that over prompts
 FIELDS = ("procedure", "n", "scorer", "win_rate", "stderr", "kl", "kl_stderr", "theory", "optimal", "prompts", "samples")
 
 
@@ -42,8 +43,10 @@ def evaluate(run: Path, config: Config, *, split: str, prompts: int, M: int, siz
     texts_ref = [texts_ref[i:i + M] for i in range(0, len(texts_ref), M)]
     scores = {"reward": (r, reference.r_ref), "judge": (runs.score(judge, task.prompts, samples.texts),
                                                         runs.score(judge, task.prompts, texts_ref))}
-    rows = runs.rows_of(task, torch.arange(len(task.prompts)), samples)
-    kl, kl_stderr = mean_kl(policy, task.policy, rows, M, config.micro_batch)
+    few = min(M, KL_SAMPLES)
+    first = torch.arange(len(r) * M).view(-1, M)[:, :few].flatten()
+    rows = {name: x[first] for name, x in runs.rows_of(task, torch.arange(len(r)), samples).items()}
+    kl, kl_stderr = mean_kl(policy, task.policy, rows, few, config.micro_batch)
     curve = curve_of(config, run)
 
     table, select, select_ref = [], r, reference.r_ref
