@@ -13,7 +13,7 @@ from minictrl.scorers import GROUPS, NgramScorer, bradley_terry_loss, pair_accur
 
 SIZES = {"reward": dict(buckets=1 << 18, characters=(2, 5)),
          "judge": dict(buckets=1 << 19, characters=(2, 6))}
-WEIGHTS = torch.tensor([0.7, 1.0, 1.0])
+SHARPNESS = 0.5  # of preferences, by the difference of the mean ratings (-4 to 4)
 SOURCES = {"reviews": 1.0, "tweets": 0.3, "editorials": 0.3}  # weight of each source's mean loss
 LABELS = ("reward", "judge")  # the half of the raters that each learns from, in order
 
@@ -39,8 +39,8 @@ def fit(scorer: NgramScorer, sources: list[tuple[list[str], Tensor, float]], *, 
         loss = l2 * theta.square().sum()
         values = (theta * scorer.rarity)[:, None]
         for (ids, offsets), norm, (_, labels, weight), parts in zip(bags, norms, sources, batches):
-            scores = (F.embedding_bag(ids, values, offsets, mode="sum") / norm).view(-1, GROUPS) @ WEIGHTS
-            loss = loss + weight * sum(bradley_terry_loss(scores[part], labels[part]) for part in parts) / len(parts)
+            scores = (F.embedding_bag(ids, values, offsets, mode="sum") / norm).view(-1, GROUPS).sum(-1)
+            loss = loss + weight * sum(bradley_terry_loss(scores[part], labels[part], SHARPNESS) for part in parts) / len(parts)
         loss.backward()
         return loss
 
@@ -80,7 +80,7 @@ def train_scorers(data_path: str | Path | None, out_dir: str | Path, seed: int =
     for half, name in enumerate(LABELS):
         scorer, truth = NgramScorer(**SIZES[name]), labels["test"][:, half]
         sources = [(texts[source], labels[source][:, half], weight) for source, weight in SOURCES.items()]
-        fit(scorer, sources, l2=2e-5, steps=60, seed=seed)
+        fit(scorer, sources, l2=2.5e-5, steps=30, seed=seed)
         scorer.save(Path(out_dir) / name)
         scores[name] = NgramScorer.load(Path(out_dir) / name).score(texts["test"])
         report(f"{name}, raters' half {half + 1}", scores[name], truth)

@@ -8,6 +8,7 @@ the inner product of theta with unit-length feature vectors, so neither length n
 from __future__ import annotations
 
 import json
+import math
 import re
 from array import array
 from functools import lru_cache
@@ -97,15 +98,19 @@ class NgramScorer(nn.Module):
         return scorer.eval().requires_grad_(False)
 
 
-def bradley_terry_loss(scores: Tensor, labels: Tensor) -> Tensor:
-    """-log sigmoid(s_i - s_j), the mean over all pairs of the batch with label_i > label_j, each pair weighing the same.
+def bradley_terry_loss(scores: Tensor, labels: Tensor, sharpness: float = math.inf) -> Tensor:
+    """Bradley-Terry cross-entropy, the mean over all pairs of the batch with label_i > label_j, each weighing the same.
 
-    scores, labels: (B,). Returns a scalar, in nats per pair; 0 if all labels are equal.
+    -p log sigmoid(s_i - s_j) - (1 - p) log sigmoid(s_j - s_i) with p = sigmoid(sharpness (label_i - label_j)): a small
+    difference is a weak preference; by default p = 1. scores, labels: (B,). Returns a scalar, in nats per pair; 0 if all
+    labels are equal.
     """
     if scores.shape != labels.shape or scores.dim() != 1:
         raise ValueError(f"scores {tuple(scores.shape)}, labels {tuple(labels.shape)}: both must be (B,)")
-    better = (labels[:, None] > labels).to(scores.dtype)
-    return (F.softplus(scores - scores[:, None]) * better).sum() / better.sum().clamp(min=1)
+    gap, difference = scores[:, None] - scores, labels[:, None] - labels
+    better = (difference > 0).to(scores.dtype)
+    p = 1.0 if sharpness == math.inf else torch.sigmoid(sharpness * difference)
+    return ((F.softplus(gap) - p * gap) * better).sum() / better.sum().clamp(min=1)
 
 
 def pair_accuracy(scores: Tensor, labels: Tensor, *, resamples: int = 200, seed: int = 0) -> tuple[float, float]:

@@ -97,3 +97,10 @@ def test_shipped_reward_has_few_ties():
     generator = torch.Generator().manual_seed(0)
     texts = {" ".join(words[i] for i in torch.randint(len(words), (12,), generator=generator)) for _ in range(500)}
     assert len(set(scorer.score(sorted(texts)).tolist())) > 0.99 * len(texts)
+
+
+def test_graded_bradley_terry_is_least_where_the_gap_is_the_labels():
+    labels, sharpness = torch.tensor([2.0, 0.5, -1.0]), 0.5
+    scores = (sharpness * labels).requires_grad_()
+    bradley_terry_loss(scores, labels, sharpness).backward()
+    assert scores.grad.abs().max() < 1e-7
