@@ -86,6 +86,9 @@ def main(argv=None):
                 C_hat, R = objective(r, r_ref[index])  # (B, G)
                 rows = runs.rows_of(task, index, samples) | {"r": r.flatten(), "C_hat": C_hat.flatten(), "R": R.flatten()}
                 rows["ref_logprobs"], _ = forward_all(ref_policy, None, rows, config.micro_batch)
+                if config.baseline == "prefix":
+                    C_hat_prefix, _ = objective(runs.prefix_rewards(task, index, samples), r_ref[index])  # (B, G T)
+                    rows["C_hat_prefix"] = C_hat_prefix.view_as(rows["mask"]).to(rows["mask"])
                 if learner.value_head is not None:
                     _, rows["values"] = forward_all(policy, learner.value_head, rows, config.micro_batch)
                 rows["advantages"] = methods.ONLINE[config.method](rows, config, beta, reference[index])

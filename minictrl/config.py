@@ -55,8 +55,9 @@ class Config:
     n: int | None = setting(None, "samples the procedure draws (default 4; rewind: the most draws, 32)")
     method: str = setting("ppo", "algorithm", choices=tuple(METHODS))
     K: int = setting(100, "reference samples a prompt for the calibration, Eq. 12")
-    baseline: str = setting("loo", "what a return is compared with: a value head, or the leave-one-out mean of the prompt",
-                            choices=("value", "loo"))
+    baseline: str | None = setting(None, "what the reward to go is compared with: a value from the reward of the response so far, "
+                                         "a value head, the mean of other samples (default prefix with this package's "
+                                         "reward model, else loo)", choices=("prefix", "value", "loo"))
     steps: int | None = setting(None, "policy updates (default: the task's)")
     seed: int = setting(0, "seed of every random draw")
     out: str | None = setting(None, "run directory (default runs/TASK-TRANSFORM)")
@@ -89,7 +90,7 @@ class Config:
         need(self.beta is None or 0 < self.beta < float("inf"), "beta", "the KL strength is a positive number")
         for name in ("procedure", "method", "baseline"):
             known = self.__dataclass_fields__[name].metadata["choices"]
-            need(getattr(self, name) in known, name, f"use one of {', '.join(known)}")
+            need(getattr(self, name) in (*known, self.__dataclass_fields__[name].default), name, f"use one of {', '.join(known)}")
         for name in ("n", "K", "steps", "prompts", "batch", "G", "minibatch", "micro_batch", "ppo_epochs", "max_new_tokens",
                      "max_prompt_tokens"):
             need(getattr(self, name) is None or getattr(self, name) >= 1, name, "use a whole number of at least 1")
@@ -108,8 +109,10 @@ class Config:
         task = TASKS.get(self.task, TASKS["reviews"])
         filled = {name: task[name] for name in task if getattr(self, name, 0) is None}
         transform = self.transform or METHODS[self.method] or "identity"
+        cheap = (self.reward or task["reward"]) == "reviews"  # a reward of every prefix costs a tenth of a step
         name = f"{Path(self.task).stem}-{transform}" + (f"-{self.method}" if self.method != "ppo" else "")
         return replace(self, **filled, transform=transform, n=self.n or (32 if self.procedure == "rewind" else 4),
+                       baseline=self.baseline or ("prefix" if cheap else "loo"),
                        kl=1.0 if self.kl is None and self.beta is None else self.kl, out=self.out or f"runs/{name}")
 
     @classmethod

@@ -23,19 +23,23 @@ from minictrl.update import Loss, Rows
 # --- online: rows of a rollout, settings, beta, the reference samples of its prompts -> advantages (B, T) ---
 
 def ppo_advantages(rows: Rows, config: Config, beta: float, reference: Reference) -> Tensor:
-    """PPO, k1 in the reward: GAE with a value head; without, rewards to go minus the mean return of the other samples.
+    """PPO, k1 in the reward: GAE on the values of a value head or of the prefix; or the reward to go minus the mean return of
+    the other samples.
 
     The others are those of all prompts: calibration gives their returns one law, so the mean of many is the better
     baseline, above all for exp-10, where one bad response in a group of 8 would lift the other 7. Raw rewards differ from
     prompt to prompt: there the others are the prompt's own.
     """
     rewards = ppo.token_rewards(rows["R"], rows["old_logprobs"], rows["ref_logprobs"], rows["mask"])
+    to_go = rewards.flip(1).cumsum(1).flip(1)
+    if "C_hat_prefix" in rows:
+        rows["values"] = ppo.prefix_values(to_go, rows["C_hat_prefix"], rows["mask"])
     if "values" in rows:
         advantages, rows["returns"] = ppo.gae(rewards, rows["values"], rows["mask"], lam=config.lam)
         return advantages
     returns = rewards.sum(1).view(-1, config.G if config.transform in RAW else len(rewards))
     baseline = (returns - ppo.loo_advantages(returns)).view(-1, 1)  # a token isn't blamed for the KL of those before it
-    return (rewards.flip(1).cumsum(1).flip(1) - baseline) * rows["mask"]
+    return (to_go - baseline) * rows["mask"]
 
 
 def grpo_advantages(rows: Rows, config: Config, beta: float, reference: Reference) -> Tensor:
@@ -51,8 +55,8 @@ def pkpo_advantages(rows: Rows, config: Config, beta: float, reference: Referenc
         wins = baselines.min_at_n_advantages(1 - (1 - g) ** n, n, baseline=n > 1)
     else:
         wins = baselines.max_at_n_advantages(g ** n, n, baseline=n > 1)
-    rows["R"] = torch.zeros_like(rows["R"])
-    return ppo_advantages(rows, config, beta, reference) + rows["mask"] * wins.view(-1, 1) / beta
+    rows["R"] = wins.flatten() / beta
+    return ppo_advantages(rows, config, beta, reference)
 
 
 def bond_advantages(rows: Rows, config: Config, beta: float, reference: Reference) -> Tensor:

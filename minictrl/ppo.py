@@ -72,6 +72,28 @@ def gae(token_rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0,
     return advantages, advantages + values
 
 
+def prefix_values(to_go: Tensor, C_hat_prefix: Tensor, mask: Tensor) -> Tensor:
+    """Values V_t = E[reward to go | y_<t] without a value head: a cubic in C_hat of the response so far, one for each t.
+
+    to_go, C_hat_prefix: (B, T) sum of the token rewards from t on, and calibrated reward of the prompt with y_<t. The cubic is
+    the ridge regression of to_go on the batch itself, so nothing has to be learned before it serves. It has four numbers for B
+    samples: that V_t has seen its own sample is an effect of order 1 / B. Returns (B, T), 0 behind the mask.
+    """
+    mask = _check(mask, to_go=to_go, C_hat_prefix=C_hat_prefix)
+    features = torch.stack([C_hat_prefix, C_hat_prefix**2, C_hat_prefix**3], -1).double()  # (B, T, 3)
+    values = torch.zeros_like(to_go)
+    for t in range(mask.shape[1]):
+        of = mask[:, t]
+        if not of.any():
+            break
+        x, y = features[of, t], to_go[of, t].double()
+        x = (x - x.mean(0)) / x.std(0, correction=0).clamp_min(1e-6)  # all 0 where nothing tells the prefixes apart
+        ridge = .02 * len(x) * torch.eye(3, dtype=x.dtype, device=x.device)
+        weights = torch.linalg.solve(x.T @ x + ridge, x.T @ (y - y.mean()))
+        values[of, t] = (y.mean() + x @ weights).to(values)
+    return values
+
+
 def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     """ratio - 1 - log ratio, ratio = pi_ref / pi of a token sampled from pi: its mean is KL(pi || pi_ref), it is >= 0.
 

@@ -193,6 +193,17 @@ def rollout(task: Task, model: nn.Module, index: list[int] | Tensor, *, num_samp
     return samples, score(task.reward, [task.prompts[i] for i in index], samples.texts)
 
 
+def prefix_rewards(task: Task, index: Tensor, samples: Samples) -> Tensor:
+    """(B, M T) rewards of the responses so far, before each token of M samples a prompt; behind their end, of none."""
+    tokens = samples.tokens.flatten(0, 1).tolist()
+    lengths = samples.mask.flatten(0, 1).sum(1).long().tolist()
+    prefixes = [row[:t if t < length else 0] for row, length in zip(tokens, lengths) for t in range(len(row))]
+    texts = task.tokenizer.batch_decode(prefixes, skip_special_tokens=True)
+    width = len(texts) // len(index)
+    return score(task.reward, [task.prompts[i] for i in index.tolist()],
+                 [texts[i:i + width] for i in range(0, len(texts), width)])
+
+
 def score(scorer: Callable, prompts: list, texts: list[list[str]]) -> Tensor:
     """(B, M) scores of M texts for each prompt; equal texts of a prompt are scored once."""
     unique = list(dict.fromkeys((i, text) for i, row in enumerate(texts) for text in row))

@@ -44,11 +44,21 @@ def test_a_value_head_turns_it_into_gae():
     assert torch.allclose(advantages[:, 0], returns, atol=1e-5) and torch.allclose(rows["returns"], advantages)
 
 
-def test_pkpo_for_best_of_1_is_the_standard_win_rate():
+def test_the_prefix_gives_values_that_explain_the_reward_to_go():
+    """R is a quadratic in C_hat of the prefix, k1 is 0: explained but for the ridge, and GAE's advantages are what is left."""
+    rows = rollout(P=40)
+    rows["ref_logprobs"], x = rows["old_logprobs"], torch.rand(160, 1, generator=torch.Generator().manual_seed(2))
+    rows |= {"C_hat_prefix": x.expand(160, 5), "R": 2 + x[:, 0] ** 2}
+    advantages = methods.ppo_advantages(rows, Config(G=4, lam=1.), 1., reference(40))
+    assert advantages.abs().max() < .1
+    assert torch.allclose(advantages, (rows["R"][:, None] - rows["values"]) * rows["mask"], atol=1e-5)
+
+
+def test_pkpo_for_best_of_1_is_ppo_on_the_identity_transform():
     rows = rollout()
     a = methods.pkpo_advantages(dict(rows), Config(procedure="bon", n=1, G=4), 0.5, reference())
-    b = methods.ppo_advantages(dict(rows) | {"R": torch.zeros(24)}, Config(G=4), 0.5, reference())
-    assert torch.allclose(a - b, rows["C_hat"][:, None] / 0.5 * rows["mask"], atol=1e-5)
+    b = methods.ppo_advantages(dict(rows) | {"R": rows["C_hat"] / 0.5}, Config(G=4), 0.5, reference())
+    assert torch.allclose(a, b, atol=1e-5)
 
 
 def test_bond_puts_the_best_of_n_beside_each_response():

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from minictrl.ppo import (explained_variance, gae, k3, loo_advantages, masked_mean, normalise, policy_loss,
+from minictrl.ppo import (explained_variance, gae, k3, loo_advantages, masked_mean, normalise, policy_loss, prefix_values,
                           token_rewards, value_loss)
 
 LENGTHS = torch.tensor([1, 3, 5, 4])
@@ -218,6 +218,14 @@ def test_ppo_on_a_one_token_bandit_reaches_the_tilted_reference(baseline):
             optimizer.step()
     assert start > .4 and (logits.softmax(0) - tilt).abs().sum() / 2 < .003
     assert stats["approx_kl"] < .02
+
+
+def test_prefix_values_are_the_mean_where_prefixes_are_alike_and_never_read_behind_the_mask():
+    mask = (torch.arange(4) < torch.tensor([1, 2, 4, 4, 4])[:, None]).float()
+    to_go = torch.randn(5, 4, generator=torch.Generator().manual_seed(0)).masked_fill(mask == 0, torch.nan)
+    values = prefix_values(to_go, torch.full((5, 4), .3).masked_fill(mask == 0, torch.nan), mask)
+    assert torch.allclose(values[2, 1:], to_go[1:, 1:].masked_fill(mask[1:, 1:] == 0, torch.nan).nanmean(0), atol=1e-6)
+    assert (values[mask == 0] == 0).all()
 
 
 @pytest.mark.parametrize("mask", [torch.tensor([[0, 1], [1, 1]]), torch.tensor([[1, 1], [0, 0]])])
