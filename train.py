@@ -73,7 +73,7 @@ def main(argv=None):
     if online:
         loss = partial(methods.online_loss, clip=config.clip)
     else:
-        epoch, loss = methods.OFFLINE[config.method](reference, Phi=Phi, beta=beta, seed=config.seed)
+        epoch, loss = methods.OFFLINE[config.method](reference, Phi=Phi, beta=beta, clip=config.clip, seed=config.seed)
     saved = time.time()
     with runs.Interrupt() as interrupt, open(out / "metrics.jsonl", "a") as metrics, \
             tqdm(range(first_step, config.steps), "train", initial=first_step, total=config.steps, disable=None) as bar:

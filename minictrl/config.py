@@ -13,7 +13,8 @@ from pathlib import Path
 
 PROCEDURES = ("standard", "bon", "won", "rewind")
 # Method -> the transform that its optimum has, where it isn't the run's to choose (BoNBoN's is Best-of-n, as log's is).
-METHODS = {"ppo": None, "grpo": "none", "ipo": "identity", "bonbon": "log", "bond": "log", "qrpo": None, "pkpo": "optimal"}
+METHODS = {"ppo": None, "grpo": "none", "grpo_fixed": "none", "ipo": "identity", "bonbon": "log", "bond": "log", "qrpo": None,
+           "pkpo": "optimal"}
 RAW = ("none", "median", "standardised")  # transforms of the raw reward, which no theory covers (`transforms.RAW`)
 
 # A data set on the hub (`data.py`): name, folder in it, its splits, and whether rows without a prompt or a side are left out.

@@ -126,7 +126,19 @@ def bonbon(reference: Reference, *, beta: float, seed: int, **_) -> tuple[Rows, 
     return pairs(reference, n, seed), loss
 
 
-OFFLINE = {"qrpo": qrpo, "ipo": ipo, "bonbon": bonbon}
+def grpo_fixed(reference: Reference, *, beta: float, clip: float, **_) -> tuple[Rows, Loss]:
+    """GRPO's first outer iteration, its rollouts pi_ref's K samples (the paper's controlled setting, App. E.1), with the loss as
+    published: the clipped surrogate on standardised rewards, plus k3."""
+    rows = responses(reference) | {"advantages": baselines.grpo_advantages(reference.r_ref).flatten() / beta}
+
+    def loss(logprobs, values, rows):
+        surrogate, stats = ppo.policy_loss(logprobs, rows["ref_logprobs"], rows["advantages"][:, None], rows["mask"], clip)
+        k3 = ppo.k3(logprobs, rows["ref_logprobs"]).masked_fill(rows["mask"] == 0, 0).sum(1)
+        return surrogate + k3.mean(), stats
+    return rows, loss
+
+
+OFFLINE = {"qrpo": qrpo, "ipo": ipo, "bonbon": bonbon, "grpo_fixed": grpo_fixed}
 
 
 # --- helpers ---
@@ -141,7 +153,7 @@ def beta_for(config: Config) -> float | None:
 
     GRPO's standardised reward is taken for a normal one, of deviation 1: KL = 1 / (2 beta^2).
     """
-    if config.method == "grpo":
+    if config.method in ("grpo", "grpo_fixed"):
         return 1 / math.sqrt(2 * config.kl)
     if config.transform in RAW:
         return None

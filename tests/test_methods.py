@@ -93,3 +93,14 @@ def test_offline_rows_are_the_reference_samples():
     assert value > 0  # pi_ref is not the optimum
     pairs, _ = methods.ipo(ref, beta=0.1, seed=0)
     assert pairs["tokens"].shape == (60, 2, 5)
+
+
+def test_grpo_on_fixed_rollouts_starts_at_pi_ref_and_raises_what_is_above_the_groups_mean():
+    ref = reference()
+    rows, loss = methods.grpo_fixed(ref, beta=0.5, clip=.2)
+    logprobs = rows["ref_logprobs"].clone().requires_grad_()
+    value, _ = loss(logprobs, None, rows)
+    value.backward()
+    assert value.abs() < 1e-5  # advantages of a group sum to 0, k3 is 0
+    above = (ref.r_ref > ref.r_ref.mean(1, keepdim=True)).flatten()
+    assert (logprobs.grad[above] < 0).all() and (logprobs.grad[~above] > 0).all()
