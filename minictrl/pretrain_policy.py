@@ -4,7 +4,7 @@ Every text starts with the token of its source; that of a review is the tokenize
 tokenizer begins with BOS, is always continued as a review. Before it, half of the texts have a token for their rating, and
 a linear head learns to tell the rating from the text so far: in this way a small model knows what a large one has learned
 from the web, that texts differ in sentiment and which words go with it. Then it reads its own continuations of training
-prompts, half of them after a token for the rank of their reward among the 6 of their prompt (`learn_ranks`): as a large
+prompts, half of them after a token for the rank of their reward among those of their prompt (`learn_ranks`): as a large
 model knows what raters like, it knows what the reward model likes, and RL has to elicit it, not to teach it. The tokens
 are not used afterwards: pi_ref is the model without one. The average of the weights over the last steps (EMA) is kept.
 """
@@ -118,8 +118,8 @@ def fit(model, tokenizer, lines: list[list[int]], ratings: torch.Tensor, codes: 
 
 
 def train_policy(sources: dict[str, list[tuple[str, float]]], prompts: list[str], reward, out: Path, *, vocab_size: int = 4096,
-                 n_embd: int = 128, n_layer: int = 4, n_head: int = 4, dropout: float = 0.1, epochs: tuple[int, int] = (12, 2),
-                 seed: int = 0):
+                 n_embd: int = 128, n_layer: int = 4, n_head: int = 4, dropout: float = 0.1, epochs: int = 12,
+                 continuations: int = 36, seed: int = 0):
     """Tokenizer and model from {source: (text, mean rating)}, then the ranks of its own continuations of the prompts.
 
     reward: score(prompts, texts) -> (B,). Writes the model in half precision to `out`; returns (model, tokenizer).
@@ -136,22 +136,21 @@ def train_policy(sources: dict[str, list[tuple[str, float]]], prompts: list[str]
     code_ids = tokenizer.convert_tokens_to_ids(RATINGS)
     sixths = torch.bucketize(ratings, ratings.quantile(torch.arange(1, 6) / 6)).tolist()
     lines = encode(tokenizer, texts, 127)
-    model = fit(model, tokenizer, lines, ratings, [[code_ids[i]] for i in sixths], epochs=epochs[0], lr=3e-3,
+    model = fit(model, tokenizer, lines, ratings, [[code_ids[i]] for i in sixths], epochs=epochs, lr=3e-3,
                 seed=seed)
-    model = learn_ranks(model, tokenizer, lines, prompts, reward, epochs=epochs[1], seed=seed)
+    model = learn_ranks(model, tokenizer, lines, prompts, reward, M=continuations, seed=seed)
     model.half().save_pretrained(out)
     tokenizer.save_pretrained(out)
     return model.float(), tokenizer
 
 
-def learn_ranks(model, tokenizer, lines: list[list[int]], prompts: list[str], reward, *, epochs: int, seed: int):
-    """The texts once more, now without codes, and 6 continuations of each prompt with codes for their reward's rank."""
-    M = len(RATINGS)
-    samples = sample(model, tokenizer, prompts, num_samples=M, max_new_tokens=32, seed=seed + 1)
+def learn_ranks(model, tokenizer, lines: list[list[int]], prompts: list[str], reward, *, M: int, seed: int):
+    """The texts twice more, now without codes, and M continuations of each prompt with codes for their reward's rank."""
+    samples = sample(model, tokenizer, prompts, num_samples=M, max_new_tokens=24, seed=seed + 1)
     r = reward([prompt for prompt in prompts for _ in range(M)], [text for row in samples.texts for text in row]).view(-1, M)
-    rank = r.argsort(1).argsort(1).flatten()
+    rank = r.argsort(1).argsort(1).flatten() * len(RATINGS) // M  # in sixths of the prompt's continuations
     code_ids = tokenizer.convert_tokens_to_ids(RATINGS)
     own = [prompt + tokens[:count] for prompt, group, counts in zip(encode_prompts(tokenizer, prompts), samples.tokens.tolist(),
            samples.mask.sum(-1).long().tolist()) for tokens, count in zip(group, counts)]
-    return fit(model, tokenizer, lines + own, torch.cat([torch.zeros(len(lines)), rank - 2.5]),
-               [[] for _ in lines] + [[code_ids[i]] for i in rank], epochs=epochs, lr=1.5e-3, seed=seed)
+    return fit(model, tokenizer, 2 * lines + own, torch.cat([torch.zeros(2 * len(lines)), rank - 2.5]),
+               [[] for _ in 2 * lines] + [[code_ids[i]] for i in rank], epochs=1, lr=1.5e-3, seed=seed)

@@ -65,7 +65,7 @@ def test_a_tiny_policy_learns_its_texts_and_loads_again(tmp_path):
              for c in "rain snow sun".split()] * 10
     model, tokenizer = train_policy(
         {"reviews": texts, "tweets": texts[:4]}, ["good film", "bad film"], lambda prompts, texts: torch.tensor(
-            [float(len(text)) for text in texts]), tmp_path, vocab_size=300, n_embd=16, n_layer=1, n_head=2, epochs=(400, 1))
+            [float(len(text)) for text in texts]), tmp_path, vocab_size=300, n_embd=16, n_layer=1, n_head=2, epochs=400, continuations=6)
     held = [text for text, _ in texts[:12]]
     assert perplexity(model, tokenizer, held)[0] < 100 < len(tokenizer) - len(RATINGS)  # the uniform guess is 300
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
