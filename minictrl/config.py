@@ -75,7 +75,7 @@ class Config:
     ppo_epochs: int = setting(1, "passes over a rollout")
     lr: float | None = setting(None, "learning rate of the policy (default: the task's)")
     clip: float = setting(.2, "PPO's clipping range of the ratio")
-    lam: float = setting(.95, "GAE's lambda")
+    lam: float = setting(.9, "GAE's lambda")
     max_new_tokens: int | None = setting(None, "longest response (default: the task's)")
     max_prompt_tokens: int | None = setting(None, "longest prompt (default: the task's)")
 
