@@ -26,7 +26,7 @@ HH = HUB | {"name": "Anthropic/hh-rlhf"}
 # the three tasks on the hub: not measured, and their learning rates are guesses.
 TASKS = {
     "reviews": dict(policy="reviews", reward="reviews", judge="reviews", max_prompt_tokens=64, max_new_tokens=24,
-                    prompts=256, steps=45, lr=5e-4),
+                    prompts=256, steps=45, lr=1e-3),
     "helpful": dict(policy="Qwen/Qwen2.5-0.5B-Instruct", reward="Skywork/Skywork-Reward-V2-Qwen3-0.6B",
                     judge="Skywork/Skywork-Reward-V2-Llama-3.2-1B", max_prompt_tokens=512, max_new_tokens=256,
                     prompts=1000, steps=200, lr=1e-6, data=HH | {"folder": "helpful-base"}),

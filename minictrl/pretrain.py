@@ -1,6 +1,6 @@
 """Rebuild what `assets/` holds from the human ratings: policy, reward model, judge and prompts of the task `reviews`.
 
-    python -m minictrl.pretrain                      # fetches the ratings with pip; about 20 minutes on two cores
+    python -m minictrl.pretrain                      # fetches the ratings with pip; about 30 minutes on two cores
     python -m minictrl.pretrain --data DIR           # a directory that holds them
     python -m minictrl.pretrain --task helpful --out models/helpful    # SFT, reward model and judge from preference pairs
 
