@@ -89,10 +89,11 @@ def online_loss(logprobs: Tensor, values: Tensor | None, rows: Rows, *, clip: fl
 def rollout_metrics(rows: Rows, r: Tensor, C_hat: Tensor, Phi: Tensor) -> dict[str, float]:
     """Means over a rollout: rewards, KL(pi || pi_ref) in nats per response (k1), entropy in nats per token."""
     kl = (rows["old_logprobs"] - rows["ref_logprobs"]).sum(1)  # (B,)
+    sampled = rows["old_logprobs"] != 0  # (B, T); BoND's mask has two responses a row
     metrics = {"reward": r.mean(), "C_hat": C_hat.mean(), "Phi": Phi.mean(), "kl_ref": kl.mean(),
-               "kl_ref_stderr": kl.std() / len(kl) ** .5, "entropy": -rows["old_logprobs"].sum() / (rows["old_logprobs"] != 0).sum()}
+               "kl_ref_stderr": kl.std() / len(kl) ** .5, "entropy": -rows["old_logprobs"].sum() / sampled.sum()}
     if "values" in rows:
-        metrics["explained_variance"] = ppo.explained_variance(rows["values"], rows["returns"], rows["mask"])
+        metrics["explained_variance"] = ppo.explained_variance(rows["values"], rows["returns"], sampled)
     return {name: float(value) for name, value in metrics.items()}
 
 

@@ -7,6 +7,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import evaluate
 import train
 from minictrl import runs, theory
+from minictrl.config import Config
 from minictrl.reference import Reference
 
 
@@ -89,3 +90,13 @@ def test_every_method_runs_and_moves_the_policy(method, tmp_path, short_run):
     assert not evaluate.main([str(tmp_path / "run"), "--prompts", "8", "--samples", "8"])
     row = json.loads((tmp_path / "run" / "eval.json").read_text())["rows"][0]
     assert 1e-4 < row["kl"] < 5
+
+
+def test_the_reward_of_a_prefix_is_that_of_the_prompt_with_the_tokens_before():
+    task = runs.load_task(Config(prompts=2).resolved(), "train")
+    samples, _ = runs.rollout(task, task.policy, [0, 1], num_samples=3, seed=0)
+    r = runs.prefix_rewards(task, torch.arange(2), samples).view(2, 3, -1)
+    for x, m, t in ((0, 0, 0), (0, 2, 1), (1, 1, 4)):
+        assert samples.mask[x, m, t], "a response that is as long"
+        text = task.tokenizer.decode(samples.tokens[x, m, :t])
+        assert r[x, m, t] == pytest.approx(float(task.reward([task.prompts[x]], [text])), abs=1e-6)
