@@ -3,29 +3,43 @@
     python -m minictrl.bench                                      # every row
     python -m minictrl.bench --quick --json bench.json            # less work, noisier
     python -m minictrl.bench --policy DIR/FILE.gguf               # with another policy
+    python -m minictrl.bench --growth DIR                         # time and memory against K, prompts, length, size
+    python -m minictrl.bench --paper                              # GPU hours at 7 B and 70 B, by arithmetic alone
 
 Both sides run in turn in this process, after a warm-up; a ratio is the median of the ratios of neighbours, so that a
-machine that slows down does so for both. `ratio` is ours over theirs, where more is better.
+machine that slows down does so for both. `ratio` is ours over theirs, where more is better (but for calibration_share).
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import copy
+import io
 import json
 import statistics
-import time
+import sys
+import tempfile
 from collections.abc import Callable
+from dataclasses import fields
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from transformers import AutoModelForSequenceClassification
 
-from minictrl.config import run_script
+from minictrl.bench_scaling import decode_roofline, growth, paper_table, seconds
+from minictrl.config import Config, run_script
 from minictrl.data import load_prompts
 from minictrl.models import load_policy, render, resolve_device
+from minictrl.runs import load_task, read_metrics, rollout
 from minictrl.sampling import encode_prompts, left_pad, sample
+from minictrl.sweep import script
 
 K, T = 100, 24  # samples a prompt, as in calibration; the longest response
+BATCH = {f.name: f.default for f in fields(Config)}  # responses of a step, of an optimizer step: train.py's
+EPOCHS, SHARE = 80, 29  # the paper's (App. F): passes over the prompts, a response each; calibration's share of it, in %
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -36,10 +50,20 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default auto)")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW",
                         help=f"which of {', '.join(ROWS)} (default all)")
+    parser.add_argument("--growth", type=Path, metavar="DIR", help="write growth.csv and growth.png there, and no rows")
+    parser.add_argument("--paper", action="store_true", help="print what a run costs at 7 B and 70 B, and no rows")
     args = parser.parse_args(argv)
-    rows = []
+    device, rows = resolve_device(args.device), []
+    if args.paper:
+        return print(paper_table())
+    if args.growth:
+        return growth(args.growth, device.type, args.quick)
     for name in args.rows:
-        rows.append({"name": name} | ROWS[name](args.policy, resolve_device(args.device), args.quick))
+        row = ROWS[name](args.policy, device, args.quick)
+        if isinstance(row, str):
+            print(f"{name} is left out: {row}", file=sys.stderr)
+        else:
+            rows.append({"name": name} | row)
     print("| name | ours | theirs | ratio | unit | setting |\n|---|---|---|---|---|---|")
     for row in rows:
         print("| {name} | {ours:.4g} | {theirs:.4g} | {ratio:.2f} | {unit} | {setting} |".format(**row))
@@ -48,19 +72,17 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def paired(ours: Callable[[], float], theirs: Callable[[], float], repeats: int) -> dict[str, float]:
-    """Medians of two rates and of the ratios of neighbours; each call does its work and returns how much it was."""
-    rates = [(rate(ours), rate(theirs)) for _ in range(repeats)]
+    """Medians of two rates and of the ratios of neighbours."""
+    rates = [(ours(), theirs()) for _ in range(repeats)]
     return {"ours": statistics.median(a for a, _ in rates), "theirs": statistics.median(b for _, b in rates),
             "ratio": statistics.median(a / b for a, b in rates)}
 
 
 def rate(work: Callable[[], float]) -> float:
-    """Work a second."""
-    start = time.perf_counter()
-    amount = work()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return amount / (time.perf_counter() - start)
+    """Work a second; a call does the work and returns how much it was."""
+    amount = []
+    spent = seconds(lambda: amount.append(work()))
+    return amount[0] / spent
 
 
 # --- sampling ---
@@ -87,12 +109,11 @@ def sample_vs_generate(policy: str, device: torch.device, quick: bool) -> dict:
         return float(sample(model, tokenizer, texts, num_samples=K, max_new_tokens=T, seed=0).mask.sum())
 
     ours()
-    result = paired(ours, partial(generate, model, tokenizer, texts, *best), repeats)
-    where = f"CPU, {torch.get_num_threads()} threads" if on_cpu else torch.cuda.get_device_name()
+    result = paired(partial(rate, ours), partial(rate, partial(generate, model, tokenizer, texts, *best)), repeats)
     length = statistics.mean(map(len, encode_prompts(tokenizer, texts)))
     tried = ", ".join(f"{size} {cache}" for size, cache in settings)
     return result | {"unit": "tokens/s", "setting": (
-        f"{Path(policy).name}, {model.num_parameters() / 1e6:.3g} M parameters, {where}, {count} prompts of "
+        f"{Path(policy).name}, {model.num_parameters() / 1e6:.3g} M parameters, {machine(device)}, {count} prompts of "
         f"{length:.0f} tokens, K = {K}, at most {T} new tokens; generate with {best[0]} prompts a call, {best[1]} "
         f"cache (best of {tried})")}
 
@@ -105,12 +126,131 @@ def generate(model, tokenizer, texts: list[str], size: int, cache: str) -> int:
         out = model.generate(input_ids=ids, attention_mask=mask, num_return_sequences=K, max_new_tokens=T,
                              do_sample=True, top_k=0, top_p=1.0, temperature=1.0, repetition_penalty=1.0,
                              pad_token_id=pad, eos_token_id=tokenizer.eos_token_id, cache_implementation=cache)
-        ended = (out[:, ids.shape[1]:] == tokenizer.eos_token_id).cumsum(1).clamp(max=1)
-        count += int((1 - ended).sum() + ended.amax(1).sum())  # what comes before EOS, and EOS
+        count += response_tokens(out[:, ids.shape[1]:], tokenizer.eos_token_id)
     return count
 
 
-ROWS = {"sample_vs_generate": sample_vs_generate}
+def response_tokens(tokens: torch.Tensor, eos: int) -> int:
+    ended = (tokens == eos).cumsum(1).clamp(max=1)
+    return int((1 - ended).sum() + ended.amax(1).sum())  # what comes before EOS, and EOS
+
+
+def machine(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+
+
+# --- a step of training ---
+
+def step_vs_trl(method: str, policy: str, device: torch.device, quick: bool) -> dict | str:
+    """Response tokens a second of whole steps, rollout, scoring and update, of train.py and of TRL's trainer."""
+    if not all(map(find_spec, ("trl", "datasets", "accelerate"))):
+        return "pip install -e '.[bench]' (trl==1.12.0, the last that has PPO)"
+    trainer, baseline, values = TRL[method]
+    steps, repeats = (1, 1) if quick else (2, 3)
+    # A learning rate so small that both sides go on sampling from the policy they start with.
+    settings = dict(policy=policy, prompts=BATCH["batch"], max_new_tokens=T, device=device.type, lr=1e-6)
+    with tempfile.TemporaryDirectory() as folder:
+        task = load_task(Config(**settings).resolved(), "train")
+        config = copy.deepcopy(task.policy.config)
+        config.num_labels, config.pad_token_id = 1, task.tokenizer.pad_token_id
+        scorer = AutoModelForSequenceClassification.from_config(config).eval()
+        for part in (scorer, task.tokenizer):
+            part.save_pretrained(f"{folder}/reward")
+        count, generate = [0], task.policy.generate
+
+        def counting(*args, **kwargs):
+            out = generate(*args, **kwargs)
+            tokens = getattr(out, "sequences", out)[:, kwargs["input_ids"].shape[1]:]
+            count[0] += response_tokens(tokens, task.tokenizer.eos_token_id)
+            return out
+
+        task.policy.generate = counting
+        theirs = trainer(task, scorer, steps, dict(
+            output_dir=folder, learning_rate=1e-6, temperature=1.0, bf16=False, gradient_checkpointing=False,
+            use_cpu=device.type == "cpu", report_to="none", save_strategy="no", logging_steps=10**9, disable_tqdm=True))
+
+        def train() -> int:
+            before = count[0]
+            with contextlib.redirect_stdout(io.StringIO()):
+                theirs.train()
+            return count[0] - before
+
+        sides = (partial(train_rate, folder, steps=steps, reward=f"{folder}/reward", baseline=baseline, K=2, **settings),
+                 partial(rate, train))
+        for side in sides:
+            side()  # a warm-up
+        result = paired(*sides, repeats)
+    return result | {"unit": "tokens/s", "setting": (
+        f"{Path(policy).name}, {task.policy.num_parameters() / 1e6:.3g} M parameters, {machine(device)}; a whole step: "
+        f"{BATCH['batch']} prompts x {BATCH['G']} responses of at most {T} tokens, scored by a classifier of the policy's "
+        f"size, {BATCH['ppo_epochs']} epoch, minibatches of {BATCH['minibatch']}, float32, no dropout; {values}; trl 1.12.0")}
+
+
+def train_rate(folder: str, **settings) -> float:
+    """Response tokens a second of train.py's steps: all of a step, nothing of the calibration."""
+    settings |= {"out": f"{folder}/run", "cache": f"{folder}/cache"}
+    flags = [x for name, value in settings.items() for x in (f"--{name.replace('_', '-')}", str(value))]
+    with contextlib.redirect_stdout(io.StringIO()):
+        script("train").main(["--overwrite", *flags])
+    last = read_metrics(Path(folder, "run"))[-1]
+    return last["tokens"] / last["seconds"]
+
+
+def trl_ppo(task, scorer, steps: int, common: dict):
+    """TRL's PPO has one response a prompt, so a prompt comes G times. It steps the optimizer once in as many micro-batches
+    as accumulate over the whole batch: one micro-batch a minibatch is the setting with a step a minibatch."""
+    from datasets import Dataset
+    from trl.experimental.ppo import PPOConfig, PPOTrainer
+    size = BATCH["batch"] * BATCH["G"]
+    args = PPOConfig(**common, per_device_train_batch_size=size, num_mini_batches=size // BATCH["minibatch"],
+                     num_ppo_epochs=BATCH["ppo_epochs"], total_episodes=size * steps, response_length=T, stop_token="eos",
+                     kl_coef=.1, local_rollout_forward_batch_size=128, num_sample_generations=0)
+    data = Dataset.from_list([{"input_ids": ids} for ids in encode_prompts(task.tokenizer, task.texts)] * BATCH["G"])
+    return PPOTrainer(args, task.tokenizer, task.policy, copy.deepcopy(task.policy), scorer, data, copy.deepcopy(scorer),
+                      eval_dataset=data)  # which it never reads
+
+
+def trl_rloo(task, scorer, steps: int, common: dict):
+    from datasets import Dataset
+    from trl import RLOOConfig, RLOOTrainer
+    size, minibatch, epochs = BATCH["batch"] * BATCH["G"], BATCH["minibatch"], BATCH["ppo_epochs"]
+    args = RLOOConfig(**common, per_device_train_batch_size=minibatch, num_generations=BATCH["G"], num_iterations=epochs,
+                      steps_per_generation=size // minibatch, max_steps=steps * epochs * size // minibatch, beta=.1,
+                      max_completion_length=T)
+    return RLOOTrainer(task.policy, scorer, args, Dataset.from_list([{"prompt": text} for text in task.texts]),
+                       processing_class=task.tokenizer, reward_processing_classes=task.tokenizer)
+
+
+TRL = {"ppo": (trl_ppo, "value", "a value head on the policy's trunk against a separate value model of the policy's size "
+                                 "(TRL's PPO shares no trunk)"), "rloo": (trl_rloo, "loo", "no value model")}
+
+
+# --- calibration ---
+
+def calibration_share(policy: str, device: torch.device, quick: bool) -> dict:
+    """Calibration's share of a run's time, nothing cached, by the paper's count: a response a prompt in each epoch."""
+    config = Config(policy=policy, device=device.type).resolved()
+    task = load_task(config, "train")
+    P, size = len(task.prompts), config.batch * config.G
+    some = range(0, P, 8 if quick else 2)
+    draw = partial(rollout, task, task.policy, some, seed=0)
+    draw(num_samples=2)  # a warm-up
+    calibration = seconds(partial(draw, num_samples=K)) * P / len(some)
+    with tempfile.TemporaryDirectory() as folder:
+        train_rate(folder, policy=policy, device=device.type, K=2, steps=2 if quick else 6)
+        spent = [row["seconds"] for row in read_metrics(Path(folder, "run"))]
+    step = (spent[-1] - spent[0]) / (len(spent) - 1)  # without the first, a warm-up
+    steps = EPOCHS * P / size, config.steps, EPOCHS * P / config.batch
+    paper, default, passes = (100 * calibration / (calibration + count * step) for count in steps)
+    return {"ours": paper, "theirs": SHARE, "ratio": paper / SHARE, "unit": "% of a run, less is better", "setting": (
+        f"{Path(policy).name}, {machine(device)}, {P} prompts, K = {K}: {calibration:.1f} s; {step:.2f} s a step of {size} "
+        f"responses; {EPOCHS} epochs are {steps[0]:.0f} steps at one response a prompt and epoch, as the paper counts; "
+        f"{default:.1f} % of the default run's {config.steps} steps; {passes:.1f} % of {EPOCHS} passes with G = {config.G}")}
+
+
+ROWS = {"sample_vs_generate": sample_vs_generate, "ppo_step_vs_trl": partial(step_vs_trl, "ppo"),
+        "rloo_step_vs_trl": partial(step_vs_trl, "rloo"), "calibration_share": calibration_share,
+        "decode_roofline": decode_roofline}
 
 if __name__ == "__main__":
     run_script(main)

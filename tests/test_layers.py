@@ -6,7 +6,7 @@ LAYERS = [  # a module imports from lower layers only
     {"config", "hub", "ratings", "cells", "calibration", "ppo", "baselines", "kvcache"},
     {"winrate", "theory", "data", "sampling", "scorers", "reference"},
     {"transforms", "scoring", "update"}, {"judge"}, {"models"}, {"runs", "methods"}, {"evaluation"}, {"figures", "trl"},
-    {"pretrain_policy", "pretrain_scorers", "pretrain_hub", "sweep"}, {"pretrain"},
+    {"pretrain_policy", "pretrain_scorers", "pretrain_hub", "sweep"}, {"pretrain", "bench_scaling"},
     {"studies_theory"}, {"studies_proofs", "studies_runs", "studies_reward", "studies_beyond"}, {"reproduce", "bench", "results"}]
 MATH = {"theory", "transforms", "calibration", "winrate", "ppo", "baselines", "cells"}
 
