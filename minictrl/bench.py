@@ -39,7 +39,7 @@ from minictrl.sweep import script
 
 K, T = 100, 24  # samples a prompt, as in calibration; the longest response
 BATCH = {f.name: f.default for f in fields(Config)}  # responses of a step, of an optimizer step: train.py's
-EPOCHS, SHARE = 80, 29  # the paper's (App. F): passes over the prompts, a response each; calibration's share of it, in %
+EPOCHS, SHARE = 80, 29  # the paper's (App. F): passes over the prompts; calibration's share of such a run, in %
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default auto)")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW",
                         help=f"which of {', '.join(ROWS)} (default all)")
-    parser.add_argument("--growth", type=Path, metavar="DIR", help="write growth.csv and growth.png there, and no rows")
+    parser.add_argument("--growth", type=Path, metavar="DIR", help="write growth.csv and .png there, and no rows")
     parser.add_argument("--paper", action="store_true", help="print what a run costs at 7 B and 70 B, and no rows")
     args = parser.parse_args(argv)
     device, rows = resolve_device(args.device), []
@@ -167,7 +167,8 @@ def step_vs_trl(method: str, policy: str, device: torch.device, quick: bool) -> 
         task.policy.generate = counting
         theirs = trainer(task, scorer, steps, dict(
             output_dir=folder, learning_rate=1e-6, temperature=1.0, bf16=False, gradient_checkpointing=False,
-            use_cpu=device.type == "cpu", report_to="none", save_strategy="no", logging_steps=10**9, disable_tqdm=True))
+            use_cpu=device.type == "cpu", report_to="none", save_strategy="no", logging_steps=10**9,
+            disable_tqdm=True))
 
         def train() -> int:
             before = count[0]
@@ -175,15 +176,16 @@ def step_vs_trl(method: str, policy: str, device: torch.device, quick: bool) -> 
                 theirs.train()
             return count[0] - before
 
-        sides = (partial(train_rate, folder, steps=steps, reward=f"{folder}/reward", baseline=baseline, K=2, **settings),
-                 partial(rate, train))
+        settings |= dict(reward=f"{folder}/reward", baseline=baseline, K=2, steps=steps)
+        sides = partial(train_rate, folder, **settings), partial(rate, train)
         for side in sides:
             side()  # a warm-up
         result = paired(*sides, repeats)
     return result | {"unit": "tokens/s", "setting": (
         f"{Path(policy).name}, {task.policy.num_parameters() / 1e6:.3g} M parameters, {machine(device)}; a whole step: "
-        f"{BATCH['batch']} prompts x {BATCH['G']} responses of at most {T} tokens, scored by a classifier of the policy's "
-        f"size, {BATCH['ppo_epochs']} epoch, minibatches of {BATCH['minibatch']}, float32, no dropout; {values}; trl 1.12.0")}
+        f"{BATCH['batch']} prompts x {BATCH['G']} responses of at most {T} tokens, scored by a classifier of the "
+        f"policy's size, {BATCH['ppo_epochs']} epoch, minibatches of {BATCH['minibatch']}, float32, no dropout; "
+        f"{values}; trl 1.12.0")}
 
 
 def train_rate(folder: str, **settings) -> float:
@@ -197,32 +199,32 @@ def train_rate(folder: str, **settings) -> float:
 
 
 def trl_ppo(task, scorer, steps: int, common: dict):
-    """TRL's PPO has one response a prompt, so a prompt comes G times. It steps the optimizer once in as many micro-batches
-    as accumulate over the whole batch: one micro-batch a minibatch is the setting with a step a minibatch."""
+    """TRL's PPO has one response a prompt, so a prompt comes G times. With micro-batches it would step the optimizer
+    once a batch: one micro-batch a minibatch is the setting with a step a minibatch."""
     from datasets import Dataset
     from trl.experimental.ppo import PPOConfig, PPOTrainer
     size = BATCH["batch"] * BATCH["G"]
     args = PPOConfig(**common, per_device_train_batch_size=size, num_mini_batches=size // BATCH["minibatch"],
-                     num_ppo_epochs=BATCH["ppo_epochs"], total_episodes=size * steps, response_length=T, stop_token="eos",
-                     kl_coef=.1, local_rollout_forward_batch_size=128, num_sample_generations=0)
+                     num_ppo_epochs=BATCH["ppo_epochs"], total_episodes=size * steps, response_length=T, kl_coef=.1,
+                     stop_token="eos", local_rollout_forward_batch_size=128, num_sample_generations=0)
     data = Dataset.from_list([{"input_ids": ids} for ids in encode_prompts(task.tokenizer, task.texts)] * BATCH["G"])
-    return PPOTrainer(args, task.tokenizer, task.policy, copy.deepcopy(task.policy), scorer, data, copy.deepcopy(scorer),
-                      eval_dataset=data)  # which it never reads
+    ref_policy, value_model = copy.deepcopy(task.policy), copy.deepcopy(scorer)
+    return PPOTrainer(args, task.tokenizer, task.policy, ref_policy, scorer, data, value_model, eval_dataset=data)
 
 
 def trl_rloo(task, scorer, steps: int, common: dict):
     from datasets import Dataset
     from trl import RLOOConfig, RLOOTrainer
     size, minibatch, epochs = BATCH["batch"] * BATCH["G"], BATCH["minibatch"], BATCH["ppo_epochs"]
-    args = RLOOConfig(**common, per_device_train_batch_size=minibatch, num_generations=BATCH["G"], num_iterations=epochs,
-                      steps_per_generation=size // minibatch, max_steps=steps * epochs * size // minibatch, beta=.1,
-                      max_completion_length=T)
+    args = RLOOConfig(**common, per_device_train_batch_size=minibatch, num_generations=BATCH["G"],
+                      num_iterations=epochs, steps_per_generation=size // minibatch,
+                      max_steps=steps * epochs * size // minibatch, beta=.1, max_completion_length=T)
     return RLOOTrainer(task.policy, scorer, args, Dataset.from_list([{"prompt": text} for text in task.texts]),
                        processing_class=task.tokenizer, reward_processing_classes=task.tokenizer)
 
 
-TRL = {"ppo": (trl_ppo, "value", "a value head on the policy's trunk against a separate value model of the policy's size "
-                                 "(TRL's PPO shares no trunk)"), "rloo": (trl_rloo, "loo", "no value model")}
+TRL = {"ppo": (trl_ppo, "value", "a value head on the policy's trunk against a separate value model of its size (TRL's "
+                                 "PPO shares no trunk)"), "rloo": (trl_rloo, "loo", "no value model")}
 
 
 # --- calibration ---
@@ -243,9 +245,10 @@ def calibration_share(policy: str, device: torch.device, quick: bool) -> dict:
     steps = EPOCHS * P / size, config.steps, EPOCHS * P / config.batch
     paper, default, passes = (100 * calibration / (calibration + count * step) for count in steps)
     return {"ours": paper, "theirs": SHARE, "ratio": paper / SHARE, "unit": "% of a run, less is better", "setting": (
-        f"{Path(policy).name}, {machine(device)}, {P} prompts, K = {K}: {calibration:.1f} s; {step:.2f} s a step of {size} "
-        f"responses; {EPOCHS} epochs are {steps[0]:.0f} steps at one response a prompt and epoch, as the paper counts; "
-        f"{default:.1f} % of the default run's {config.steps} steps; {passes:.1f} % of {EPOCHS} passes with G = {config.G}")}
+        f"{Path(policy).name}, {machine(device)}, {P} prompts, K = {K}: {calibration:.1f} s; {step:.2f} s a step of "
+        f"{size} responses; {EPOCHS} epochs are {steps[0]:.0f} steps at one response a prompt and epoch, as the paper "
+        f"counts; {default:.1f} % of the default run's {config.steps} steps; {passes:.1f} % of {EPOCHS} passes with "
+        f"G = {config.G}")}
 
 
 ROWS = {"sample_vs_generate": sample_vs_generate, "ppo_step_vs_trl": partial(step_vs_trl, "ppo"),

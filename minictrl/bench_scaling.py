@@ -50,8 +50,9 @@ def random_gpt2(depth: int, tokenizer):
 # --- growth: time and peak memory of sampling and scoring ---
 
 START = {"K": 100, "prompts": 8, "length": 24, "depth": 3}
-GROWTH = {  # what is varied -> its values, and what else differs from START there; the last values are left out by --quick
-    "K": ((10, 30, 100, 300, 1000), {}), "prompts": ((2, 8, 32, 128), {}), "length": ((8, 16, 32, 64, 128, 256), {}),
+GROWTH = {  # what is varied -> its values, and what else differs from START there; --quick takes the first two
+    "K": ((10, 30, 100, 300, 1000), {}), "prompts": ((2, 8, 32, 128), {}),
+    "length": ((8, 16, 32, 64, 128, 256), {}),
     "depth": ((2, 4, 6, 8, 12, 20, 28), {"prompts": 1, "length": 16})}  # 1, 4, 12, 28, 89, 399 and 1,090 M parameters
 NAMES = {"K": "K, samples a prompt", "prompts": "prompts", "length": "response length, tokens", "depth": "parameters"}
 ROWS = 100  # decoded together, whatever the work: memory shall not depend on it
@@ -151,8 +152,8 @@ def decode_roofline(policy: str, device: torch.device, quick: bool) -> dict | st
 
 def roofline(device, bandwidth: float, flops: float, *, depth: int, prompts: tuple[int, ...],
              lengths: tuple[int, int] = (64, 128)) -> tuple[dict[int, float], float]:
-    """(rows -> share of the bandwidth in a decode step, MFU of an update), K samples a prompt. The time of a step is the
-    difference between two lengths, so that the prompt's prefill is not in it."""
+    """(rows -> share of the bandwidth in a decode step, MFU of an update), K samples a prompt. The time of a step is
+    from the difference between two lengths, so that the prompt's prefill is not in it."""
     _, tokenizer = load_policy("reviews")
     model, texts, (short, long) = random_gpt2(depth, tokenizer), load_prompts("reviews")[:max(prompts)], lengths
     model.to(device, torch.bfloat16)
@@ -165,11 +166,11 @@ def roofline(device, bandwidth: float, flops: float, *, depth: int, prompts: tup
         shares[G * K] = must * (long - short) / (spent[1] - spent[0]) / bandwidth
     B, L = 64, short
     ids, ones = torch.randint(len(tokenizer), (B, 2 * L), device=device), torch.ones(B, L, device=device)
-    rows = {"prompt": ids[:, :L], "prompt_mask": ones.long(), "tokens": ids[:, L:], "mask": ones, "old_logprobs": -ones,
-            "advantages": ones, "returns": ones}
+    rows = {"prompt": ids[:, :L], "prompt_mask": ones.long(), "tokens": ids[:, L:], "mask": ones,
+            "old_logprobs": -ones, "advantages": ones, "returns": ones}
     learner = make_learner(model.float(), value_head=True, mean_return=0.)
-    step = partial(update, learner, rows, partial(online_loss, clip=.2), lr=1e-6, minibatch=B, micro_batch=B // 2, epochs=1,
-                   seed=0)
+    step = partial(update, learner, rows, partial(online_loss, clip=.2), lr=1e-6, minibatch=B, micro_batch=B // 2,
+                   epochs=1, seed=0)
     return shares, 6 * model.num_parameters() * ids.numel() / min(seconds(step) for _ in range(3)) / flops
 
 
@@ -180,16 +181,17 @@ EPOCHS = 80  # the paper, App. F; a response a prompt each
 BANDWIDTH, FLOPS, _ = GPUS["H100"]
 MEMORY = 80e9 * .9  # bytes of an H100, less what isn't weights and cache
 DECODE, MFU = .6, .4  # shares of the two rates that are reached: assumed, what good implementations reach
-# Size -> parameters, bytes of a token's keys and values, GPUs that hold it, from the configs of Qwen2.5-7B (28 layers, 4
-# key-value heads of 128) and Llama-3.1-70B (80 layers, 8 of 128), both in bfloat16.
+# Size -> parameters, bytes of a token's keys and values, GPUs that hold it, from the configs of Qwen2.5-7B (28 layers,
+# 4 key-value heads of 128) and Llama-3.1-70B (80 layers, 8 of 128), both in bfloat16.
 MODELS = {"7 B": (7.6e9, 2 * 28 * 4 * 128 * 2, 1), "70 B": (70.6e9, 2 * 80 * 8 * 128 * 2, 4)}
 
 
 def paper_cost(parameters: float, token: float, gpus: int) -> dict[str, float]:
-    """GPU hours of calibration (sampling, scoring) and of training (rollouts, and scores and updates) by the roofline.
+    """GPU hours of calibration (sampling, scoring) and of training (rollouts, updates), by the roofline.
 
-    The reward model has the policy's size. Calibration prefills a prompt once for its K samples, training for each of the
-    EPOCHS responses; a response is read by the reward model, by the reference and for values, and in the update (6 FLOPs).
+    token: bytes of its keys and values. The reward model has the policy's size. Calibration prefills a prompt once for
+    its K samples, training for each of the EPOCHS responses, which reward model, reference and value head read
+    (2 FLOPs each) before the update (6).
     """
     rows = (gpus * MEMORY - 2 * parameters) // (token * (T + PROMPT_TOKENS))  # decoded together
     bytes_moved = decode_bytes(2 * parameters, token, rows, rows / K, PROMPT_TOKENS, T / 2)
@@ -206,7 +208,7 @@ def paper_cost(parameters: float, token: float, gpus: int) -> dict[str, float]:
 
 def paper_table() -> str:
     head = ("model", "sampling", "scoring", "rollouts", "updates", "total", "share of calibration")
-    lines = [f"H100 hours: K = {K}, {PROMPTS:,} prompts of {PROMPT_TOKENS} tokens, {T} response tokens, {EPOCHS} epochs",
+    lines = [f"H100 hours: K = {K}, {PROMPTS:,} prompts of {PROMPT_TOKENS} tokens, {T} a response, {EPOCHS} epochs",
              "", "| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for name, model in MODELS.items():
         *hours, share = paper_cost(*model).values()

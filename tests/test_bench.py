@@ -59,19 +59,17 @@ def test_a_row_whose_library_is_missing_is_left_out_with_what_to_install(monkeyp
 
 @pytest.mark.parametrize("method", ("ppo", "rloo"))
 def test_a_step_is_timed_against_trl(method, monkeypatch):
-    """Both sides draw 8 responses of 1 to 4 tokens: a count that misses one side's responses fails."""
+    """TRL draws 4 prompts x 2 responses of 1 to 4 tokens."""
     pytest.importorskip("trl")
     monkeypatch.setattr(bench, "T", 4)
     monkeypatch.setattr(bench, "BATCH", bench.BATCH | {"batch": 4, "G": 2, "minibatch": 4})
-    rates = {}
-    monkeypatch.setattr(bench, "train_rate", lambda folder, **settings: 1.)
-    monkeypatch.setattr(bench, "rate", lambda work: rates.setdefault(method, work()))
+    monkeypatch.setattr(bench, "rate", lambda work: work())
     row = bench.step_vs_trl(method, "reviews", torch.device("cpu"), quick=True)
-    assert 8 <= row["theirs"] <= 32 and row["ours"] == 1
+    assert 8 <= row["theirs"] <= 32 and row["ours"] > 0
 
 
 def test_the_share_of_calibration_is_of_calibration_and_steps(monkeypatch):
-    """1 s for half the prompts; (4 - 2) / 2 s a step, the first left out: 2 / (2 + 40) in 80 epochs of 256 / 512 steps."""
+    """1 s for half the prompts; (4 - 2) / 2 s a step, the first left out; 80 epochs are 80 x 256 / 512 steps."""
     monkeypatch.setattr(bench, "seconds", lambda work: 1.)
     monkeypatch.setattr(bench, "rollout", lambda *args, **settings: None)
     monkeypatch.setattr(bench, "train_rate", lambda folder, **settings: None)
@@ -98,8 +96,8 @@ def test_the_roofline_of_a_tiny_model_is_measured(monkeypatch):
 def test_cost_on_paper_is_that_of_a_hand_computed_case(monkeypatch):
     """A GPU of 1 B/s and 1 FLOP/s, K = 2, 10 prompts of 3 tokens, responses of 4, 5 epochs; 1 parameter, 1 B a token.
     Memory 37 - 2 holds 5 rows of 7. A step moves 2 + 2.5 x 3 + 5 x 2 = 19.5 B, and computes 2 x 5 FLOP: 19.5 s."""
-    for name, value in dict(PROMPTS=10, K=2, T=4, PROMPT_TOKENS=3, EPOCHS=5, BANDWIDTH=1., FLOPS=1., MEMORY=37., DECODE=1.,
-                            MFU=1.).items():
+    for name, value in dict(PROMPTS=10, K=2, T=4, PROMPT_TOKENS=3, EPOCHS=5, BANDWIDTH=1., FLOPS=1., MEMORY=37.,
+                            DECODE=1., MFU=1.).items():
         monkeypatch.setattr(bench_scaling, name, value)
     cost, decode = bench_scaling.paper_cost(1, 1, 1), 4 * 19.5 / 5
     seconds = {"sampling": 10 * (2 * decode + 3 * 2), "scoring": 10 * 2 * 7 * 2, "rollouts": 10 * 5 * (decode + 3 * 2),
