@@ -78,7 +78,8 @@ class NgramScorer(nn.Module):
     @torch.inference_mode()
     def score(self, texts: list[str]) -> Tensor:
         """Scores (B,) of the texts."""
-        return self(*self.features(texts))
+        parts = (texts[i:i + 1024] for i in range(0, max(1, len(texts)), 1024))  # the n-grams of all would be hundreds of MB
+        return torch.cat([self(*self.features(part)) for part in parts])
 
     def save(self, folder: str | Path) -> None:
         """Write folder/scorer.safetensors, in half precision."""
