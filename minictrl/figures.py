@@ -1,14 +1,22 @@
-"""Pictures of a run: its points on the theory's curves, and its learning curves. Without matplotlib there are none."""
+"""Pictures: those of a run, and what the pictures of the studies share. Without matplotlib there are none."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
-
-import numpy as np
 
 from minictrl import evaluation, runs, theory
 
-COLOURS = {"reward": "#1f77b4", "judge": "#d62728", "theory": "#444444", "optimal": "#aaaaaa"}
+STYLE = {"axes.grid": True, "grid.alpha": 0.3, "legend.fontsize": 7, "lines.markersize": 4, "errorbar.capsize": 2}
+TITLES = {"standard": "standard", "bon": "Best-of-{n}", "won": "Worst-of-{n}", "rewind": "rewind-and-repeat, {n} draws"}
+KL, WIN_RATE = "KL(pi || pi_ref) [nats]", "win rate over pi_ref"
+COLORS = {  # of a transform, a method or a scorer, in every picture
+    "identity": "C0", "log": "C1", "exp5": "C2", "exp10": "C3", "exp-5": "C4", "exp-10": "C5", "bon_fp": "black",
+    "won_fp": "black", "optimal": "black", "rewind": "black", "Best-of-n": "C1", "none": "C7", "ipo": "C6",
+    "bonbon": "C8", "bond": "C9", "grpo": "gold", "qrpo exp10": "darkred", "qrpo exp-10": "darkred",
+    "pkpo bon": "navy", "pkpo won": "navy", "bon_fp 2": "C6", "bon_fp 4": "black", "bon_fp 32": "C7",
+    "reward": "C0", "judge": "C3",
+}  # fmt: skip
 
 
 def draw(run: Path, table: list[dict]) -> str:
@@ -17,55 +25,83 @@ def draw(run: Path, table: list[dict]) -> str:
         import matplotlib
     except ImportError:
         return "no pictures: pip install matplotlib"
-    matplotlib.use("Agg")
-    tradeoff(run, table)
-    training(run)
+    with matplotlib.rc_context(STYLE):
+        save(win_rates(run, table), run / "tradeoff.png")
+        save(training(run), run / "training.png")
     return f"pictures: {run / 'tradeoff.png'}, {run / 'training.png'}"
 
 
-def tradeoff(run: Path, table: list[dict]):
-    """Measured win rates, with two standard errors, on the curves of the run's transform and of the best possible one."""
-    import matplotlib.pyplot as plt
+def win_rates(run: Path, table: list[dict]):
+    """Measured win rates, with two standard errors, on the curves of the run's transform and of the optimum."""
     config, _ = runs.load_config(run)
     n = config.n if config.procedure in ("bon", "won") else 4
-    panels = [("standard", 1), ("bon", n), ("won", n)]
-    kls = np.linspace(0, max(2., 1.5 * table[0]["kl"]), 25)
     curve = evaluation.curve_of(config, run)
-    figure, axes = plt.subplots(1, 3, figsize=(12, 3.8), sharex=True, layout="constrained")
-    for axis, (procedure, n) in zip(axes, panels):
-        axis.plot(kls, [theory.optimal_win_rate(kl, procedure, n) for kl in kls], color=COLOURS["optimal"], label="best possible")
-        if curve is not None:
-            axis.plot(kls, [theory.at_kl(curve, kl, procedure, n) for kl in kls], "--", color=COLOURS["theory"],
-                      label=f"theory, {config.transform}")
-        for row in table:
-            if (row["procedure"], row["n"]) == (procedure, n):
-                axis.errorbar(row["kl"], row["win_rate"], 2 * row["stderr"], 2 * row["kl_stderr"], fmt="o", capsize=2,
-                              color=COLOURS[row["scorer"]], label=f"measured by {row['scorer']}")
-        axis.set(title=procedure if procedure == "standard" else f"{'Best' if procedure == 'bon' else 'Worst'}-of-{n}",
-                 xlabel="KL(π ‖ π_ref) [nats per response]", ylabel="win rate over π_ref")
-        axis.grid(alpha=.3)
-    axes[0].legend(loc="lower right", fontsize=8)
+    figure, axes = panels(1, 3, width=4.2)
+    for axis, (procedure, n) in zip(axes, (("standard", 1), ("bon", n), ("won", n))):
+        rows = [row | {"stderr": 2 * row["stderr"], "kl_stderr": 2 * row["kl_stderr"]} for row in table
+                if (row["procedure"], row["n"]) == (procedure, n)]
+        tradeoff(axis, rows, procedure, n, by="scorer", expected={} if curve is None else {config.transform: curve})
+        axis.legend(loc="lower right")
     figure.suptitle(f"{run.name}: {table[0]['prompts']} held-out prompts, bars are two standard errors", fontsize=10)
-    save(figure, run / "tradeoff.png")
+    return figure
 
 
 def training(run: Path):
     """The learning curves of metrics.jsonl."""
-    import matplotlib.pyplot as plt
     rows = runs.read_metrics(run)
     names = [name for name in ("C_hat", "kl_ref", "reward", "entropy", "approx_kl", "explained_variance", "grad_norm")
              if rows[-1][name] is not None]
-    figure, axes = plt.subplots(1, len(names), figsize=(2.6 * len(names), 2.6), layout="constrained", squeeze=False)
-    for axis, name in zip(axes[0], names):
-        axis.plot([row["step"] for row in rows], [row[name] for row in rows], color=COLOURS["reward"])
+    figure, axes = panels(1, len(names), width=2.6, height=2.6)
+    for axis, name in zip(axes, names):
+        axis.plot([row["step"] for row in rows], [row[name] for row in rows])
         axis.set(title=name, xlabel="step")
-        axis.grid(alpha=.3)
-    save(figure, run / "training.png")
+    return figure
+
+
+# --- what the studies share ---
+
+def panels(rows: int, columns: int, width: float = 5.2, height: float = 4.0):
+    """A matplotlib figure and its axes in reading order; width and height of one of them in inches."""
+    from matplotlib.figure import Figure
+
+    figure = Figure((width * columns, height * rows), layout="constrained")
+    return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
 
 
 def save(figure, path: Path):
-    import matplotlib.pyplot as plt
-    temporary = path.with_name("." + path.name)
-    figure.savefig(temporary, dpi=120)
-    temporary.replace(path)
-    plt.close(figure)
+    """A PNG, under a temporary name first, so that what is there is whole."""
+    figure.savefig(f"{path}.tmp", format="png", dpi=120)
+    os.replace(f"{path}.tmp", path)
+
+
+def title(procedure: str, n: int | str) -> str:
+    return TITLES[procedure].format(n=n)
+
+
+def errorbars(axis, rows: list[dict], x: str, y: str, *, by: str, xerr: str | None = None, yerr: str | None = None,
+              dashed: str | None = None, fmt: str = "o-"):
+    """A line with error bars for each value of the column `by`, in the order of the rows. All names are columns'.
+
+    dashed: drawn as a second line of the same colour, without points (theory).
+    """
+    for name in dict.fromkeys(row[by] for row in rows):
+        line = {key: [row[key] for row in rows if row[by] == name] for key in (x, y, xerr, yerr, dashed) if key}
+        style = dict(fmt=fmt, label=name, color=COLORS.get(name))
+        drawn = axis.errorbar(line[x], line[y], line.get(yerr), line.get(xerr), **style)
+        if dashed:
+            axis.plot(line[x], line[dashed], "--", linewidth=1, color=drawn[0].get_color())
+
+
+def tradeoff(axis, rows: list[dict], procedure: str, n: int, *, by: str, expected: dict[str, theory.Transform]):
+    """Measured win rates against KL, a line for each value of column `by`, on the optimum (black) and theory (dashed).
+
+    rows: of this procedure and n, with kl, kl_stderr, win_rate, stderr. expected: name -> transform, in its colour.
+    """
+    top = 1.2 * max([row["kl"] for row in rows], default=1.0)
+    kls = [top * (i / 24) ** 2 for i in range(25)]
+    axis.plot(kls, [theory.optimal_win_rate(kl, procedure, n) for kl in kls], color="black", label="optimum")
+    for name, transform in expected.items():
+        wins = [theory.at_kl(transform, kl, procedure, n) for kl in kls]
+        axis.plot(kls, wins, "--", linewidth=1, color=COLORS.get(name))
+    errorbars(axis, rows, "kl", "win_rate", by=by, xerr="kl_stderr", yerr="stderr")
+    axis.set(title=title(procedure, n), xlabel=KL, ylabel=f"{WIN_RATE} (dashed: theory)")

@@ -2,37 +2,33 @@
 
 Leaves NAME.csv and NAME.png in DIR; `--list` prints the names. A study is a function (out, quick) -> (rows, figure):
 rows are dicts with the same keys, figure a matplotlib Figure; `out` is where a study keeps the runs it has to train.
-A new one is that function and its entry in STUDIES.
+A new one is that function, named in the STUDIES of its module. The last paragraph of its docstring may say what the
+paper found ("Paper: ..."): results.py shows it.
 """
 
-import argparse
 import csv
 import os
-import sys
 import time
 from pathlib import Path
 
-from minictrl import studies_beyond, studies_proofs, studies_reward, studies_runs, studies_theory
+from minictrl import figures, studies_beyond, studies_proofs, studies_reward, studies_runs, studies_theory
+from minictrl.config import Parser
 
 MODULES = (studies_theory, studies_proofs, studies_reward, studies_runs, studies_beyond)
-STUDIES = {name: study for module in MODULES for name, study in module.STUDIES.items()}
+STUDIES = {study.__name__: study for module in MODULES for study in module.STUDIES}
 
 
-def write(out: Path, name: str, rows: list[dict], figure) -> None:
-    """NAME.csv and NAME.png, each under a temporary name first, so that what is there is whole."""
-    with open(out / f"{name}.csv.tmp", "w", newline="") as file:
+def write(path: Path, rows: list[dict]):
+    """The table as CSV, under a temporary name first, so that what is there is whole."""
+    with open(f"{path}.tmp", "w", newline="") as file:
         table = csv.DictWriter(file, rows[0].keys())
         table.writeheader()
         table.writerows({key: f"{x:.8g}" if isinstance(x, float) else x for key, x in row.items()} for row in rows)
-    figure.savefig(out / f"{name}.png.tmp", format="png", dpi=120)
-    for suffix in ("csv", "png"):
-        os.replace(out / f"{name}.{suffix}.tmp", out / f"{name}.{suffix}")
+    os.replace(f"{path}.tmp", path)
 
 
-def main(argv: list[str] | None = None) -> None:
-    description = "Leaves NAME.csv and NAME.png of each study in DIR."
-    parser = argparse.ArgumentParser("reproduce", description=description, allow_abbrev=False)
-    parser.error = lambda message: parser.exit(2, f"reproduce: error: {message}\n")  # one line, without the usage
+def main(argv: list[str] | None = None):
+    parser = Parser("reproduce", "Leaves NAME.csv and NAME.png of each study in DIR.")
     parser.add_argument("names", nargs="*", metavar="NAME", help="studies, see --list")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where the files go; made if it isn't there")
     parser.add_argument("--quick", action="store_true", help="coarser and faster")
@@ -50,12 +46,15 @@ def main(argv: list[str] | None = None) -> None:
     if args.out is None:
         parser.error("--out DIR is missing: say where the files go")
     try:
-        import matplotlib  # noqa: F401
+        import matplotlib
+
         args.out.mkdir(parents=True, exist_ok=True)
         for name in args.names:
             start = time.perf_counter()
-            rows, figure = STUDIES[name](args.out, args.quick)
-            write(args.out, name, rows, figure)
+            with matplotlib.rc_context(figures.STYLE):
+                rows, figure = STUDIES[name](args.out, args.quick)
+                figures.save(figure, args.out / f"{name}.png")
+            write(args.out / f"{name}.csv", rows)
             print(f"{args.out / name}.csv, .png: {len(rows)} rows, {time.perf_counter() - start:.1f} s", flush=True)
     except ImportError as error:
         parser.error(f"{error}; pip install 'minictrl[plots]'")
@@ -64,4 +63,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

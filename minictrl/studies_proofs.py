@@ -13,7 +13,7 @@ from torch import Tensor
 
 from minictrl import cells, theory
 from minictrl.calibration import calibrated_reward
-from minictrl.studies_theory import TITLES, panels
+from minictrl.figures import panels, title
 from minictrl.transforms import get_transform
 
 
@@ -61,12 +61,12 @@ def max_at_n(pi_ref: Tensor, level: Tensor, procedure: str, n: int):
     return lambda pi: torch.dot(*tuples(pi, g))
 
 
-def maximise(objective, start: Tensor, rounds: int = 10) -> Tensor:
+def maximise(objective, start: Tensor) -> Tensor:
     """argmax of objective(x) by L-BFGS from `start`, its memory cleared each round, until a round gains nothing."""
     x, best = start.clone().requires_grad_(), -math.inf
-    for _ in range(rounds):
+    for _ in range(10):
         optimizer = torch.optim.LBFGS([x], max_iter=300, tolerance_grad=1e-12, tolerance_change=0, history_size=50,
-                                      line_search_fn="strong_wolfe")  # fmt: skip
+                                      line_search_fn="strong_wolfe")
 
         def loss():
             optimizer.zero_grad()
@@ -108,19 +108,16 @@ def theorem1(out: Path, quick: bool):
         pi_ref, level, ref = tabular_prompt(seed)
         for (procedure, n), beta in product(cases, (0.1, 0.02)):
             win_rate = partial(tied_win_rate, level=level, ref=ref, procedure=procedure, n=n)
-            policies = {"direct": direct_ascent(win_rate, pi_ref, beta)}
+            best_pi = direct_ascent(win_rate, pi_ref, beta)
+            best, policies = value(best_pi, pi_ref, win_rate(best_pi), beta).item(), {"direct": best_pi}
             policies["EM"] = pi_ref * theory.ascend(procedure, n, ref, beta=beta).log_ratio.exp()[level]
             if procedure in ("bon", "won") and n == 2:
                 policies["max@N"] = direct_ascent(max_at_n(pi_ref, level, procedure, n), pi_ref, beta)
             for solver, pi in policies.items():
                 objective = value(pi, pi_ref, win_rate(pi), beta).item()
-                if solver == "direct":
-                    best, best_pi = objective, pi
-                rows.append(
-                    dict(prompt=seed, procedure=procedure, n=n, beta=beta, solver=solver, objective=objective,
-                         win_rate=win_rate(pi).item(), above_direct=objective - best,
-                         total_variation=(pi - best_pi).abs().sum().item() / 2)
-                )  # fmt: skip
+                rows.append(dict(prompt=seed, procedure=procedure, n=n, beta=beta, solver=solver, objective=objective,
+                                 win_rate=win_rate(pi).item(), above_direct=objective - best,
+                                 total_variation=(pi - best_pi).abs().sum().item() / 2))
     figure, axes = panels(1, 2)
     _, _, ref = tabular_prompt(0)
     for axis, (procedure, n) in zip(axes, (("bon", 8), ("won", 3))):
@@ -130,9 +127,8 @@ def theorem1(out: Path, quick: bool):
             gaps = [max(optimum - J, 1e-16) for J in em_iterates(ref, procedure, n, 0.02, eta, 80)]
             axis.plot(gaps, label=f"eta = {eta:g}" + (" (the paper's)" if eta == 1 else ""))
         axis.set(yscale="log", ylim=(1e-12, 2), xlabel="iterations of the alternation (Eq. 5, 6)")
-        axis.set(ylabel="objective below the optimum", title=f"{TITLES[procedure].format(n=n)}, beta = 0.02")
+        axis.set(ylabel="objective below the optimum", title=f"{title(procedure, n)}, beta = 0.02")
         axis.legend()
-        axis.grid(alpha=0.3)
     return rows, figure
 
 
@@ -166,13 +162,12 @@ def lemmas_2_and_3() -> list[dict]:
 
 
 def lemmas_4_and_5(responses: int, N: int = 4) -> list[dict]:
-    rows = []
-    tied = torch.full((10,), 0.1, dtype=torch.float64)
-    for ref, kind in ((nearly_continuous(1, responses)[0], "distinct rewards"), (tied, "10 values, tied")):
-        C, F, grain = cells.centres(ref), cells.cdf(ref), nearly_continuous(1, responses)[0].max().item()
-        gap = (F[1:] - C).abs().max().item()
+    rows, (distinct, _) = [], nearly_continuous(1, responses)
+    tied, grain = torch.full((10,), 0.1, dtype=torch.float64), distinct.max().item()
+    for ref, kind in ((distinct, "distinct rewards"), (tied, "10 values, tied")):
+        C, F = cells.centres(ref), cells.cdf(ref)
         computed = "sup over u of |P(C <= u) - u|, at most the largest pi_ref(y)"
-        rows.append(check(f"Lemma 4, {kind}", computed, gap, grain))
+        rows.append(check(f"Lemma 4, {kind}", computed, (F[1:] - C).abs().max().item(), grain))
         for procedure, share in (("bon", C), ("won", 1 - C)):
             claimed, exact = N * ref * share ** (N - 1), theory.PROCEDURES[procedure](ref, F, N)
             distance = (claimed - exact).abs().sum().item() / 2
@@ -181,23 +176,22 @@ def lemmas_4_and_5(responses: int, N: int = 4) -> list[dict]:
     return rows
 
 
-def lemma_6(quick: bool, delta: float = 0.05) -> tuple[list[dict], list[tuple]]:
-    """Rows, and (ties, K, mean error, its 95 % quantile, bound) of max_y |C_hat - C| over prompts."""
+def lemma_6(quick: bool, delta: float = 0.05) -> tuple[list[dict], list[dict]]:
+    """Rows, and for each K the mean over prompts of max_y |C_hat - C|, its 95 % quantile, and the bound on that."""
     prompts, points, rows = 500 if quick else 4000, [], []
-    for ties in (False, True):
-        for K in (10, 30, 100, 300, 1000):
-            z = torch.rand(prompts, K, generator=torch.Generator().manual_seed(K), dtype=torch.float64)
-            z = (10 * z).floor() if ties else z  # ten rewards, equally likely
-            y = torch.arange(10.0, dtype=torch.float64) if ties else cells.midpoints(1000)
-            C = (y + 0.5) / 10 if ties else y
-            error = (calibrated_reward(y.expand(prompts, -1), z) - C).abs().amax(1)  # (prompts,)
-            bound = math.sqrt(math.log(2 / delta) / (2 * K))
-            points.append((ties, K, error.mean().item(), error.quantile(1 - delta).item(), bound))
-            if K in (30, 300):
-                kind, above = "ties" if ties else "distinct rewards", (error > bound).double().mean().item()
-                name = f"share of {prompts} prompts above the DKW bound at delta {delta:g}, K = {K}"
-                noise = 3 * math.sqrt(delta * (1 - delta) / prompts)
-                rows.append(check(f"Lemma 6, {kind}", name, above, delta + noise))
+    for ties, K in product((False, True), (10, 30, 100, 300, 1000)):
+        z = torch.rand(prompts, K, generator=torch.Generator().manual_seed(K), dtype=torch.float64)
+        z = (10 * z).floor() if ties else z  # ten rewards, equally likely
+        y = torch.arange(10.0, dtype=torch.float64) if ties else cells.midpoints(1000)
+        C = (y + 0.5) / 10 if ties else y
+        error = (calibrated_reward(y.expand(prompts, -1), z) - C).abs().amax(1)  # (prompts,)
+        bound, kind = math.sqrt(math.log(2 / delta) / (2 * K)), "ties" if ties else "distinct rewards"
+        quantile = error.quantile(1 - delta).item()
+        points.append(dict(kind=kind, K=K, mean=error.mean().item(), quantile=quantile, bound=bound))
+        if K in (30, 300):
+            above, noise = (error > bound).double().mean().item(), 3 * math.sqrt(delta * (1 - delta) / prompts)
+            computed = f"share of {prompts} prompts above the DKW bound at delta {delta:g}, K = {K}"
+            rows.append(check(f"Lemma 6, {kind}", computed, above, delta + noise))
     return rows, points
 
 
@@ -219,10 +213,8 @@ def theorems_2_to_4(responses: int) -> list[dict]:
         mass, ref = theory.policy_at_kl("exp5", 1.0, procedure, N)
         F, u = cells.cdf(mass), cells.cdf(ref)
         F, u = (F[1:] + F[:-1]) / 2, (u[1:] + u[:-1]) / 2
-        if procedure == "bon":
-            formula = 1 - N * (F**N * u ** (N - 1) * ref).sum()
-        else:
-            formula = N * ((1 - F) ** N * (1 - u) ** (N - 1) * ref).sum()
+        eq_8, eq_9 = 1 - N * (F**N * u ** (N - 1) * ref).sum(), N * ((1 - F) ** N * (1 - u) ** (N - 1) * ref).sum()
+        formula = eq_8 if procedure == "bon" else eq_9
         off = abs(formula.item() - theory.mass_win_rate(mass, ref, procedure, N).item())
         rows.append(check("Theorem 3", f"Eq. 8 or 9, {procedure} {N}, minus Definition 4, exp5 at 1 nat", off, 1e-6))
     mass, ref = theory.policy_at_kl("exp5", 1.0, "bon", 2)
@@ -258,19 +250,18 @@ def theorem_5() -> list[dict]:
 def lemmas(out: Path, quick: bool):
     """Lemmas 2 to 6 and Theorems 2 to 5: claim, what was computed, the largest deviation; Lemma 6 is the picture."""
     responses = 2_000 if quick else 50_000
-    rows, points = lemma_6(quick)
-    rows = lemmas_2_and_3() + lemmas_4_and_5(responses) + rows + theorems_2_to_4(responses) + theorem_5()
+    dkw, points = lemma_6(quick)
+    rows = lemmas_2_and_3() + lemmas_4_and_5(responses) + dkw + theorems_2_to_4(responses) + theorem_5()
     figure, (axis,) = panels(1, 1, width=6.4, height=4.6)
-    for ties, marker in ((False, "o-"), (True, "s--")):
-        K, mean, quantile, bound = zip(*(point[1:] for point in points if point[0] == ties))
-        kind = "ten tied rewards" if ties else "distinct rewards"
-        axis.plot(K, quantile, marker, color="C0", label=f"95 % of the prompts, {kind}")
-        axis.plot(K, mean, marker, color="C1", label=f"mean, {kind}")
-    axis.plot(K, bound, color="black", label="DKW bound, delta = 0.05 (Lemma 6)")
+    for kind, marker in (("distinct rewards", "o-"), ("ties", "s--")):
+        mine = [point for point in points if point["kind"] == kind]
+        K = [point["K"] for point in mine]
+        axis.plot(K, [point["quantile"] for point in mine], marker, color="C0", label=f"95 % of the prompts, {kind}")
+        axis.plot(K, [point["mean"] for point in mine], marker, color="C1", label=f"mean, {kind}")
+    axis.plot(K, [point["bound"] for point in mine], color="black", label="DKW bound, delta = 0.05 (Lemma 6)")
     axis.set(xscale="log", yscale="log", xlabel="calibration samples K", ylabel="max over y of |C_hat - C|")
-    axis.grid(alpha=0.3)
     axis.legend()
     return rows, figure
 
 
-STUDIES = {"theorem1": theorem1, "lemmas": lemmas}
+STUDIES = (theorem1, lemmas)

@@ -9,24 +9,24 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
-import statistics
 import sys
 from collections import defaultdict
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean, stdev
 
 import numpy as np
 from torch import Tensor
 from tqdm import tqdm
 
 from minictrl import evaluation, runs
+from minictrl.config import Config
 from minictrl.models import load_policy, load_scorer
 
 # Settings of train.py beside --kl and --seed. CTRL's are those with a transform of the calibrated reward.
-CTRL = {name: {"transform": name} for name in ("identity", "log", "exp5", "exp10", "exp-5", "exp-10", "bon_fp")} | {
-    "won_fp": {"transform": "won_fp", "procedure": "won"}
-}
+CTRL = {name: {"transform": name} for name in ("identity", "log", "exp5", "exp10", "exp-5", "exp-10", "bon_fp")}
+CTRL["won_fp"] = {"transform": "won_fp", "procedure": "won"}
 OTHERS = {"none": {"transform": "none"}, **{name: {"method": name} for name in ("ipo", "bonbon", "bond", "grpo")}}
 NEWER = {
     "qrpo exp10": {"method": "qrpo", "transform": "exp10"},
@@ -35,40 +35,35 @@ NEWER = {
     "pkpo won": {"method": "pkpo", "procedure": "won"},
 }
 METHODS = CTRL | OTHERS | NEWER
-AWARE = {
+AWARE = {  # procedure -> the methods that are made for it
+    "standard": ("identity", "log"),
     "bon": ("exp5", "exp10", "bon_fp", "qrpo exp10", "pkpo bon"),
     "won": ("exp-5", "exp-10", "won_fp", "qrpo exp-10", "pkpo won"),
 }
-
 SCORERS = ("reward", "judge")
 
 # quick -> how large: flags of every training, prompts and samples of every evaluation, seeds and KL budgets of a sweep.
 SCALES = {
     False: dict(folder="runs", train={}, prompts=200, samples=64, seeds=5, budgets=(0.25, 0.5, 1.0, 2.0, 4.0)),
-    True: dict(
-        folder="runs-quick",
-        train=dict(steps=6, prompts=32, batch=16, G=8, lr=2e-3),
-        prompts=24,
-        samples=32,
-        seeds=2,
-        budgets=(0.5, 2.0),
-    ),
+    True: dict(folder="runs-quick", train=dict(steps=6, prompts=32, batch=16, G=8, lr=2e-3), prompts=24, samples=32,
+               seeds=2, budgets=(0.5, 2.0)),
 }
 
 
 # --- runs ---
 
-
 def script(name: str):
     """train or evaluate, the scripts beside the package, as a module."""
     path = Path(__file__).parent.parent / f"{name}.py"
     if not path.is_file():
-        raise ValueError(
-            f"{path} is missing: a study that trains needs a clone of the repository, pip install -e . in it"
-        )
+        raise ValueError(f"{path} is missing: a study that trains needs a clone of the repository, pip install -e .")
     module = importlib.util.module_from_spec(spec := importlib.util.spec_from_file_location(name, path))
     spec.loader.exec_module(module)
     return module
+
+
+def table_of(folder: Path, split: str) -> Path:
+    return folder / ("eval.json" if split == "test" else f"eval-{split}.json")
 
 
 def run(folder: Path, settings: dict, *, prompts: int, samples: int, split: str = "test") -> list[dict]:
@@ -77,102 +72,97 @@ def run(folder: Path, settings: dict, *, prompts: int, samples: int, split: str 
     settings: of train.py, by the names of Config. What the scripts print goes to FOLDER.log. Raises ValueError where
     the folder holds a run with other settings, or as the scripts do; KeyboardInterrupt if one was stopped.
     """
-    table = folder / ("eval.json" if split == "test" else f"eval-{split}.json")
     resume = (folder / "config.json").is_file()
     if resume:
         stored, _ = runs.load_config(folder)
         for name, value in settings.items():
             if getattr(stored, name) != value:
-                raise ValueError(
-                    f"{folder}: holds a run with {name} {getattr(stored, name)}, not {value}; give another --out, "
-                    "or delete it"
-                )
-    if not table.is_file():
+                raise ValueError(f"{folder}: holds a run with {name} {getattr(stored, name)}, not {value}; "
+                                 "give another --out, or delete it")
+    if not table_of(folder, split).is_file():
         folder.parent.mkdir(parents=True, exist_ok=True)
         with open(f"{folder}.log", "a") as log, redirect_stdout(log), redirect_stderr(log):
             if not (folder / "policy" / "config.json").is_file():
-                flags = [f"--{name.replace('_', '-')}={value}" for name, value in (settings | {"out": folder}).items()]
+                given = settings | {"out": folder}
+                flags = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
                 if script("train").main(flags + ["--resume"] * resume):
                     raise KeyboardInterrupt
             script("evaluate").main([str(folder), f"--prompts={prompts}", f"--samples={samples}", f"--split={split}"])
-    return json.loads(table.read_text())["rows"]
+    return json.loads(table_of(folder, split).read_text())["rows"]
 
 
-def sweep(
-    out: Path,
-    quick: bool,
-    methods: dict[str, dict],
-    *,
-    budgets: tuple[float, ...] | None = None,
-    seeds: int | None = None,
-    split: str = "test",
-) -> list[dict]:
+def sweep(out: Path, quick: bool, methods: dict[str, dict], *, budgets: tuple[float, ...] | None = None,
+          seeds: int | None = None, split: str = "test") -> list[dict]:
     """Rows of eval.json of every method, KL budget and seed, with method, budget, seed and run (its folder) in front.
 
     Trains what is missing, with one bar that shows the time left. A budget that is out of a method's reach is left out,
     with a line that says so. Ctrl-C stops after the step at hand; the same command goes on from there.
     """
-    scale, rows, jobs = SCALES[quick], [], []
+    scale, rows, jobs = SCALES[quick], [], {}
     for budget in budgets or scale["budgets"]:
         for seed in range(seeds or scale["seeds"]):
             for name, settings in methods.items():
                 folder = out / scale["folder"] / f"{name.replace(' ', '-')}-kl{budget:g}-seed{seed}"
                 common = scale["train"] | {"kl": budget, "seed": seed, "cache": str(out / "cache")}
-                jobs.append(({"method": name, "budget": budget, "seed": seed, "run": str(folder)}, common | settings))
-    table = "eval.json" if split == "test" else f"eval-{split}.json"
-    missing = sum(not (Path(labels["run"]) / table).is_file() for labels, _ in jobs)
-    with tqdm(total=missing, desc="runs", unit="run", disable=None if missing else True, file=sys.stderr) as bar:
-        for labels, settings in jobs:
-            bar.set_postfix_str(Path(labels["run"]).name)
-            new = not (Path(labels["run"]) / table).is_file()
+                labels = {"method": name, "budget": budget, "seed": seed, "run": str(folder)}
+                jobs[folder] = labels, common | settings
+    missing = {folder for folder in jobs if not table_of(folder, split).is_file()}
+    with tqdm(total=len(missing), desc="runs", unit="run", disable=None if missing else True, file=sys.stderr) as bar:
+        for folder, (labels, settings) in jobs.items():
+            bar.set_postfix_str(folder.name)
             try:
-                found = run(
-                    Path(labels["run"]), settings, prompts=scale["prompts"], samples=scale["samples"], split=split
-                )
+                found = run(folder, settings, prompts=scale["prompts"], samples=scale["samples"], split=split)
+                rows += [labels | row for row in found]
             except KeyboardInterrupt:
-                raise SystemExit(f"stopped in {labels['run']}; the same command goes on with what is missing") from None
+                raise SystemExit(f"stopped in {folder}; the same command goes on with what is missing") from None
             except ValueError as error:
                 if "reach" not in str(error):  # of theory or of K samples
                     raise
-                bar.write(f"{labels['run']} left out: {error}", file=sys.stderr)
-                found = []
-            rows += [labels | row for row in found]
-            bar.update(new)
+                bar.write(f"{folder} left out: {error}", file=sys.stderr)
+            bar.update(folder in missing)
     return rows
+
+
+# --- samples ---
+
+def shown(run: str) -> list[dict]:
+    """Rows of a run's samples.jsonl: one response a prompt of pi and of pi_ref, with their scores."""
+    return [json.loads(line) for line in (Path(run) / "samples.jsonl").read_text().splitlines()]
+
+
+def pi_ref(config: Config, M: int) -> tuple[runs.Task, Tensor, list[list[str]]]:
+    """The held-out prompts of a run, and M fresh samples of pi_ref for each: their rewards and their texts (P, M)."""
+    task = runs.load_task(config, "test")
+    drawn = runs.reference_samples(task, config, M, seed=evaluation.REFERENCE_SEED, name="pi_ref")
+    tokens, lengths = drawn.tokens.flatten(0, 1).tolist(), drawn.mask.sum(-1).flatten().tolist()  # texts aren't cached
+    texts = task.tokenizer.batch_decode([row[:n] for row, n in zip(tokens, lengths)], skip_special_tokens=True)
+    return task, drawn.r_ref, [texts[i : i + M] for i in range(0, len(texts), M)]
 
 
 def scores(folder: Path) -> dict[str, Tensor]:
     """reward, judge, reward_ref, judge_ref (P, M) of the samples behind a run's eval.json, drawn from their seeds."""
-    first = json.loads((folder / "eval.json").read_text())["rows"][0]
-    config = replace(runs.load_finished(folder), prompts=first["prompts"])
-    task, judge, M = runs.load_task(config, "test"), load_scorer(config.judge, "judge"), first["samples"]
-    reference = runs.reference_samples(task, config, M, seed=evaluation.REFERENCE_SEED, name="pi_ref")
-    policy, _ = load_policy(str(folder / "policy"))
-    samples, r = runs.rollout(
-        task, policy.to(task.ids.device), range(len(task.prompts)), num_samples=M, seed=evaluation.POLICY_SEED
-    )
-    return {
-        "reward": r,
-        "judge": runs.score(judge, task.prompts, samples.texts),
-        "reward_ref": reference.r_ref,
-        "judge_ref": runs.score(judge, task.prompts, texts_of(task, reference)),
-    }
-
-
-def texts_of(task: runs.Task, reference) -> list[list[str]]:
-    """(P, M) texts of reference samples, which are kept as tokens."""
-    rows, lengths = reference.tokens.flatten(0, 1).tolist(), reference.mask.sum(-1).flatten().tolist()
-    texts = task.tokenizer.batch_decode([row[:n] for row, n in zip(rows, lengths)], skip_special_tokens=True)
-    M = reference.tokens.shape[1]
-    return [texts[i : i + M] for i in range(0, len(texts), M)]
+    first = json.loads(table_of(folder, "test").read_text())["rows"][0]
+    config, M = replace(runs.load_finished(folder), prompts=first["prompts"]), first["samples"]
+    task, r_ref, texts_ref = pi_ref(config, M)
+    judge, policy = load_scorer(config.judge, "judge"), load_policy(str(folder / "policy"))[0].to(task.ids.device)
+    samples, r = runs.rollout(task, policy, range(len(task.prompts)), num_samples=M, seed=evaluation.POLICY_SEED)
+    return {"reward": r, "judge": runs.score(judge, task.prompts, samples.texts),
+            "reward_ref": r_ref, "judge_ref": runs.score(judge, task.prompts, texts_ref)}
 
 
 # --- statistics over seeds ---
 
+def grouped(rows: list[dict], *names: str) -> dict[tuple, list[dict]]:
+    """The rows for each combination of values in these columns."""
+    groups = defaultdict(list)
+    for row in rows:
+        groups[tuple(row[name] for name in names)].append(row)
+    return groups
+
 
 def mean_stderr(values: list[float], alone: float = math.nan) -> tuple[float, float]:
     """Mean and its standard error; that of a single value is `alone`."""
-    return statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else alone
+    return fmean(values), stdev(values) / math.sqrt(len(values)) if len(values) > 1 else alone
 
 
 def points(rows: list[dict]) -> list[dict]:
@@ -180,31 +170,15 @@ def points(rows: list[dict]) -> list[dict]:
 
     stderr, kl_stderr: over seeds (of one seed: over prompts). stderr_prompts: over prompts, shared by all runs.
     """
-    groups = defaultdict(list)
-    for row in rows:
-        groups[row["method"], row["budget"], row["procedure"], row["n"], row["scorer"]].append(row)
     names, found = ("method", "budget", "procedure", "n", "scorer"), []
-    for key, group in groups.items():
-        each = {
-            name: [row[name] for row in group]
-            for name in ("kl", "kl_stderr", "win_rate", "stderr", "theory", "optimal")
-        }
-        kl, kl_stderr = mean_stderr(each["kl"], each["kl_stderr"][0])
-        win, stderr = mean_stderr(each["win_rate"], each["stderr"][0])
-        theory = None if None in each["theory"] else statistics.fmean(each["theory"])
-        found.append(
-            dict(zip(names, key))
-            | dict(
-                kl=kl,
-                kl_stderr=kl_stderr,
-                win_rate=win,
-                stderr=stderr,
-                stderr_prompts=statistics.fmean(each["stderr"]),
-                theory=theory,
-                optimal=statistics.fmean(each["optimal"]),
-                seeds=len(group),
-            )
-        )
+    for key, group in grouped(rows, *names).items():
+        column = {name: [row[name] for row in group] for name in group[0]}
+        kl, kl_stderr = mean_stderr(column["kl"], column["kl_stderr"][0])
+        win, stderr = mean_stderr(column["win_rate"], column["stderr"][0])
+        theory = None if None in column["theory"] else fmean(column["theory"])
+        found.append(dict(zip(names, key)) | dict(
+            kl=kl, kl_stderr=kl_stderr, win_rate=win, stderr=stderr, stderr_prompts=fmean(column["stderr"]),
+            theory=theory, optimal=fmean(column["optimal"]), seeds=len(group)))
     return found
 
 
@@ -214,24 +188,22 @@ def at_kl(rows: list[dict], kl: float, method: str, procedure: str, n: int, scor
     Each seed's curve is interpolated, linearly in sqrt(KL) from (0, 1/2) on, so that the error is that of the
     interpolated win rate, the KLs' scatter included. With one seed it is the interpolated error over prompts.
     """
-    curves = defaultdict(list)
-    for row in rows:
-        if (row["method"], row["procedure"], row["n"], row["scorer"]) == (method, procedure, n, scorer):
-            curves[row["seed"]].append((max(row["kl"], 0.0) ** 0.5, row["win_rate"], row["stderr"]))
-    wins, errors, at = [], [], math.sqrt(kl)
-    for curve in curves.values():
-        x, win, stderr = np.array(sorted([(0.0, 0.5, 0.0), *curve])).T
-        wins.append(float(np.interp(at, x, win)) if at <= x[-1] else math.nan)
-        errors.append(float(np.interp(at, x, stderr)))
-    return (math.nan, math.nan) if not wins or math.isnan(sum(wins)) else mean_stderr(wins, errors[0])
+    key, wins, errors = (method, procedure, n, scorer), [], []
+    mine = [row for row in rows if (row["method"], row["procedure"], row["n"], row["scorer"]) == key]
+    for curve in grouped(mine, "seed").values():
+        measured = [(max(row["kl"], 0.0) ** 0.5, row["win_rate"], row["stderr"]) for row in curve]
+        x, win, stderr = np.array(sorted([(0.0, 0.5, 0.0), *measured])).T
+        wins.append(np.interp(kl**0.5, x, win, right=math.nan).item())
+        errors.append(np.interp(kl**0.5, x, stderr).item())
+    return mean_stderr(wins, errors[0]) if wins and not math.isnan(sum(wins)) else (math.nan, math.nan)
 
 
 def common_kl(rows: list[dict], methods=None, *, of: float = 1.0) -> float:
     """The largest of .05, .1, .2, .5, 1, 2 nats that a share `of` the methods reaches with every seed (else .05)."""
-    reached = defaultdict(lambda: defaultdict(float))
-    for row in rows:
-        if methods is None or row["method"] in methods:
-            reached[row["method"]][row["seed"]] = max(row["kl"], reached[row["method"]][row["seed"]])
-    least = sorted((min(seeds.values()) for seeds in reached.values()), reverse=True)
+    reached = defaultdict(list)  # method -> the largest KL of each seed
+    for (method, _), mine in grouped(rows, "method", "seed").items():
+        if methods is None or method in methods:
+            reached[method].append(max(row["kl"] for row in mine))
+    least = sorted((min(each) for each in reached.values()), reverse=True)
     last = least[math.ceil(of * len(least)) - 1] if least else 0.0
     return max((kl for kl in (0.05, 0.1, 0.2, 0.5, 1.0, 2.0) if kl <= last), default=0.05)

@@ -7,7 +7,8 @@ LAYERS = [  # a module imports from lower layers only
     {"winrate", "theory", "data", "sampling", "scorers", "reference"},
     {"transforms", "scoring", "update"}, {"judge"}, {"models"}, {"runs", "methods"}, {"evaluation"}, {"figures", "trl"},
     {"pretrain_policy", "pretrain_scorers", "pretrain_hub", "sweep"}, {"pretrain", "bench_scaling"},
-    {"studies_theory"}, {"studies_proofs", "studies_runs", "studies_reward", "studies_beyond"}, {"reproduce", "bench", "results"}]
+    {"studies_theory", "studies_proofs", "studies_runs", "studies_reward"}, {"studies_beyond"}, {"reproduce", "bench"},
+    {"results"}]
 MATH = {"theory", "transforms", "calibration", "winrate", "ppo", "baselines", "cells"}
 
 

@@ -4,13 +4,13 @@ import csv
 
 import pytest
 
-from minictrl import reproduce, studies_proofs, studies_theory
+from minictrl import figures, reproduce, studies_proofs, studies_theory
 
 pytest.importorskip("matplotlib")
 
 
 def test_every_study_leaves_a_table_and_a_picture(tmp_path, monkeypatch):
-    figure, _ = studies_theory.panels(1, 1)
+    figure, _ = figures.panels(1, 1)
     monkeypatch.setitem(reproduce.STUDIES, "small", lambda out, quick: ([{"x": 1 / 3, "quick": quick}], figure))
     reproduce.main(["small", "transforms", "--quick", "--out", str(tmp_path / "new")])
     assert (tmp_path / "new" / "small.csv").read_text().split() == ["x,quick", "0.33333333,True"]
