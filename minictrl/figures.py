@@ -15,7 +15,7 @@ COLORS = {  # of a transform, a method or a scorer, in every picture
     "won_fp": "black", "optimal": "black", "rewind": "black", "Best-of-n": "C1", "none": "C7", "ipo": "C6",
     "bonbon": "C8", "bond": "C9", "grpo": "gold", "qrpo exp10": "darkred", "qrpo exp-10": "darkred",
     "pkpo bon": "navy", "pkpo won": "navy", "bon_fp 2": "C6", "bon_fp 4": "black", "bon_fp 32": "C7",
-    "reward": "C0", "judge": "C3",
+    "reward": "C0", "judge": "C3", "theory": "C7",
 }  # fmt: skip
 
 
@@ -40,7 +40,7 @@ def win_rates(run: Path, table: list[dict]):
     for axis, (procedure, n) in zip(axes, (("standard", 1), ("bon", n), ("won", n))):
         rows = [row | {"stderr": 2 * row["stderr"], "kl_stderr": 2 * row["kl_stderr"]} for row in table
                 if (row["procedure"], row["n"]) == (procedure, n)]
-        tradeoff(axis, rows, procedure, n, by="scorer", expected={} if curve is None else {config.transform: curve})
+        tradeoff(axis, rows, procedure, n, by="scorer", expected={} if curve is None else {"theory": curve})
         axis.legend(loc="lower right")
     figure.suptitle(f"{run.name}: {table[0]['prompts']} held-out prompts, bars are two standard errors", fontsize=10)
     return figure
