@@ -87,7 +87,7 @@ def main(argv=None):
                 rows = runs.rows_of(task, index, samples) | {"r": r.flatten(), "C_hat": C_hat.flatten(), "R": R.flatten()}
                 rows["ref_logprobs"], _ = forward_all(ref_policy, None, rows, config.micro_batch)
                 if config.baseline == "prefix":
-                    C_hat_prefix, _ = objective(runs.prefix_rewards(task, index, samples), r_ref[index])  # (B, G T)
+                    C_hat_prefix = calibrated_reward(runs.prefix_rewards(task, index, samples), r_ref[index])  # (B, G T)
                     rows["C_hat_prefix"] = C_hat_prefix.view_as(rows["mask"]).to(rows["mask"])
                 if learner.value_head is not None:
                     _, rows["values"] = forward_all(policy, learner.value_head, rows, config.micro_batch)

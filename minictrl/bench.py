@@ -29,7 +29,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from minictrl.bench_scaling import decode_roofline, growth, paper_table, seconds
+from minictrl.bench_scaling import EPOCHS, decode_roofline, growth, paper_table, seconds
 from minictrl.config import Config, run_script
 from minictrl.data import load_prompts
 from minictrl.models import load_policy, render, resolve_device
@@ -39,7 +39,7 @@ from minictrl.sweep import script
 
 K, T = 100, 24  # samples a prompt, as in calibration; the longest response
 BATCH = {f.name: f.default for f in fields(Config)}  # responses of a step, of an optimizer step: train.py's
-EPOCHS, SHARE = 80, 29  # the paper's (App. F): passes over the prompts; calibration's share of such a run, in %
+SHARE = 29  # calibration's share of the paper's run, of EPOCHS passes over the prompts, in % (App. F)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -6,7 +6,6 @@ and token, an update 6. Whichever of the two takes longer is the time: the roofl
 
 from __future__ import annotations
 
-import csv
 import json
 import resource
 import subprocess
@@ -20,7 +19,9 @@ import numpy as np
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from minictrl.config import write_csv
 from minictrl.data import load_prompts
+from minictrl.figures import panels, save
 from minictrl.methods import online_loss
 from minictrl.models import load_policy, load_scorer
 from minictrl.runs import score
@@ -69,11 +70,8 @@ def growth(folder: Path, device: str, quick: bool):
             result = json.loads(subprocess.run(call, check=True, stdout=subprocess.PIPE).stdout)
             rows.append({"varied": varied} | point | result)
             print("{varied} {0}: {seconds:.2f} s, {memory_mb:.0f} MB".format(value, **rows[-1]), file=sys.stderr)
-    with open(folder / "growth.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    draw(rows).savefig(folder / "growth.png", dpi=120)
+    write_csv(folder / "growth.csv", rows)
+    save(draw(rows), folder / "growth.png")
 
 
 def measure(K: int, prompts: int, length: int, depth: int, device: str) -> dict[str, float]:
@@ -103,12 +101,8 @@ def slope(x: list[float], y: list[float]) -> float:
 
 
 def draw(rows: list[dict]):
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(2, 2, figsize=(10, 7), layout="constrained")
-    for ax, varied in zip(axes.flat, GROWTH):
+    figure, axes = panels(2, 2, width=5, height=3.5)
+    for ax, varied in zip(axes, GROWTH):
         points = [row for row in rows if row["varied"] == varied]
         x = [row["parameters" if varied == "depth" else varied] for row in points]
         for name, color, axis in (("seconds", "C0", ax), ("memory_mb", "C1", ax.twinx())):

@@ -6,6 +6,7 @@ A setting whose default is None is computed: from the task (`TASKS`), or as its 
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import sys
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -164,4 +165,14 @@ def write_json(path: Path, value):
     """JSON in one step: a reader never sees half a file."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(json.dumps(value, indent=1) + "\n")
+    temporary.replace(path)
+
+
+def write_csv(path: Path, rows: list[dict]):
+    """A table of rows with the same keys, in one step likewise; floats to 8 digits."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w", newline="") as file:
+        table = csv.DictWriter(file, rows[0].keys())
+        table.writeheader()
+        table.writerows({key: f"{x:.8g}" if isinstance(x, float) else x for key, x in row.items()} for row in rows)
     temporary.replace(path)

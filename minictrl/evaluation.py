@@ -36,12 +36,9 @@ def evaluate(run: Path, config: Config, *, split: str, prompts: int, M: int, siz
     judge = load_scorer(config.judge, "judge", device=device)
     policy, _ = load_policy(str(run / "policy"))
     policy.to(task.ids.device)
-    reference = runs.reference_samples(task, config, M, seed=REFERENCE_SEED, name="pi_ref")
+    r_ref, texts_ref = pi_ref(task, config, M)
     samples, r = runs.rollout(task, policy, range(len(task.prompts)), num_samples=M, seed=POLICY_SEED)
-    texts_ref = task.tokenizer.batch_decode([row[:n] for row, n in zip(  # the cache holds tokens
-        reference.tokens.flatten(0, 1).tolist(), reference.mask.sum(-1).flatten().tolist())], skip_special_tokens=True)
-    texts_ref = [texts_ref[i:i + M] for i in range(0, len(texts_ref), M)]
-    scores = {"reward": (r, reference.r_ref), "judge": (runs.score(judge, task.prompts, samples.texts),
+    scores = {"reward": (r, r_ref), "judge": (runs.score(judge, task.prompts, samples.texts),
                                                         runs.score(judge, task.prompts, texts_ref))}
     few = min(M, KL_SAMPLES)
     first = torch.arange(len(r) * M).view(-1, M)[:, :few].flatten()
@@ -49,19 +46,27 @@ def evaluate(run: Path, config: Config, *, split: str, prompts: int, M: int, siz
     kl, kl_stderr = mean_kl(policy, task.policy, rows, few, config.micro_batch)
     curve = curve_of(config, run)
 
-    table, select, select_ref = [], r, reference.r_ref
+    table = []
     for procedure, n in procedures(config, sizes, M):
         best = theory.optimal_win_rate(kl, procedure, n)
         expected = None if curve is None else theory.at_kl(curve, kl, procedure, n)
         for scorer, (each, each_ref) in scores.items():
-            wins, stderr = win_rate(select, each, select_ref, each_ref, procedure, n)
+            wins, stderr = win_rate(r, each, r_ref, each_ref, procedure, n)
             table.append(dict(zip(FIELDS, (procedure, n, scorer, wins, stderr, kl, kl_stderr, expected, best, len(r), M))))
-    C_hat = calibrated_reward(r, reference.r_ref)
+    C_hat = calibrated_reward(r, r_ref)
     shown = [{"prompt": prompt, "reference": texts_ref[i][0], "response": samples.texts[i][0],
-              "reward_reference": float(reference.r_ref[i, 0]), "reward": float(r[i, 0]), "C_hat": float(C_hat[i, 0]),
+              "reward_reference": float(r_ref[i, 0]), "reward": float(r[i, 0]), "C_hat": float(C_hat[i, 0]),
               "judge_reference": float(scores["judge"][1][i, 0]), "judge": float(scores["judge"][0][i, 0])}
              for i, prompt in enumerate(task.prompts)]
     return table, shown
+
+
+def pi_ref(task: runs.Task, config: Config, M: int) -> tuple[Tensor, list[list[str]]]:
+    """M fresh samples of pi_ref for each of the P prompts: their rewards and their texts, (P, M) each."""
+    drawn = runs.reference_samples(task, config, M, seed=REFERENCE_SEED, name="pi_ref")
+    tokens, lengths = drawn.tokens.flatten(0, 1).tolist(), drawn.mask.sum(-1).flatten().tolist()  # texts aren't cached
+    texts = task.tokenizer.batch_decode([row[:n] for row, n in zip(tokens, lengths)], skip_special_tokens=True)
+    return drawn.r_ref, [texts[i:i + M] for i in range(0, len(texts), M)]
 
 
 def curve_of(config: Config, run: Path):

@@ -152,5 +152,6 @@ def learn_ranks(model, tokenizer, lines: list[list[int]], prompts: list[str], re
     code_ids = tokenizer.convert_tokens_to_ids(RATINGS)
     own = [prompt + tokens[:count] for prompt, group, counts in zip(encode_prompts(tokenizer, prompts), samples.tokens.tolist(),
            samples.mask.sum(-1).long().tolist()) for tokens, count in zip(group, counts)]
-    return fit(model, tokenizer, 2 * lines + own, torch.cat([torch.zeros(2 * len(lines)), rank - 2.5]),
-               [[] for _ in 2 * lines] + [[code_ids[i]] for i in rank], epochs=1, lr=1.5e-3, seed=seed)
+    lines = 2 * lines
+    return fit(model, tokenizer, lines + own, torch.cat([torch.zeros(len(lines)), rank - 2.5]),
+               [[] for _ in lines] + [[code_ids[i]] for i in rank], epochs=1, lr=1.5e-3, seed=seed)

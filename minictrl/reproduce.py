@@ -6,25 +6,14 @@ A new one is that function, named in the STUDIES of its module. The last paragra
 paper found ("Paper: ..."): results.py shows it.
 """
 
-import csv
-import os
 import time
 from pathlib import Path
 
 from minictrl import figures, studies_beyond, studies_proofs, studies_reward, studies_runs, studies_theory
-from minictrl.config import Parser
+from minictrl.config import Parser, write_csv
 
 MODULES = (studies_theory, studies_proofs, studies_reward, studies_runs, studies_beyond)
 STUDIES = {study.__name__: study for module in MODULES for study in module.STUDIES}
-
-
-def write(path: Path, rows: list[dict]):
-    """The table as CSV, under a temporary name first, so that what is there is whole."""
-    with open(f"{path}.tmp", "w", newline="") as file:
-        table = csv.DictWriter(file, rows[0].keys())
-        table.writeheader()
-        table.writerows({key: f"{x:.8g}" if isinstance(x, float) else x for key, x in row.items()} for row in rows)
-    os.replace(f"{path}.tmp", path)
 
 
 def main(argv: list[str] | None = None):
@@ -54,7 +43,7 @@ def main(argv: list[str] | None = None):
             with matplotlib.rc_context(figures.STYLE):
                 rows, figure = STUDIES[name](args.out, args.quick)
                 figures.save(figure, args.out / f"{name}.png")
-            write(args.out / f"{name}.csv", rows)
+            write_csv(args.out / f"{name}.csv", rows)
             print(f"{args.out / name}.csv, .png: {len(rows)} rows, {time.perf_counter() - start:.1f} s", flush=True)
     except ImportError as error:
         parser.error(f"{error}; pip install 'minictrl[plots]'")

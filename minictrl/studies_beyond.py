@@ -8,7 +8,7 @@ import time
 from itertools import product
 from pathlib import Path
 
-from minictrl import runs, theory
+from minictrl import methods, runs, theory
 from minictrl.figures import WIN_RATE, errorbars, panels, title
 from minictrl.sampling import sample
 from minictrl.studies_runs import over_n
@@ -121,9 +121,8 @@ def cost(run: Path) -> dict[str, float]:
     """Reward calls (the calibration's included), tokens and seconds of a run's training, cached samples not timed."""
     config, _ = runs.load_config(run)
     last = runs.read_metrics(run)[-1]
-    online = config.method not in ("qrpo", "ipo", "bonbon")
     calibrated = config.prompts * config.K * (config.transform != "none")
-    calls = calibrated + config.steps * config.batch * config.G * online
+    calls = calibrated + config.steps * config.batch * config.G * (config.method in methods.ONLINE)
     return {"calls": calls, "tokens": last["tokens"], "seconds": last["seconds"]}
 
 

@@ -133,8 +133,8 @@ def policies(out: Path, quick: bool, folders: dict[str, str]) -> list[dict]:
     of_point = grouped(measured, "method", "budget")
     for p in points(measured):
         if p["procedure"] == "standard":
-            folders = {row["run"] for row in of_point[p["method"], p["budget"]]}
-            texts = [row["response"] for folder in folders for row in shown(folder)]
+            made = {row["run"] for row in of_point[p["method"], p["budget"]]}
+            texts = [row["response"] for run in made for row in shown(run)]
             transform, model = kinds[p["method"]]
             table.append(dict(pairs="policy", model=model, reward=REWARDS[transform], test=None, accuracy=None,
                               stderr=p["stderr"], budget=p["budget"], kl=p["kl"], scorer=p["scorer"],

@@ -133,10 +133,7 @@ def shown(run: str) -> list[dict]:
 def pi_ref(config: Config, M: int) -> tuple[runs.Task, Tensor, list[list[str]]]:
     """The held-out prompts of a run, and M fresh samples of pi_ref for each: their rewards and their texts (P, M)."""
     task = runs.load_task(config, "test")
-    drawn = runs.reference_samples(task, config, M, seed=evaluation.REFERENCE_SEED, name="pi_ref")
-    tokens, lengths = drawn.tokens.flatten(0, 1).tolist(), drawn.mask.sum(-1).flatten().tolist()  # texts aren't cached
-    texts = task.tokenizer.batch_decode([row[:n] for row, n in zip(tokens, lengths)], skip_special_tokens=True)
-    return task, drawn.r_ref, [texts[i : i + M] for i in range(0, len(texts), M)]
+    return task, *evaluation.pi_ref(task, config, M)
 
 
 def scores(folder: Path) -> dict[str, Tensor]:
