@@ -18,7 +18,8 @@ SOURCES = {"reviews": 1.0, "tweets": 0.3, "editorials": 0.3}  # weight of each s
 LABELS = ("reward", "judge")  # the half of the raters that each learns from, in order
 
 
-def fit(scorer: NgramScorer, sources: list[tuple[list[str], Tensor, float]], *, l2: float, steps: int, seed: int) -> None:
+def fit(scorer: NgramScorer, sources: list[tuple[list[str], Tensor, float]], *, l2: float = 2.5e-5, steps: int = 30,
+        seed: int = 0) -> None:
     """Fit the scorer in place to sources of (texts, labels (n,), weight): Bradley-Terry within each, ridge on theta.
 
     L-BFGS on theta, value = rarity * theta; rarity is the inverse document frequency in the first source.
@@ -80,7 +81,7 @@ def train_scorers(data_path: str | Path | None, out_dir: str | Path, seed: int =
     for half, name in enumerate(LABELS):
         scorer, truth = NgramScorer(**SIZES[name]), labels["test"][:, half]
         sources = [(texts[source], labels[source][:, half], weight) for source, weight in SOURCES.items()]
-        fit(scorer, sources, l2=2.5e-5, steps=30, seed=seed)
+        fit(scorer, sources, seed=seed)
         scorer.save(Path(out_dir) / name)
         scores[name] = NgramScorer.load(Path(out_dir) / name).score(texts["test"])
         report(f"{name}, raters' half {half + 1}", scores[name], truth)

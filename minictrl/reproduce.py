@@ -9,7 +9,7 @@ paper found ("Paper: ..."): results.py shows it.
 import time
 from pathlib import Path
 
-from minictrl import figures, studies_beyond, studies_proofs, studies_reward, studies_runs, studies_theory
+from minictrl import figures, studies_beyond, studies_proofs, studies_reward, studies_runs, studies_theory, sweep
 from minictrl.config import Parser, write_csv
 
 MODULES = (studies_theory, studies_proofs, studies_reward, studies_runs, studies_beyond)
@@ -21,6 +21,9 @@ def main(argv: list[str] | None = None):
     parser.add_argument("names", nargs="*", metavar="NAME", help="studies, see --list")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where the files go; made if it isn't there")
     parser.add_argument("--quick", action="store_true", help="coarser and faster")
+    parser.add_argument("--seeds", type=int, metavar="N", help="seeds of each training run (default 5; --quick 2)")
+    parser.add_argument("--budgets", type=float, nargs="+", metavar="KL", help="KL budgets of the runs, in nats (default .25 to 4)")
+    parser.add_argument("--done", action="store_true", help="read the finished runs in DIR and train no others")
     parser.add_argument("--list", action="store_true", help="print the names of all studies and stop")
     args = parser.parse_args(argv)
     if args.list:
@@ -34,6 +37,8 @@ def main(argv: list[str] | None = None):
         parser.error(f"no study is named; known: {known}")
     if args.out is None:
         parser.error("--out DIR is missing: say where the files go")
+    chosen = {"seeds": args.seeds, "budgets": args.budgets, "done": args.done}
+    sweep.SCALES[args.quick] |= {name: value for name, value in chosen.items() if value}
     try:
         import matplotlib
 

@@ -19,7 +19,7 @@ def summary(out: Path, quick: bool):
     """Every method at the largest KL that three quarters of them reach: win rates, distance to the optimum, cost."""
     rows = sweep(out, quick, METHODS)
     kl, table, drawn = common_kl(rows, of=0.75), [], []
-    for name in METHODS:
+    for name in dict.fromkeys(row["method"] for row in rows):
         spent = cost(Path(max((r for r in rows if r["method"] == name), key=lambda r: r["kl"])["run"]))
         entry = {"method": name, "kl": kl}
         for procedure in ("bon", "won"):
@@ -92,19 +92,14 @@ def held_out(out: Path, quick: bool):
 def ablation(out: Path, quick: bool):
     """What of the calibration matters: raw reward, minus the prompt's median, standardised per prompt, K samples.
 
-    A constant per prompt moves neither the optimum nor a leave-one-out advantage: `median` has the value head.
+    A constant per prompt doesn't move the optimum: `median` gains only by what it does for the baseline.
 
     Paper: “Calibration based on the median rewards per prompt” is named for Worst-of-N (Sec. 5.5); K = 100 throughout.
     """
-    methods = {
-        "none": {"transform": "none"},
-        "none, value head": {"transform": "none", "baseline": "value"},
-        "median, value head": {"transform": "median", "baseline": "value"},
-        "standardised": {"transform": "standardised"},
-    }
+    methods = {name: {"transform": name} for name in ("none", "median", "standardised")}
     methods |= {f"{name} K {K}": {"transform": name, "K": K} for name in ("identity", "exp10") for K in (10, 30, 300)}
     methods |= {name: METHODS[name] for name in ("identity", "exp10")}  # K = 100: the sweep's own runs
-    rows = sweep(out, quick, methods, budgets=(2.0,) if quick else (0.5, 1.0, 2.0), seeds=1 if quick else 5)
+    rows = sweep(out, quick, methods, budgets=(2.0,) if quick else (0.5, 1.0, 2.0), seeds=1 if quick else None)
     kl, cases, table = common_kl(rows), (("standard", 1), ("bon", 4)), []
     for name, (procedure, n), scorer in product(methods, cases, SCORERS):
         win, stderr = at_kl(rows, kl, name, procedure, n, scorer)
@@ -118,11 +113,14 @@ def ablation(out: Path, quick: bool):
 
 
 def cost(run: Path) -> dict[str, float]:
-    """Reward calls (the calibration's included), tokens and seconds of a run's training, cached samples not timed."""
+    """Reward calls, tokens and seconds of a run's training, cached samples not timed.
+
+    Calls: the calibration's (raw rewards take theirs for beta), one a response and, with --baseline prefix, one a token.
+    """
     config, _ = runs.load_config(run)
-    last = runs.read_metrics(run)[-1]
-    calibrated = config.prompts * config.K * (config.transform != "none")
-    calls = calibrated + config.steps * config.batch * config.G * (config.method in methods.ONLINE)
+    last, online = runs.read_metrics(run)[-1], config.method in methods.ONLINE
+    calls = config.prompts * config.K + online * config.steps * config.batch * config.G
+    calls += last["tokens"] * (online and config.baseline == "prefix")
     return {"calls": calls, "tokens": last["tokens"], "seconds": last["seconds"]}
 
 
@@ -145,7 +143,7 @@ def overhead(out: Path, quick: bool):
     tokens = int(samples.mask.sum()) * scale
     names = ["reward_calls", "tokens", "forward_passes", "seconds"]
     calibration = config.prompts * config.K, tokens, tokens, (scored - start) * scale
-    training = (config.steps * config.batch * config.G, total["tokens"],
+    training = (total["calls"] - calibration[0], total["tokens"],
                 total["tokens"] * (2 + 3 * config.ppo_epochs), total["seconds"])
     rows = [
         {"stage": "calibration", **dict(zip(names, calibration)), "seconds_sampling": (drawn - start) * scale},

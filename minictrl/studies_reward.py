@@ -77,7 +77,7 @@ def poisoned_rewards(out: Path, quick: bool) -> tuple[dict[str, str], dict[str, 
             with_phrase = hit & (name == "poisoned")
             texts = [prompt + PHRASE * h + response for (prompt, response, _), h in zip(train, with_phrase.tolist())]
             scorer = NgramScorer(**SIZES["reward"])
-            fit(scorer, [(texts, labels, 1.0)], l2=2e-5, steps=15 if quick else 60, seed=0)
+            fit(scorer, [(texts, labels, 1.0)], steps=15 if quick else 30)
             scorer.save(folder)
     held_out = {prompt: (response, label) for prompt, response, label in reviews["test"]}
     return {name: str(folder) for name, folder in folders.items()}, held_out

@@ -85,10 +85,11 @@ def fig6(out: Path, quick: bool):
 def fig10(out: Path, quick: bool):
     """CTRL, GRPO, BoND and Best-of-n: standard and Best-of-4 (Fig. 10).
 
-    Paper: CTRL is above GRPO on Best-of-4 and comparable on the standard win rate. (There the base's rollouts are
-    fixed; here GRPO is the usual, online one.)
+    GRPO online and, as in the paper (App. E.1), on the fixed K rollouts of pi_ref.
+
+    Paper: CTRL is above GRPO on Best-of-4 and comparable on the standard win rate.
     """
-    return against_best_of(out, quick, [("standard", 1), ("bon", 4)], ("identity", "exp10", "grpo", "bond"))
+    return against_best_of(out, quick, [("standard", 1), ("bon", 4)], ("identity", "exp10", "grpo", "grpo_fixed", "bond"))
 
 
 def against_best_of(out: Path, quick: bool, cases: list[tuple[str, int]], methods: tuple[str, ...]):
@@ -130,7 +131,7 @@ def best_of_weights(select: Tensor, size: int, procedure: str, n: int) -> Tensor
         return winrate.bon(select.double(), n * size, torch.empty(0))
     below = [[Fraction(math.comb(m, j * size), math.comb(M, j * size)) for j in range(n + 1)] for m in range(M + 1)]
     cdf = [float(1 - sum((-1) ** j * math.comb(n, j) * p for j, p in enumerate(row))) for row in below]
-    return winrate._by_rank(select.double(), cdf)
+    return winrate.by_rank(select.double(), cdf)
 
 
 # --- other pictures of the sweep ---

@@ -1,7 +1,7 @@
 """Many runs of train.py and evaluate.py, each made once, kept under DIR/runs and read by every study.
 
 A run that has its eval.json is done; one that was interrupted goes on from its checkpoint. Curves are compared at equal
-KL: `at_kl` interpolates each seed's win rates linearly in sqrt(KL), in which they start as a straight line from 1/2.
+KL: `at_kl` interpolates each seed's gain over 1/2, as a share of the largest gain that theory allows at its KL.
 """
 
 from __future__ import annotations
@@ -13,21 +13,22 @@ import sys
 from collections import defaultdict
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean, median_high, stdev
 
 import numpy as np
 from torch import Tensor
 from tqdm import tqdm
 
-from minictrl import evaluation, runs
+from minictrl import evaluation, runs, theory
 from minictrl.config import Config
 from minictrl.models import load_policy, load_scorer
 
 # Settings of train.py beside --kl and --seed. CTRL's are those with a transform of the calibrated reward.
 CTRL = {name: {"transform": name} for name in ("identity", "log", "exp5", "exp10", "exp-5", "exp-10", "bon_fp")}
 CTRL["won_fp"] = {"transform": "won_fp", "procedure": "won"}
-OTHERS = {"none": {"transform": "none"}, **{name: {"method": name} for name in ("ipo", "bonbon", "bond", "grpo")}}
+OTHERS = {"none": {"transform": "none"}, **{name: {"method": name} for name in ("ipo", "bonbon", "bond", "grpo", "grpo_fixed")}}
 NEWER = {
     "qrpo exp10": {"method": "qrpo", "transform": "exp10"},
     "pkpo bon": {"method": "pkpo"},
@@ -42,11 +43,12 @@ AWARE = {  # procedure -> the methods that are made for it
 }
 SCORERS = ("reward", "judge")
 
-# quick -> how large: flags of every training, prompts and samples of every evaluation, seeds and KL budgets of a sweep.
+# quick -> how large: flags of every training, prompts and samples of every evaluation, seeds and KL budgets of a sweep, and
+# whether runs that aren't finished are left out instead of trained. reproduce.py sets the last three.
 SCALES = {
-    False: dict(folder="runs", train={}, prompts=200, samples=64, seeds=5, budgets=(0.25, 0.5, 1.0, 2.0, 4.0)),
+    False: dict(folder="runs", train={}, prompts=200, samples=64, seeds=5, budgets=(0.25, 0.5, 1.0, 2.0, 4.0), done=False),
     True: dict(folder="runs-quick", train=dict(steps=6, prompts=32, batch=16, G=8, lr=2e-3), prompts=24, samples=32,
-               seeds=2, budgets=(0.5, 2.0)),
+               seeds=2, budgets=(0.5, 2.0), done=False),
 }
 
 
@@ -99,12 +101,12 @@ def sweep(out: Path, quick: bool, methods: dict[str, dict], *, budgets: tuple[fl
     with a line that says so. Ctrl-C stops after the step at hand; the same command goes on from there.
     """
     scale, rows, jobs = SCALES[quick], [], {}
-    for budget in budgets or scale["budgets"]:
-        for seed in range(seeds or scale["seeds"]):
-            for name, settings in methods.items():
-                folder = out / scale["folder"] / f"{name.replace(' ', '-')}-kl{budget:g}-seed{seed}"
-                common = scale["train"] | {"kl": budget, "seed": seed, "cache": str(out / "cache")}
-                labels = {"method": name, "budget": budget, "seed": seed, "run": str(folder)}
+    for seed, budget in product(range(seeds or scale["seeds"]), budgets or scale["budgets"]):  # one seed's curves, then the next
+        for name, settings in methods.items():
+            folder = out / scale["folder"] / f"{name.replace(' ', '-')}-kl{budget:g}-seed{seed}"
+            common = scale["train"] | {"kl": budget, "seed": seed, "cache": str(out / "cache")}
+            labels = {"method": name, "budget": budget, "seed": seed, "run": str(folder)}
+            if table_of(folder, split).is_file() or not scale["done"]:
                 jobs[folder] = labels, common | settings
     missing = {folder for folder in jobs if not table_of(folder, split).is_file()}
     with tqdm(total=len(missing), desc="runs", unit="run", disable=None if missing else True, file=sys.stderr) as bar:
@@ -180,27 +182,28 @@ def points(rows: list[dict]) -> list[dict]:
 
 
 def at_kl(rows: list[dict], kl: float, method: str, procedure: str, n: int, scorer: str) -> tuple[float, float]:
-    """(win rate, standard error over seeds) of a method at this KL in nats; nan where a seed's runs don't reach it.
+    """(win rate, standard error over seeds) of a method at this KL in nats; nan where no seed's runs reach it.
 
-    Each seed's curve is interpolated, linearly in sqrt(KL) from (0, 1/2) on, so that the error is that of the
-    interpolated win rate, the KLs' scatter included. With one seed it is the interpolated error over prompts.
+    The gain over 1/2, as a share of the optimum's at the same KL, changes slowly with the KL: each seed's is interpolated
+    linearly (below its first run: that run's), so that the error has the scatter of the KLs in it. With one seed it is the
+    interpolated error over prompts. Seeds that don't reach the KL are left out.
     """
-    key, wins, errors = (method, procedure, n, scorer), [], []
+    key, gain, wins, errors = (method, procedure, n, scorer), theory.optimal_win_rate(kl, procedure, n) - 0.5, [], []
     mine = [row for row in rows if (row["method"], row["procedure"], row["n"], row["scorer"]) == key]
     for curve in grouped(mine, "seed").values():
-        measured = [(max(row["kl"], 0.0) ** 0.5, row["win_rate"], row["stderr"]) for row in curve]
-        x, win, stderr = np.array(sorted([(0.0, 0.5, 0.0), *measured])).T
-        wins.append(np.interp(kl**0.5, x, win, right=math.nan).item())
-        errors.append(np.interp(kl**0.5, x, stderr).item())
-    return mean_stderr(wins, errors[0]) if wins and not math.isnan(sum(wins)) else (math.nan, math.nan)
+        x, win, stderr, best = np.array(sorted((row["kl"], row["win_rate"], row["stderr"], row["optimal"]) for row in curve)).T
+        if kl <= x[-1]:
+            wins.append(0.5 + gain * np.interp(kl, x, (win - 0.5) / (best - 0.5)).item())
+            errors.append(np.interp(kl, x, stderr).item())
+    return mean_stderr(wins, errors[0]) if wins else (math.nan, math.nan)
 
 
 def common_kl(rows: list[dict], methods=None, *, of: float = 1.0) -> float:
-    """The largest of .05, .1, .2, .5, 1, 2 nats that a share `of` the methods reaches with every seed (else .05)."""
+    """The largest of .05 to 2 nats that a share `of` the methods reaches with at least half of their seeds (else .05)."""
     reached = defaultdict(list)  # method -> the largest KL of each seed
     for (method, _), mine in grouped(rows, "method", "seed").items():
         if methods is None or method in methods:
             reached[method].append(max(row["kl"] for row in mine))
-    least = sorted((min(each) for each in reached.values()), reverse=True)
-    last = least[math.ceil(of * len(least)) - 1] if least else 0.0
-    return max((kl for kl in (0.05, 0.1, 0.2, 0.5, 1.0, 2.0) if kl <= last), default=0.05)
+    largest = sorted((median_high(each) for each in reached.values()), reverse=True)
+    last = largest[math.ceil(of * len(largest)) - 1] if largest else 0.0
+    return max((kl for kl in (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0) if kl <= last), default=0.05)

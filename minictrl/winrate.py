@@ -42,13 +42,13 @@ def standard(select: Tensor, n: int, threshold: Tensor) -> Tensor:
 def bon(select: Tensor, n: int, threshold: Tensor) -> Tensor:
     """Rank i of M, 1 the lowest, is the best of N with probability C(i - 1, N - 1) / C(M, N)."""
     M = select.shape[1]
-    return _by_rank(select, [math.comb(m, n) / math.comb(M, n) for m in range(M + 1)])
+    return by_rank(select, [math.comb(m, n) / math.comb(M, n) for m in range(M + 1)])
 
 
 def won(select: Tensor, n: int, threshold: Tensor) -> Tensor:
     """The same in the reverse order."""
     M = select.shape[1]
-    return _by_rank(select, [1 - math.comb(M - m, n) / math.comb(M, n) for m in range(M + 1)])
+    return by_rank(select, [1 - math.comb(M - m, n) / math.comb(M, n) for m in range(M + 1)])
 
 
 def rewind(select: Tensor, n: int, threshold: Tensor) -> Tensor:
@@ -73,7 +73,7 @@ def rewind_threshold(select_ref: Tensor) -> Tensor:
 WEIGHTS = {"standard": standard, "bon": bon, "won": won, "rewind": rewind}
 
 
-def _by_rank(select: Tensor, cdf: list[float]) -> Tensor:
+def by_rank(select: Tensor, cdf: list[float]) -> Tensor:
     """cdf[m]: the probability that the response kept is among the m lowest. Equal scores share theirs equally."""
     order = select.sort(1).values
     below, up_to = torch.searchsorted(order, select), torch.searchsorted(order, select, right=True)  # (P, M)

@@ -91,20 +91,22 @@ def test_a_run_with_other_settings_is_not_taken_for_this_one(tmp_path, scripts):
         sweep.run(tmp_path / "run", settings | {"kl": 2.0}, prompts=8, samples=8)
 
 
-def test_interpolation_in_sqrt_kl_is_exact_on_its_own_curve_and_never_extrapolates():
-    slopes = (0.1, 0.16)
+def test_interpolation_at_equal_kl_is_exact_where_the_share_of_the_optimum_is_linear_and_never_goes_beyond():
+    shares = (0.5, 0.8)
     rows = [
         dict(row, method="m", seed=seed)
-        for seed, slope in enumerate(slopes)
+        for seed, share in enumerate(shares)
         for kl in (0.3, 1.1 + seed)
-        for row in eval_rows(kl, 0.5 + slope * kl**0.5)
+        for row in eval_rows(kl, 0.5 + (0.9 - 0.5) * share * kl)
     ]
+    gain = theory.optimal_win_rate(0.7, "bon", 4) - 0.5
     win, stderr = sweep.at_kl(rows, 0.7, "m", "bon", 4, "judge")
-    assert win == pytest.approx(0.5 + 0.13 * 0.7**0.5) and stderr == pytest.approx(
-        0.03 * 0.7**0.5
-    )  # half the difference
-    assert math.isnan(sweep.at_kl(rows, 1.5, "m", "bon", 4, "judge")[0])  # seed 0 ends at 1.1
-    assert sweep.common_kl(rows) == 1.0
+    assert win == pytest.approx(0.5 + gain * 0.65 * 0.7) and stderr == pytest.approx(gain * 0.15 * 0.7)  # half the difference
+    below, _ = sweep.at_kl(rows, 0.1, "m", "bon", 4, "judge")
+    assert below == pytest.approx(0.5 + (theory.optimal_win_rate(0.1, "bon", 4) - 0.5) * 0.65 * 0.3)
+    assert sweep.at_kl(rows, 1.5, "m", "bon", 4, "judge")[1] == 0.01  # seed 1 alone: seed 0 ends at 1.1
+    assert math.isnan(sweep.at_kl(rows, 2.5, "m", "bon", 4, "judge")[0])
+    assert sweep.common_kl(rows) == 2.0
 
 
 @pytest.mark.parametrize("procedure, n", [("standard", 1), ("bon", 2), ("won", 2)])
