@@ -57,8 +57,8 @@ class Config:
     n: int | None = setting(None, "samples the procedure draws (default 4; rewind: the most draws, 32)")
     method: str = setting("ppo", "algorithm", choices=tuple(METHODS))
     K: int = setting(100, "reference samples a prompt for the calibration, Eq. 12")
-    baseline: str | None = setting(None, "what the reward to go is compared with: a value from the reward of the response so far, "
-                                         "a value head, the mean of other samples (default prefix with this package's "
+    baseline: str | None = setting(None, "what the reward to go is compared with: a value from the reward of the response so "
+                                         "far, a value head, the mean of other samples (default prefix with this package's "
                                          "reward model, else loo)", choices=("prefix", "value", "loo"))
     steps: int | None = setting(None, "policy updates (default: the task's)")
     seed: int = setting(0, "seed of every random draw")
@@ -91,8 +91,8 @@ class Config:
         need(self.kl is None or 0 < self.kl < float("inf"), "kl", "the budget is a positive number of nats")
         need(self.beta is None or 0 < self.beta < float("inf"), "beta", "the KL strength is a positive number")
         for name in ("procedure", "method", "baseline"):
-            known = self.__dataclass_fields__[name].metadata["choices"]
-            need(getattr(self, name) in (*known, self.__dataclass_fields__[name].default), name, f"use one of {', '.join(known)}")
+            known, default = self.__dataclass_fields__[name].metadata["choices"], self.__dataclass_fields__[name].default
+            need(getattr(self, name) in (*known, default), name, f"use one of {', '.join(known)}")
         for name in ("n", "K", "steps", "prompts", "batch", "G", "minibatch", "micro_batch", "ppo_epochs", "max_new_tokens",
                      "max_prompt_tokens"):
             need(getattr(self, name) is None or getattr(self, name) >= 1, name, "use a whole number of at least 1")

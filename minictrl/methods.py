@@ -128,8 +128,8 @@ def bonbon(reference: Reference, *, beta: float, seed: int, **_) -> tuple[Rows, 
 
 
 def grpo_fixed(reference: Reference, *, beta: float, clip: float, **_) -> tuple[Rows, Loss]:
-    """GRPO's first outer iteration, its rollouts pi_ref's K samples (the paper's controlled setting, App. E.1), with the loss as
-    published: the clipped surrogate on standardised rewards, plus k3."""
+    """GRPO's first outer iteration, its rollouts pi_ref's K samples (the paper's controlled setting, App. E.1), with the loss
+    as published: the clipped surrogate on standardised rewards, plus k3."""
     rows = responses(reference) | {"advantages": baselines.grpo_advantages(reference.r_ref).flatten() / beta}
 
     def loss(logprobs, values, rows):

@@ -37,8 +37,8 @@ def check(out: Path, settings: dict, config: Config, *, resume: bool, overwrite:
         stored, _ = load_config(out)
         for name, value in settings.items():
             if name != "out" and value != getattr(stored, name):
-                raise ValueError(f"--{name.replace('_', '-')} {value}: {out} was started with {getattr(stored, name)}; leave it "
-                                 "out to resume, or give another --out")
+                raise ValueError(f"--{name.replace('_', '-')} {value}: {out} was started with {getattr(stored, name)}; "
+                                 "leave it out to resume, or give another --out")
         return stored
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         if not (out / "config.json").is_file():
@@ -217,7 +217,8 @@ def reference_samples(task: Task, config: Config, K: int, *, seed: int, name: st
         samples, r = rollout(task, task.policy, index, num_samples=count, seed=seed, first_sample=first)
         return Reference(r, samples.tokens.int().cpu(), samples.logprobs.cpu(), samples.mask.bool().cpu())
 
-    return cached(draw, task.texts, K, Path(config.cache), reference_key(task, seed), lambda chunks: tqdm(chunks, name, disable=None))
+    key, bar = reference_key(task, seed), lambda chunks: tqdm(chunks, name, disable=None)
+    return cached(draw, task.texts, K, Path(config.cache), key, bar)
 
 
 def reference_key(task: Task, seed: int) -> str:

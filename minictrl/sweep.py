@@ -101,7 +101,7 @@ def sweep(out: Path, quick: bool, methods: dict[str, dict], *, budgets: tuple[fl
     with a line that says so. Ctrl-C stops after the step at hand; the same command goes on from there.
     """
     scale, rows, jobs = SCALES[quick], [], {}
-    for seed, budget in product(range(seeds or scale["seeds"]), budgets or scale["budgets"]):  # one seed's curves, then the next
+    for seed, budget in product(range(seeds or scale["seeds"]), budgets or scale["budgets"]):  # a seed's curves, then more
         for name, settings in methods.items():
             folder = out / scale["folder"] / f"{name.replace(' ', '-')}-kl{budget:g}-seed{seed}"
             common = scale["train"] | {"kl": budget, "seed": seed, "cache": str(out / "cache")}
