@@ -140,6 +140,7 @@ def test_figures_of_the_sweep_and_the_page_come_from_the_same_runs(tmp_path, scr
     kept = {name: sweep.METHODS[name] for name in ("none", "identity", "exp10")}
     monkeypatch.setattr(studies_runs, "METHODS", kept)
     monkeypatch.setattr(theory, "optimal_win_rate", lambda kl, procedure, n: 0.9)
+    monkeypatch.setitem(sweep.SCALES, True, dict(sweep.SCALES[True]))  # --seeds and the like change it
     reproduce.main(["fig4", "which_t", "--quick", "--out", str(tmp_path)])
     assert len(scripts) == 3 * 4
     rows = list(csv.DictReader(open(tmp_path / "fig4.csv")))
@@ -147,6 +148,9 @@ def test_figures_of_the_sweep_and_the_page_come_from_the_same_runs(tmp_path, scr
     results.main([str(tmp_path)])
     page = (tmp_path / "RESULTS.md").read_text()
     assert "fig4.png" in page and "| none |" in page and "fig5" not in page
+    reproduce.main(["fig4", "--quick", "--out", str(tmp_path), "--seeds", "3", "--budgets", "0.5", "--done"])
+    rows = list(csv.DictReader(open(tmp_path / "fig4.csv")))
+    assert len(scripts) == 3 * 4 and {row["seeds"] for row in rows} == {"2"} and {row["budget"] for row in rows} == {"0.5"}
 
 
 def test_fig3_on_the_command_line(tmp_path):
