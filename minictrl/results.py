@@ -40,7 +40,7 @@ def percent(win: float, stderr: float) -> str:
 
 def at_equal_kl(rows: list[dict]) -> tuple[str, list[dict]]:
     """Every method at the largest KL that three quarters of them reach; those made for the procedure and the others."""
-    rows = [row | {"seed": 0, "n": int(row["n"])} for row in rows]  # means over seeds: one curve
+    rows = [row | {"n": int(row["n"])} for row in rows]
     kl, table, said = common_kl(rows, of=0.75), {row["method"]: {"method": row["method"]} for row in rows}, []
     for (procedure, n), scorer in [(case, s) for case in grouped(rows, "procedure", "n") for s in SCORERS]:
         found = {method: at_kl(rows, kl, method, procedure, n, scorer) for method in table}
@@ -137,7 +137,7 @@ def page(folder: Path, at: Path) -> str:
     if not done:
         raise ValueError(f"{folder}: holds no study; run python -m minictrl.reproduce NAME --out {folder} first")
     parts = ["# Results\n\nMade by `python -m minictrl.results`. Win rates over pi_ref on held-out prompts, ± one "
-             "standard error over seeds. At equal KL: interpolated linearly in sqrt(KL) between a method's runs.\n"]
+             "standard error. At equal KL: regressed on the KL over a method's runs of all seeds (`sweep.at_kl`).\n"]
     for name in done:
         picture = os.path.relpath(folder / f"{name}.png", at.parent)
         parts.append(section(name, read(folder / f"{name}.csv"), picture))

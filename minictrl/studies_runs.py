@@ -15,7 +15,7 @@ from statistics import fmean
 import torch
 from torch import Tensor
 
-from minictrl import runs, theory, winrate
+from minictrl import evaluation, runs, theory, winrate
 from minictrl.config import Config
 from minictrl.figures import KL, WIN_RATE, errorbars, panels, title, tradeoff
 from minictrl.models import load_scorer
@@ -37,7 +37,7 @@ def curves(axis, table: list[dict], methods, procedure: str, n: int, scorer: str
 
 
 def against_kl(rows: list[dict], cases: list[tuple[str, int]], methods: tuple[str, ...] | None = None):
-    """A column for each (procedure, n), a row for each scorer; the table has every method of the rows.
+    """A column for each (procedure, n), a row for each scorer, with means over seeds; the table has every run.
 
     methods: those drawn (default: those made for the procedure, and those made for none).
     """
@@ -45,7 +45,8 @@ def against_kl(rows: list[dict], cases: list[tuple[str, int]], methods: tuple[st
     for axis, (scorer, (procedure, n)) in zip(axes, product(SCORERS, cases)):
         drawn = methods or dict.fromkeys([*AWARE[procedure], "identity", *OTHERS])
         curves(axis, table, drawn, procedure, n, scorer)
-    return [p for p in table if (p["procedure"], p["n"]) in cases], figure
+    kept = ("method", "budget", "seed", *evaluation.FIELDS)
+    return [{name: row.get(name) for name in kept} for row in rows if (row["procedure"], row["n"]) in cases], figure
 
 
 def fig4(out: Path, quick: bool):

@@ -1,7 +1,7 @@
 """Many runs of train.py and evaluate.py, each made once, kept under DIR/runs and read by every study.
 
 A run that has its eval.json is done; one that was interrupted goes on from its checkpoint. Curves are compared at equal
-KL: `at_kl` interpolates each seed's gain over 1/2, as a share of the largest gain that theory allows at its KL.
+KL: `at_kl` regresses the gain over 1/2, as a share of the largest gain that theory allows at a run's KL, on the KL.
 """
 
 from __future__ import annotations
@@ -182,20 +182,26 @@ def points(rows: list[dict]) -> list[dict]:
 
 
 def at_kl(rows: list[dict], kl: float, method: str, procedure: str, n: int, scorer: str) -> tuple[float, float]:
-    """(win rate, standard error over seeds) of a method at this KL in nats; nan where no seed's runs reach it.
+    """(win rate, standard error) of a method at this KL in nats, from its runs, of all seeds, between half and twice the KL.
 
-    The gain over 1/2, as a share of the optimum's at the same KL, changes slowly with the KL: each seed's is interpolated
-    linearly (below its first run: that run's), so that the error has the scatter of the KLs in it. With one seed it is the
-    interpolated error over prompts. Seeds that don't reach the KL are left out.
+    The gain over 1/2, as a share of the optimum's at the same KL, changes slowly: it is regressed on log KL. The error is that
+    of the regression, so the scatter of the seeds; of one run or two, that over prompts. nan more than a tenth beyond the runs.
     """
-    key, gain, wins, errors = (method, procedure, n, scorer), theory.optimal_win_rate(kl, procedure, n) - 0.5, [], []
-    mine = [row for row in rows if (row["method"], row["procedure"], row["n"], row["scorer"]) == key]
-    for curve in grouped(mine, "seed").values():
-        x, win, stderr, best = np.array(sorted((row["kl"], row["win_rate"], row["stderr"], row["optimal"]) for row in curve)).T
-        if kl <= x[-1]:
-            wins.append(0.5 + gain * np.interp(kl, x, (win - 0.5) / (best - 0.5)).item())
-            errors.append(np.interp(kl, x, stderr).item())
-    return mean_stderr(wins, errors[0]) if wins else (math.nan, math.nan)
+    key = method, procedure, n, scorer
+    mine = [row for row in rows if (row["method"], row["procedure"], row["n"], row["scorer"]) == key and
+            kl / 2 <= row["kl"] <= 2 * kl]
+    x = np.log([row["kl"] / kl for row in mine])  # 0 at the KL asked for
+    if not (mine and x.min() - 0.1 <= 0 <= x.max() + 0.1):
+        return math.nan, math.nan
+    share = np.array([(row["win_rate"] - 0.5) / (row["optimal"] - 0.5) for row in mine])
+    dx, gain = x - x.mean(), theory.optimal_win_rate(kl, procedure, n) - 0.5
+    spread = max(dx @ dx, 1e-12)
+    slope = dx @ share / spread
+    win_rate = 0.5 + gain * (share.mean() - slope * x.mean()).item()
+    if len(mine) <= 2:
+        return win_rate, fmean(row["stderr"] for row in mine)
+    left = share - share.mean() - slope * dx
+    return win_rate, gain * (left @ left / (len(mine) - 2) * (1 / len(mine) + x.mean() ** 2 / spread)).item() ** 0.5
 
 
 def common_kl(rows: list[dict], methods=None, *, of: float = 1.0) -> float:

@@ -91,22 +91,26 @@ def test_a_run_with_other_settings_is_not_taken_for_this_one(tmp_path, scripts):
         sweep.run(tmp_path / "run", settings | {"kl": 2.0}, prompts=8, samples=8)
 
 
-def test_interpolation_at_equal_kl_is_exact_where_the_share_of_the_optimum_is_linear_and_never_goes_beyond():
-    shares = (0.5, 0.8)
-    rows = [
+def test_at_equal_kl_the_share_of_the_optimum_is_regressed_on_log_kl_with_the_error_of_least_squares():
+    kls, noise = (0.6, 0.9, 1.0, 1.3, 1.9), (0.01, -0.02, 0.0, 0.02, -0.01)
+    share = lambda kl: 0.8 + 0.1 * math.log(kl)  # noqa: E731
+    runs_of = lambda noise: [  # noqa: E731
         dict(row, method="m", seed=seed)
-        for seed, share in enumerate(shares)
-        for kl in (0.3, 1.1 + seed)
-        for row in eval_rows(kl, 0.5 + (0.9 - 0.5) * share * kl)
+        for seed, (kl, e) in enumerate(zip(kls, noise))
+        for row in eval_rows(kl, 0.5 + 0.4 * (share(kl) + e))
     ]
-    gain = theory.optimal_win_rate(0.7, "bon", 4) - 0.5
-    win, stderr = sweep.at_kl(rows, 0.7, "m", "bon", 4, "judge")
-    assert win == pytest.approx(0.5 + gain * 0.65 * 0.7) and stderr == pytest.approx(gain * 0.15 * 0.7)  # half the difference
-    below, _ = sweep.at_kl(rows, 0.1, "m", "bon", 4, "judge")
-    assert below == pytest.approx(0.5 + (theory.optimal_win_rate(0.1, "bon", 4) - 0.5) * 0.65 * 0.3)
-    assert sweep.at_kl(rows, 1.5, "m", "bon", 4, "judge")[1] == 0.01  # seed 1 alone: seed 0 ends at 1.1
-    assert math.isnan(sweep.at_kl(rows, 2.5, "m", "bon", 4, "judge")[0])
-    assert sweep.common_kl(rows) == 2.0
+    gain = theory.optimal_win_rate(1.2, "bon", 4) - 0.5
+    win, stderr = sweep.at_kl(runs_of([0.0] * 5), 1.2, "m", "bon", 4, "judge")
+    assert win == pytest.approx(0.5 + gain * share(1.2)) and stderr < 1e-9
+    win, stderr = sweep.at_kl(runs_of(noise), 1.2, "m", "bon", 4, "judge")
+    X = torch.tensor([[1, math.log(kl / 1.2)] for kl in kls], dtype=torch.float64)
+    y = torch.tensor([share(kl) + e for kl, e in zip(kls, noise)], dtype=torch.float64)
+    fit = torch.linalg.lstsq(X, y).solution
+    variance = (y - X @ fit).square().sum() / 3 * torch.linalg.inv(X.T @ X)[0, 0]
+    assert win == pytest.approx(0.5 + gain * fit[0].item()) and stderr == pytest.approx(gain * variance.item() ** 0.5)
+    assert sweep.at_kl(runs_of(noise)[: 2 * 14], 0.8, "m", "bon", 4, "judge")[1] == pytest.approx(0.01)  # over prompts
+    assert math.isnan(sweep.at_kl(runs_of(noise), 2.2, "m", "bon", 4, "judge")[0])  # beyond 1.9
+    assert math.isnan(sweep.at_kl(runs_of(noise), 0.3, "m", "bon", 4, "judge")[0])
 
 
 @pytest.mark.parametrize("procedure, n", [("standard", 1), ("bon", 2), ("won", 2)])
@@ -144,13 +148,13 @@ def test_figures_of_the_sweep_and_the_page_come_from_the_same_runs(tmp_path, scr
     reproduce.main(["fig4", "which_t", "--quick", "--out", str(tmp_path)])
     assert len(scripts) == 3 * 4
     rows = list(csv.DictReader(open(tmp_path / "fig4.csv")))
-    assert len(rows) == 3 * 2 * 3 * 2 and {row["seeds"] for row in rows} == {"2"}
+    assert len(rows) == 3 * 2 * 2 * 3 * 2 and {row["seed"] for row in rows} == {"0", "1"}
     results.main([str(tmp_path)])
     page = (tmp_path / "RESULTS.md").read_text()
     assert "fig4.png" in page and "| none |" in page and "fig5" not in page
     reproduce.main(["fig4", "--quick", "--out", str(tmp_path), "--seeds", "3", "--budgets", "0.5", "--done"])
     rows = list(csv.DictReader(open(tmp_path / "fig4.csv")))
-    assert len(scripts) == 3 * 4 and {row["seeds"] for row in rows} == {"2"} and {row["budget"] for row in rows} == {"0.5"}
+    assert len(scripts) == 3 * 4 and {(row["seed"], row["budget"]) for row in rows} == {("0", "0.5"), ("1", "0.5")}
 
 
 def test_fig3_on_the_command_line(tmp_path):
