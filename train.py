@@ -16,7 +16,7 @@ from pathlib import Path
 
 from minictrl.config import Config, Parser, run_script
 
-CHECKPOINT = 20  # seconds between checkpoints, at least
+CHECKPOINT = 20  # seconds between checkpoints, at least; 20 times what one takes, if that is more
 
 
 def read_arguments(argv=None) -> tuple[dict, bool, bool]:
@@ -74,8 +74,8 @@ def main(argv=None):
         loss = partial(methods.online_loss, clip=config.clip)
     else:
         epoch, loss = methods.OFFLINE[config.method](reference, Phi=Phi, beta=beta, clip=config.clip, seed=config.seed)
-    saved = time.time()
-    with runs.Interrupt() as interrupt, open(out / "metrics.jsonl", "a") as metrics, \
+    saved, pause = time.time(), CHECKPOINT
+    with runs.Interrupt() as interrupt, open(out / "metrics.jsonl", "a", buffering=1) as metrics, \
             tqdm(range(first_step, config.steps), "train", initial=first_step, total=config.steps, disable=None) as bar:
         for step in bar:
             began, seed = time.time(), config.seed * 1_000_003 + step + 1
@@ -106,10 +106,11 @@ def main(argv=None):
             metrics.write(json.dumps(row) + "\n")
             bar.set_postfix_str(" ".join(f"{name} {row[name]:.3f}" for name in ("C_hat", "kl_ref") if online)
                                 + f" tok/s {row['tok_per_s']}")
-            if interrupt.asked or time.time() - saved > CHECKPOINT or step + 1 == config.steps:
-                metrics.flush()
+            if interrupt.asked or time.time() - saved > pause or step + 1 == config.steps:
+                began = time.time()
                 runs.save_checkpoint(out, learner, step=step + 1, tokens=tokens, seconds=seconds)
                 saved = time.time()
+                pause = max(CHECKPOINT, 20 * (saved - began))
             if interrupt.asked:
                 print(f"stopped after step {step + 1}; go on with: python train.py --resume --out {out}")
                 return 130
