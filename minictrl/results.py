@@ -39,9 +39,9 @@ def percent(win: float, stderr: float) -> str:
 
 
 def at_equal_kl(rows: list[dict]) -> tuple[str, list[dict]]:
-    """Every method at the largest KL that three quarters of them reach; those made for the procedure and the others."""
+    """Every method at the KL where most have runs; those made for the procedure and the others."""
     rows = [row | {"n": int(row["n"])} for row in rows]
-    kl, table, said = common_kl(rows, of=0.75), {row["method"]: {"method": row["method"]} for row in rows}, []
+    kl, table, said = common_kl(rows), {row["method"]: {"method": row["method"]} for row in rows}, []
     for (procedure, n), scorer in [(case, s) for case in grouped(rows, "procedure", "n") for s in SCORERS]:
         found = {method: at_kl(rows, kl, method, procedure, n, scorer) for method in table}
         for method, win_rate in found.items():

@@ -16,9 +16,9 @@ from minictrl.sweep import METHODS, SCALES, SCORERS, at_kl, common_kl, points, s
 
 
 def summary(out: Path, quick: bool):
-    """Every method at the largest KL that three quarters of them reach: win rates, distance to the optimum, cost."""
+    """Every method at the KL where most have runs: win rates, distance to the optimum, cost."""
     rows = sweep(out, quick, METHODS)
-    kl, table, drawn = common_kl(rows, of=0.75), [], []
+    kl, table, drawn = common_kl(rows), [], []
     for name in dict.fromkeys(row["method"] for row in rows):
         spent = cost(Path(max((r for r in rows if r["method"] == name), key=lambda r: r["kl"])["run"]))
         entry = {"method": name, "kl": kl}

@@ -11,11 +11,12 @@ import json
 import math
 import sys
 from collections import defaultdict
+from collections.abc import Iterable
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
-from statistics import fmean, median_high, stdev
+from statistics import fmean, stdev
 
 import numpy as np
 from torch import Tensor
@@ -204,12 +205,11 @@ def at_kl(rows: list[dict], kl: float, method: str, procedure: str, n: int, scor
     return win_rate, gain * (left @ left / (len(mine) - 2) * (1 / len(mine) + x.mean() ** 2 / spread)).item() ** 0.5
 
 
-def common_kl(rows: list[dict], methods=None, *, of: float = 1.0) -> float:
-    """The largest of .05 to 2 nats that a share `of` the methods reaches with at least half of their seeds (else .05)."""
-    reached = defaultdict(list)  # method -> the largest KL of each seed
-    for (method, _), mine in grouped(rows, "method", "seed").items():
-        if methods is None or method in methods:
-            reached[method].append(max(row["kl"] for row in mine))
-    largest = sorted((median_high(each) for each in reached.values()), reverse=True)
-    last = largest[math.ceil(of * len(largest)) - 1] if largest else 0.0
-    return max((kl for kl in (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0) if kl <= last), default=0.05)
+def common_kl(rows: list[dict], methods: Iterable[str] | None = None) -> float:
+    """Of .1 to 2 nats, the KL at which most of the methods (default: all) have runs to compare; of several the largest."""
+    case = rows[0]["procedure"], rows[0]["n"], rows[0]["scorer"]
+    names = methods or {row["method"] for row in rows}
+
+    def compared(kl: float) -> int:
+        return sum(not math.isnan(at_kl(rows, kl, name, *case)[0]) for name in names)
+    return max((0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0), key=lambda kl: (compared(kl), kl))
