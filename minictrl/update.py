@@ -41,8 +41,9 @@ class Learner:
 def make_learner(policy: nn.Module, *, value_head: bool, mean_return: float) -> Learner:
     """Policy, value head and their optimizer. The value head starts at the mean return of pi_ref, whatever the state.
 
-    Gradients are clipped to a norm of 1 over all parameters, so one of 2e-4 is small: Adam's eps keeps it from being blown
-    up to a full step. The rows of rare tokens in the embedding have such gradients, and the noise would cost KL.
+    Gradients are clipped to a norm of 1 over all P parameters, 1 / sqrt(P) for each if they are alike. Adam's eps, about a quarter
+    of that, keeps smaller ones from being blown up to a full step: the rows of rare tokens in the embedding have such gradients,
+    and the noise would cost KL.
     """
     head = None
     if value_head:
@@ -50,7 +51,8 @@ def make_learner(policy: nn.Module, *, value_head: bool, mean_return: float) -> 
         nn.init.zeros_(head.weight)
         nn.init.constant_(head.bias, mean_return)
     parameters = [*policy.parameters(), *(head.parameters() if head else ())]
-    return Learner(policy, head, torch.optim.AdamW(parameters, betas=(.9, .95), eps=2e-4, weight_decay=0., fused=True))
+    eps = 0.23 / sum(p.numel() for p in parameters) ** .5
+    return Learner(policy, head, torch.optim.AdamW(parameters, betas=(.9, .95), eps=eps, weight_decay=0., fused=True))
 
 
 def forward(model: nn.Module, value_head: nn.Module | None, rows: Rows) -> tuple[Tensor, Tensor | None]:
