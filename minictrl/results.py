@@ -41,7 +41,10 @@ def percent(win: float, stderr: float) -> str:
 def at_equal_kl(rows: list[dict]) -> tuple[str, list[dict]]:
     """Every method at the KL where most have runs; those made for the procedure and the others."""
     rows = [row | {"n": int(row["n"])} for row in rows]
-    kl, table, said = common_kl(rows), {row["method"]: {"method": row["method"]} for row in rows}, []
+    kl, table, said = common_kl(rows), {}, []
+    for method, mine in grouped(rows, "method").items():
+        near = {(row["seed"], row["budget"]) for row in mine if kl / 2 <= row["kl"] <= 2 * kl}  # those of at_kl
+        table[method[0]] = {"method": method[0], "runs": len(near)}
     for (procedure, n), scorer in [(case, s) for case in grouped(rows, "procedure", "n") for s in SCORERS]:
         found = {method: at_kl(rows, kl, method, procedure, n, scorer) for method in table}
         for method, win_rate in found.items():
@@ -54,7 +57,7 @@ def at_equal_kl(rows: list[dict]) -> tuple[str, list[dict]]:
             gain, error = found[ours][0] - found[other][0], math.hypot(found[ours][1], found[other][1])
             said.append(f"{title(procedure, n)} by {scorer}: {ours} against {other}, the best of the others, "
                         f"{100 * gain:+.1f} ± {100 * error:.1f} points")
-    return f"At {kl:g} nats: {'; '.join(said)}.", list(table.values())
+    return f"At a KL of {kl:g}: {'; '.join(said)}.", list(table.values())
 
 
 def miscalibration(rows: list[dict]) -> tuple[str, list[dict]]:
@@ -125,7 +128,7 @@ def section(name: str, rows: list[dict], picture: str) -> str:
     what, _, paper = inspect.getdoc(STUDIES[name]).partition("Paper: ")
     paper = " ".join(paper.split()) or "not in it."
     ours, table = FINDINGS[name](rows)
-    cells = [[f"{x:.3g}" if isinstance(x, float) else x or "–" for x in row.values()] for row in table]
+    cells = [[f"{x:.3g}" if isinstance(x, float) else str(x or "–") for x in row.values()] for row in table]
     lines = ["| " + " | ".join(line) + " |" for line in (table[0], ["---"] * len(table[0]), *cells)]
     return (f"## {name}: {what.splitlines()[0]}\n\n*Paper:* {paper}\n\n*Here:* {ours}\n\n"
             f"![{name}]({picture})\n\n<details><summary>Table</summary>\n\n" + "\n".join(lines) + "\n\n</details>\n")
