@@ -16,7 +16,7 @@ from pathlib import Path
 from minictrl.config import Parser, run_script
 from minictrl.figures import title
 from minictrl.reproduce import STUDIES
-from minictrl.sweep import AWARE, SCORERS, at_kl, common_kl, grouped
+from minictrl.sweep import AWARE, SCORERS, at_kl, common_kl, grouped, near
 
 Finding = Callable[[list[dict]], tuple[str, list[dict]]]  # rows of the CSV -> a sentence, and the rows to show
 
@@ -43,8 +43,7 @@ def at_equal_kl(rows: list[dict]) -> tuple[str, list[dict]]:
     rows = [row | {"n": int(row["n"])} for row in rows]
     kl, table, said = common_kl(rows), {}, []
     for method, mine in grouped(rows, "method").items():
-        near = {(row["seed"], row["budget"]) for row in mine if kl / 2 <= row["kl"] <= 2 * kl}  # those of at_kl
-        table[method[0]] = {"method": method[0], "runs": len(near)}
+        table[method[0]] = {"method": method[0], "runs": len({(row["seed"], row["budget"]) for row in near(mine, kl)})}
     for (procedure, n), scorer in [(case, s) for case in grouped(rows, "procedure", "n") for s in SCORERS]:
         found = {method: at_kl(rows, kl, method, procedure, n, scorer) for method in table}
         for method, win_rate in found.items():

@@ -175,11 +175,16 @@ def points(rows: list[dict]) -> list[dict]:
         column = {name: [row[name] for row in group] for name in group[0]}
         kl, kl_stderr = mean_stderr(column["kl"], column["kl_stderr"][0])
         win, stderr = mean_stderr(column["win_rate"], column["stderr"][0])
-        theory = None if None in column["theory"] else fmean(column["theory"])
+        expected = None if None in column["theory"] else fmean(column["theory"])
         found.append(dict(zip(names, key)) | dict(
             kl=kl, kl_stderr=kl_stderr, win_rate=win, stderr=stderr, stderr_prompts=fmean(column["stderr"]),
-            theory=theory, optimal=fmean(column["optimal"]), seeds=len(group)))
+            theory=expected, optimal=fmean(column["optimal"]), seeds=len(group)))
     return found
+
+
+def near(rows: list[dict], kl: float) -> list[dict]:
+    """The rows of runs between half and twice a KL."""
+    return [row for row in rows if kl / 2 <= row["kl"] <= 2 * kl]
 
 
 def at_kl(rows: list[dict], kl: float, method: str, procedure: str, n: int, scorer: str) -> tuple[float, float]:
@@ -189,8 +194,7 @@ def at_kl(rows: list[dict], kl: float, method: str, procedure: str, n: int, scor
     of the regression, so the scatter of the seeds; of one run or two, that over prompts. nan more than a tenth beyond the runs.
     """
     key = method, procedure, n, scorer
-    mine = [row for row in rows if (row["method"], row["procedure"], row["n"], row["scorer"]) == key and
-            kl / 2 <= row["kl"] <= 2 * kl]
+    mine = [row for row in near(rows, kl) if (row["method"], row["procedure"], row["n"], row["scorer"]) == key]
     x = np.log([row["kl"] / kl for row in mine])  # 0 at the KL asked for
     if not (mine and x.min() - 0.1 <= 0 <= x.max() + 0.1):
         return math.nan, math.nan
