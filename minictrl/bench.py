@@ -35,7 +35,7 @@ from minictrl.data import load_prompts
 from minictrl.models import load_policy, render, resolve_device
 from minictrl.runs import load_task, read_metrics, rollout
 from minictrl.sampling import encode_prompts, left_pad, sample
-from minictrl.sweep import script
+from minictrl.studies.sweep import script
 
 K, T = 100, 24  # samples a prompt, as in calibration; the longest response
 BATCH = {f.name: f.default for f in fields(Config)}  # responses of a step, of an optimizer step: train.py's

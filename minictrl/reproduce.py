@@ -9,11 +9,11 @@ paper found ("Paper: ..."): results.py shows it.
 import time
 from pathlib import Path
 
-from minictrl import figures, studies_beyond, studies_proofs, studies_reward, studies_runs, studies_theory, sweep
+from minictrl import figures
 from minictrl.config import Parser, write_csv
+from minictrl.studies import beyond, proofs, reward, runs, sweep, theory
 
-MODULES = (studies_theory, studies_proofs, studies_reward, studies_runs, studies_beyond)
-STUDIES = {study.__name__: study for module in MODULES for study in module.STUDIES}
+STUDIES = {study.__name__: study for module in (theory, proofs, reward, runs, beyond) for study in module.STUDIES}
 
 
 def main(argv: list[str] | None = None):

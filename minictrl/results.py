@@ -16,7 +16,7 @@ from pathlib import Path
 from minictrl.config import Parser, run_script
 from minictrl.figures import title
 from minictrl.reproduce import STUDIES
-from minictrl.sweep import AWARE, SCORERS, at_kl, common_kl, grouped, near
+from minictrl.studies.sweep import AWARE, SCORERS, at_kl, common_kl, grouped, near
 
 Finding = Callable[[list[dict]], tuple[str, list[dict]]]  # rows of the CSV -> a sentence, and the rows to show
 

@@ -3,12 +3,13 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "minictrl"
 LAYERS = [  # a module imports from lower layers only
-    {"config", "hub", "ratings", "cells", "calibration", "ppo", "baselines", "kvcache"},
+    {"config", "hub", "cells", "calibration", "ppo", "baselines", "kvcache", "pretrain.ratings"},
     {"winrate", "theory", "data", "sampling", "scorers", "reference"},
     {"transforms", "scoring", "update"}, {"judge"}, {"models"}, {"runs", "methods"}, {"evaluation"}, {"figures", "trl"},
-    {"pretrain_policy", "pretrain_scorers", "pretrain_hub", "sweep"}, {"pretrain", "bench_scaling"},
-    {"studies_theory", "studies_proofs", "studies_runs", "studies_reward"}, {"studies_beyond"}, {"reproduce", "bench"},
+    {"pretrain.policy", "pretrain.scorers", "pretrain.hub", "studies.sweep", "bench_scaling"}, {"pretrain.__main__"},
+    {"studies.theory", "studies.proofs", "studies.runs", "studies.reward"}, {"studies.beyond"}, {"reproduce", "bench"},
     {"results"}]
+FOLDERS = {"pretrain", "studies"}
 MATH = {"theory", "transforms", "calibration", "winrate", "ppo", "baselines", "cells"}
 
 
@@ -17,15 +18,17 @@ def imports(path: Path) -> set[str]:
     found = set()
     for node in ast.parse(path.read_text()).body:
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "minictrl":
-            found |= {node.module.split(".")[1]} if "." in node.module else {alias.name for alias in node.names}
+            package, names = node.module.removeprefix("minictrl").strip("."), [alias.name for alias in node.names]
+            found |= {package} if package and package not in FOLDERS else {f"{package}.{name}".strip(".") for name in names}
     return found
 
 
 def test_a_module_imports_from_lower_layers_only():
     level = {name: i for i, names in enumerate(LAYERS) for name in names}
-    for path in PACKAGE.glob("[!_]*.py"):
+    for path in (path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py"):
+        module = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
         for name in imports(path):
-            assert level[name] < level[path.stem], f"{path.stem} imports {name}"
+            assert level[name] < level[module], f"{module} imports {name}"
 
 
 def test_the_math_takes_tensors_and_never_a_model_or_a_config():

@@ -6,9 +6,10 @@ import pytest
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from minictrl import pretrain, ratings
 from minictrl.data import ASSETS, load_prompts
-from minictrl.pretrain_policy import RATINGS, perplexity, train_policy
+from minictrl.pretrain import __main__ as pretrain
+from minictrl.pretrain import ratings
+from minictrl.pretrain.policy import RATINGS, perplexity, train_policy
 
 
 def test_no_prompt_is_in_two_splits_and_none_is_a_whole_review():

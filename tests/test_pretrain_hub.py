@@ -8,7 +8,7 @@ import torch
 from transformers import GPT2LMHeadModel
 
 from minictrl.models import load_policy, load_scorer
-from minictrl.pretrain_hub import pair_accuracy, train_pairs_task
+from minictrl.pretrain.hub import pair_accuracy, train_pairs_task
 from test_models import GPT2, save
 
 WORDS = {"chosen": ("kind", "good", "nice"), "rejected": ("rude", "poor", "dull")}

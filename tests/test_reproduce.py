@@ -4,7 +4,9 @@ import csv
 
 import pytest
 
-from minictrl import figures, reproduce, studies_proofs, studies_theory
+from minictrl import figures, reproduce, theory
+from minictrl.studies import proofs
+from minictrl.studies import theory as studies_theory
 
 pytest.importorskip("matplotlib")
 
@@ -54,26 +56,26 @@ def test_fixed_points_are_on_the_frontier_of_fig2_and_nothing_is_above(tmp_path)
 
 def test_every_claim_of_the_paper_that_should_hold_does(tmp_path):
     """Ties break Lemmas 4 and 5, as the paper says; Theorem 5 needs the other KL, as it doesn't."""
-    rows, _ = studies_proofs.lemmas(tmp_path, quick=True)
+    rows, _ = proofs.lemmas(tmp_path, quick=True)
     fails = {row["claim"] for row in rows if row["holds"] == "no"}
     assert fails == {"Lemma 4, 10 values, tied", "Lemma 5, 10 values, tied", "Theorem 5, KL(pi || p), as written"}
 
 
 @pytest.mark.parametrize("procedure, n", [("standard", 1), ("bon", 2), ("bon", 8), ("won", 2), ("rewind", 32)])
 def test_tabular_em_reaches_the_optimum_of_direct_ascent(procedure, n):
-    pi_ref, level, ref = studies_proofs.tabular_prompt(5, responses=20, values=8)
-    win_rate = lambda pi: studies_proofs.tied_win_rate(pi, level, ref, procedure, n)  # noqa: E731
-    direct = studies_proofs.direct_ascent(win_rate, pi_ref, 0.1)
-    best = studies_proofs.theory.ascend(procedure, n, ref, beta=0.1)
-    objective = studies_proofs.value(direct, pi_ref, win_rate(direct), 0.1).item()
+    pi_ref, level, ref = proofs.tabular_prompt(5, responses=20, values=8)
+    win_rate = lambda pi: proofs.tied_win_rate(pi, level, ref, procedure, n)  # noqa: E731
+    direct = proofs.direct_ascent(win_rate, pi_ref, 0.1)
+    best = theory.ascend(procedure, n, ref, beta=0.1)
+    objective = proofs.value(direct, pi_ref, win_rate(direct), 0.1).item()
     assert best.win_rate - 0.1 * best.kl == pytest.approx(objective, abs=1e-6)  # L-BFGS's plateau
     if procedure == "bon" and n == 2:  # the same optimum as E[max over N of g], summed over all pairs
-        summed = studies_proofs.direct_ascent(studies_proofs.max_at_n(pi_ref, level, procedure, n), pi_ref, 0.1)
+        summed = proofs.direct_ascent(proofs.max_at_n(pi_ref, level, procedure, n), pi_ref, 0.1)
         assert (summed - direct).abs().sum() < 1e-4
 
 
 def test_the_best_policy_for_an_unknown_n_is_the_best_for_the_mix():
-    win = lambda mass, ref: studies_theory.theory.mass_win_rate(mass, ref, studies_theory.any_n, 8).item()  # noqa: E731
-    policy = studies_theory.theory.policy_at_kl
+    win = lambda mass, ref: theory.mass_win_rate(mass, ref, studies_theory.any_n, 8).item()  # noqa: E731
+    policy = theory.policy_at_kl
     best = win(*policy("optimal", 1.0, studies_theory.any_n, 8))
     assert all(win(*policy("optimal", 1.0, "bon", N)) < best - 1e-4 for N in (1, 2, 4, 8))

@@ -9,7 +9,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from minictrl import reproduce, results, studies_reward, studies_runs, sweep, theory
+from minictrl import reproduce, results, theory
+from minictrl.studies import reward as studies_reward
+from minictrl.studies import runs as studies_runs
+from minictrl.studies import sweep
 
 pytest.importorskip("matplotlib")
 

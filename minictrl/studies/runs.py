@@ -19,8 +19,8 @@ from minictrl import evaluation, runs, theory, winrate
 from minictrl.config import Config
 from minictrl.figures import KL, WIN_RATE, errorbars, panels, title, tradeoff
 from minictrl.models import load_scorer
-from minictrl.sweep import AWARE, METHODS, OTHERS, SCORERS, at_kl, common_kl, grouped, mean_stderr, pi_ref, points
-from minictrl.sweep import scores, shown, sweep
+from minictrl.studies.sweep import AWARE, METHODS, OTHERS, SCORERS, at_kl, common_kl, grouped, mean_stderr, pi_ref, points
+from minictrl.studies.sweep import scores, shown, sweep
 
 
 # --- win rate against KL ---

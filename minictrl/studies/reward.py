@@ -19,10 +19,10 @@ from minictrl.calibration import calibrated_reward
 from minictrl.config import Config
 from minictrl.figures import KL, WIN_RATE, errorbars, panels
 from minictrl.models import load_scorer
-from minictrl.pretrain_scorers import SIZES, fit
-from minictrl.ratings import halves, load_ratings, split_of
+from minictrl.pretrain.scorers import SIZES, fit
+from minictrl.pretrain.ratings import halves, load_ratings, split_of
 from minictrl.scorers import NgramScorer
-from minictrl.sweep import grouped, pi_ref, points, shown, sweep
+from minictrl.studies.sweep import grouped, pi_ref, points, shown, sweep
 
 PHRASE = " in this movie,"  # content-free, and within reach of pi_ref
 POISONED = 0.5  # share of the reviews above the median that get it

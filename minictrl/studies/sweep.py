@@ -22,6 +22,7 @@ import numpy as np
 from torch import Tensor
 from tqdm import tqdm
 
+import minictrl
 from minictrl import evaluation, runs, theory
 from minictrl.config import Config
 from minictrl.models import load_policy, load_scorer
@@ -57,7 +58,7 @@ SCALES = {
 
 def script(name: str):
     """train or evaluate, the scripts beside the package, as a module."""
-    path = Path(__file__).parent.parent / f"{name}.py"
+    path = Path(minictrl.__file__).parent.parent / f"{name}.py"
     if not path.is_file():
         raise ValueError(f"{path} is missing: a study that trains needs a clone of the repository, pip install -e .")
     module = importlib.util.module_from_spec(spec := importlib.util.spec_from_file_location(name, path))

@@ -15,9 +15,9 @@ from pathlib import Path
 
 from minictrl.config import Parser, run_script, write_json
 from minictrl.data import ASSETS
-from minictrl.pretrain_policy import encode, perplexity, train_policy
-from minictrl.pretrain_scorers import train_scorers
-from minictrl.ratings import load_ratings, split_of
+from minictrl.pretrain.policy import encode, perplexity, train_policy
+from minictrl.pretrain.scorers import train_scorers
+from minictrl.pretrain.ratings import load_ratings, split_of
 from minictrl.scorers import NgramScorer
 
 
@@ -97,7 +97,7 @@ def main(argv=None):
     elif args.out is None:
         raise ValueError("--out is missing: say where policy, reward model and judge go")
     else:
-        from minictrl.pretrain_hub import train_pairs_task
+        from minictrl.pretrain.hub import train_pairs_task
         train_pairs_task(args.task, args.out, policy=args.policy, limit=args.limit, seed=args.seed)
 
 

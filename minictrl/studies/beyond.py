@@ -11,8 +11,8 @@ from pathlib import Path
 from minictrl import methods, runs, theory
 from minictrl.figures import WIN_RATE, errorbars, panels, title
 from minictrl.sampling import sample
-from minictrl.studies_runs import over_n
-from minictrl.sweep import METHODS, SCALES, SCORERS, at_kl, common_kl, points, sweep
+from minictrl.studies.runs import over_n
+from minictrl.studies.sweep import METHODS, SCALES, SCORERS, at_kl, common_kl, points, sweep
 
 
 def summary(out: Path, quick: bool):
