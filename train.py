@@ -40,7 +40,7 @@ def main(argv=None):
     from minictrl.calibration import calibrated_reward
     from minictrl.models import save_policy
     from minictrl.transforms import RAW, get_transform
-    from minictrl.update import forward_all, make_learner, update
+    from minictrl.update import forward_all, freeze, make_learner, update
 
     # Whatever can be wrong with the input is found here, before the first sample is drawn.
     start, out = time.time(), Path(config.out)
@@ -65,7 +65,10 @@ def main(argv=None):
         return C_hat, (RAW[config.transform](r, r_ref) if Phi is None else Phi(C_hat)) / beta
 
     # 3. Maximise E[R] - KL(pi || pi_ref).
-    policy, ref_policy = task.policy, copy.deepcopy(task.policy).requires_grad_(False)
+    policy = task.policy
+    freeze(policy, config.layers)
+    shared = {id(p): p for p in policy.parameters() if not p.requires_grad}
+    ref_policy = copy.deepcopy(policy, shared).requires_grad_(False)
     learner = make_learner(policy, value_head=config.baseline == "value" and config.method in methods.ONLINE,
                            mean_return=float(objective(r_ref, r_ref)[1].mean()))
     first_step, tokens, seconds = runs.restore(out, learner)

@@ -36,6 +36,7 @@ from minictrl.models import load_policy, render, resolve_device
 from minictrl.runs import load_task, read_metrics, rollout
 from minictrl.sampling import encode_prompts, left_pad, sample
 from minictrl.studies.sweep import script
+from minictrl.update import freeze
 
 K, T = 100, 24  # samples a prompt, as in calibration; the longest response
 BATCH = {f.name: f.default for f in fields(Config)}  # responses of a step, of an optimizer step: train.py's
@@ -148,7 +149,7 @@ def step_vs_trl(method: str, policy: str, device: torch.device, quick: bool) -> 
     trainer, baseline, values = TRL[method]
     steps, repeats = (1, 1) if quick else (2, 3)
     # A learning rate so small that both sides go on sampling from the policy they start with.
-    settings = dict(policy=policy, prompts=BATCH["batch"], max_new_tokens=T, device=device.type, lr=1e-6)
+    settings = dict(policy=policy, prompts=BATCH["batch"], max_new_tokens=T, device=device.type, lr=1e-6, layers=1000)  # all
     with tempfile.TemporaryDirectory() as folder:
         task = load_task(Config(**settings).resolved(), "train")
         config = copy.deepcopy(task.policy.config)
@@ -165,6 +166,7 @@ def step_vs_trl(method: str, policy: str, device: torch.device, quick: bool) -> 
             return out
 
         task.policy.generate = counting
+        freeze(task.policy, settings["layers"])  # on both sides
         theirs = trainer(task, scorer, steps, dict(
             output_dir=folder, learning_rate=1e-6, temperature=1.0, bf16=False, gradient_checkpointing=False,
             use_cpu=device.type == "cpu", report_to="none", save_strategy="no", logging_steps=10**9,

@@ -38,19 +38,35 @@ class Learner:
         self.optimizer.load_state_dict(state["optimizer"])
 
 
+def freeze(policy: nn.Module, layers: int) -> None:
+    """Leaves the top `layers` transformer blocks to be trained, and what follows them (a last norm), but no embedding.
+
+    What a word means and how a text is read stay as they are. Their gradients are mostly noise, which the optimizer turns into
+    KL that wins nothing: the same steps with all parameters end further from the theory (README), and cost more time.
+    """
+    blocks = [list(module) for module in policy.modules()
+              if isinstance(module, nn.ModuleList) and len(module) == policy.config.num_hidden_layers]
+    if not blocks:
+        raise ValueError(f"the policy, a {type(policy).__name__}, has no list of {policy.config.num_hidden_layers} blocks: "
+                         "--layers needs one")
+    policy.requires_grad_(True)
+    for module in (*blocks[0][:-layers], *(module for module in policy.modules() if isinstance(module, nn.Embedding)),
+                   policy.get_output_embeddings()):
+        module.requires_grad_(False)
+
+
 def make_learner(policy: nn.Module, *, value_head: bool, mean_return: float) -> Learner:
     """Policy, value head and their optimizer. The value head starts at the mean return of pi_ref, whatever the state.
 
     Gradients are clipped to a norm of 1 over all P parameters, 1 / sqrt(P) for each if they are alike. Adam's eps, about a quarter
-    of that, keeps smaller ones from being blown up to a full step: the rows of rare tokens in the embedding have such gradients,
-    and the noise would cost KL.
+    of that, keeps smaller ones, which are noise, from being blown up to a full step.
     """
     head = None
     if value_head:
         head = nn.Linear(policy.config.hidden_size, 1, device=policy.device)
         nn.init.zeros_(head.weight)
         nn.init.constant_(head.bias, mean_return)
-    parameters = [*policy.parameters(), *(head.parameters() if head else ())]
+    parameters = [p for p in (*policy.parameters(), *(head.parameters() if head else ())) if p.requires_grad]
     eps = 0.23 / sum(p.numel() for p in parameters) ** .5
     return Learner(policy, head, torch.optim.AdamW(parameters, betas=(.9, .95), eps=eps, weight_decay=0., fused=True))
 
