@@ -21,7 +21,7 @@ def main(argv: list[str] | None = None):
     parser.add_argument("names", nargs="*", metavar="NAME", help="studies, see --list")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where the files go; made if it isn't there")
     parser.add_argument("--quick", action="store_true", help="coarser and faster")
-    parser.add_argument("--seeds", type=int, metavar="N", help="seeds of a sweep (default 5; --quick 2)")
+    parser.add_argument("--seeds", type=int, metavar="N", help="seeds of a sweep (default 5; --quick 1)")
     parser.add_argument("--budgets", type=float, nargs="+", metavar="KL", help="KL budgets of the runs (default .25 to 4)")
     parser.add_argument("--done", action="store_true", help="read the finished runs in DIR and train no others")
     parser.add_argument("--list", action="store_true", help="print the names of all studies and stop")

@@ -99,7 +99,7 @@ def ablation(out: Path, quick: bool):
     methods = {name: {"transform": name} for name in ("none", "median", "standardised")}
     methods |= {f"{name} K {K}": {"transform": name, "K": K} for name in ("identity", "exp10") for K in (10, 30, 300)}
     methods |= {name: METHODS[name] for name in ("identity", "exp10")}  # K = 100: the sweep's own runs
-    rows = sweep(out, quick, methods, budgets=(2.0,) if quick else (0.5, 1.0, 2.0), seeds=1 if quick else None)
+    rows = sweep(out, quick, methods, budgets=(2.0,) if quick else (0.5, 1.0, 2.0))
     kl, cases, table = common_kl(rows), (("standard", 1), ("bon", 4)), []
     for name, (procedure, n), scorer in product(methods, cases, SCORERS):
         win, stderr = at_kl(rows, kl, name, procedure, n, scorer)

@@ -129,7 +129,7 @@ def policies(out: Path, quick: bool, folders: dict[str, str]) -> list[dict]:
     responses have the phrase."""
     kinds = {f"{transform}, {model}": (transform, model) for model, transform in product(folders, REWARDS)}
     methods = {name: {"transform": transform, "reward": folders[model]} for name, (transform, model) in kinds.items()}
-    measured, table = sweep(out, quick, methods, seeds=1 if quick else None), []
+    measured, table = sweep(out, quick, methods), []
     of_point = grouped(measured, "method", "budget")
     for p in points(measured):
         if p["procedure"] == "standard":

@@ -50,7 +50,7 @@ SCORERS = ("reward", "judge")
 SCALES = {
     False: dict(folder="runs", train={}, prompts=200, samples=64, seeds=5, budgets=(0.25, 0.5, 1.0, 2.0, 4.0), done=False),
     True: dict(folder="runs-quick", train=dict(steps=6, prompts=32, batch=16, G=8, lr=2e-3), prompts=24, samples=32,
-               seeds=2, budgets=(0.5, 2.0), done=False),
+               seeds=1, budgets=(0.5, 2.0), done=False),
 }
 
 
