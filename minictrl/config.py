@@ -24,7 +24,7 @@ HH = HUB | {"name": "Anthropic/hh-rlhf"}
 
 # A task is one entry: models (hub names, directories, or this package's own), lengths in tokens, what differs from the
 # embedded task's training, prompts (`data`) and preference pairs (`pairs`, where not `data` too). GPU memory and time of
-# the three tasks on the hub: not measured, and their learning rates are guesses.
+# the three tasks on the hub: not measured; their learning rates are guesses, and all of their policies' blocks are trained.
 TASKS = {
     "reviews": dict(policy="reviews", reward="reviews", judge="reviews", max_prompt_tokens=64, max_new_tokens=24,
                     prompts=256, steps=45, layers=2, lr=1e-3),
@@ -69,7 +69,7 @@ class Config:
     reward: str | None = setting(None, "reward model: a task's, a hub name or a directory (default: the task's)")
     judge: str | None = setting(None, "judge model, likewise")
     prompts: int | None = setting(None, "training prompts (default: the task's)")
-    layers: int | None = setting(None, "transformer blocks that are trained, from the top; embeddings never (default: the task's)")
+    layers: int | None = setting(None, "transformer blocks to train, the top ones; embeddings never are (default: the task's)")
     batch: int = setting(64, "prompts a step")
     G: int = setting(8, "samples of a prompt in a step")
     minibatch: int = setting(256, "responses an optimizer step")

@@ -58,8 +58,8 @@ def freeze(policy: nn.Module, layers: int) -> None:
 def make_learner(policy: nn.Module, *, value_head: bool, mean_return: float) -> Learner:
     """Policy, value head and their optimizer. The value head starts at the mean return of pi_ref, whatever the state.
 
-    Gradients are clipped to a norm of 1 over all P parameters, 1 / sqrt(P) for each if they are alike. Adam's eps, about a quarter
-    of that, keeps smaller ones, which are noise, from being blown up to a full step.
+    Gradients are clipped to a norm of 1 over all P parameters, 1 / sqrt(P) for each if they are alike. Adam's eps, about a
+    quarter of that, keeps smaller ones, which are noise, from being blown up to a full step.
     """
     head = None
     if value_head:

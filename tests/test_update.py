@@ -111,7 +111,8 @@ def test_only_the_top_blocks_and_the_last_norm_are_trained(model, rows, layers, 
     before = copy.deepcopy(model.state_dict())
     freeze(model, 1)
     freeze(model, layers)  # a second call undoes the first
-    update(make_learner(model, value_head=False, mean_return=0.), rows, loss, lr=1e-2, minibatch=24, micro_batch=24, epochs=1, seed=0)
+    learner = make_learner(model, value_head=False, mean_return=0.)
+    update(learner, rows, loss, lr=1e-2, minibatch=24, micro_batch=24, epochs=1, seed=0)
     moved = {name for name, x in model.state_dict().items() if not torch.equal(x, before[name])}
     assert {name.split(".h.")[1][0] for name in moved if ".h." in name} == {str(i) for i in blocks}
     assert not {name for name in moved if ".h." not in name} - {"transformer.ln_f.weight", "transformer.ln_f.bias"}
@@ -119,6 +120,6 @@ def test_only_the_top_blocks_and_the_last_norm_are_trained(model, rows, layers, 
 
 
 def test_an_output_embedding_of_its_own_is_not_trained_either():
-    untied = GPT2LMHeadModel(GPT2Config(vocab_size=31, n_positions=32, n_embd=16, n_layer=2, n_head=2, tie_word_embeddings=False))
+    untied = GPT2LMHeadModel(GPT2Config(vocab_size=31, n_embd=16, n_layer=2, n_head=2, tie_word_embeddings=False))
     freeze(untied, 2)
     assert not untied.lm_head.weight.requires_grad and untied.transformer.h[0].attn.c_attn.weight.requires_grad
