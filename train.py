@@ -16,6 +16,7 @@ from pathlib import Path
 
 from minictrl.config import Config, Parser, run_script
 
+WARMUP = 5  # steps
 CHECKPOINT = 20  # seconds between checkpoints, at least; 20 times what one takes, if that is more
 
 
@@ -45,7 +46,7 @@ def main(argv=None):
     # Whatever can be wrong with the input is found here, before the first sample is drawn.
     start, out = time.time(), Path(config.out)
     config = runs.check(out, settings, config, resume=resume, overwrite=overwrite)
-    beta = config.beta or methods.beta_for(config)  # None for raw rewards: theirs follows from r_ref
+    beta = config.beta or methods.beta_for(config, config.kl)  # None for raw rewards: theirs follows from r_ref
     Phi = get_transform(config.transform, procedure=config.procedure, n=config.n, beta=beta, K=config.K)
     task = runs.load_task(config, "train")
     if not resume:
@@ -56,38 +57,42 @@ def main(argv=None):
     reference.save(out / "reference.safetensors", runs.reference_key(task, seed=0))
     r_ref = reference.r_ref
 
-    # 2. Transform. The whole objective is divided by beta: R = Phi(C_hat) / beta, and the KL has weight 1.
-    beta = beta or methods.empirical_beta(RAW[config.transform](r_ref, r_ref), config.kl)
+    # 2. Transform.
+    beta_at = partial(methods.beta_for, config, r_ref=r_ref)
+    beta = beta or beta_at(config.kl)
     runs.describe(out, config, beta)
 
-    def objective(r, r_ref):  # raw, calibrated and transformed: (B, M) each
+    def ladder(r, r_ref):  # C_hat and Phi(C_hat) of rewards r: (B, M) each
         C_hat = calibrated_reward(r, r_ref)
-        return C_hat, (RAW[config.transform](r, r_ref) if Phi is None else Phi(C_hat)) / beta
+        return C_hat, RAW[config.transform](r, r_ref) if Phi is None else Phi(C_hat)
 
-    # 3. Maximise E[R] - KL(pi || pi_ref).
+    # 3. Maximise E[R] - KL(pi || pi_ref), R = Phi(C_hat) / beta: divided by beta as a whole, the KL has weight 1.
     policy = task.policy
     freeze(policy, config.layers)
     shared = {id(p): p for p in policy.parameters() if not p.requires_grad}
     ref_policy = copy.deepcopy(policy, shared).requires_grad_(False)
     learner = make_learner(policy, value_head=config.baseline == "value" and config.method in methods.ONLINE,
-                           mean_return=float(objective(r_ref, r_ref)[1].mean()))
+                           mean_return=float(ladder(r_ref, r_ref)[1].mean()) / beta)
     first_step, tokens, seconds = runs.restore(out, learner)
     online = config.method in methods.ONLINE
     if online:
         loss = partial(methods.online_loss, clip=config.clip)
     else:
         epoch, loss = methods.OFFLINE[config.method](reference, Phi=Phi, beta=beta, clip=config.clip, seed=config.seed)
-    saved, pause = time.time(), CHECKPOINT
+    saved, pause, asked, row = time.time(), CHECKPOINT, config.kl, (runs.read_metrics(out) or [None])[-1]
     with runs.Interrupt() as interrupt, open(out / "metrics.jsonl", "a", buffering=1) as metrics, \
             tqdm(range(first_step, config.steps), "train", initial=first_step, total=config.steps, disable=None) as bar:
         for step in bar:
             began, seed = time.time(), config.seed * 1_000_003 + step + 1
-            row = dict.fromkeys(runs.METRICS) | {"step": step + 1}  # None: what the method doesn't have
+            if online and config.kl and step >= WARMUP:
+                asked, beta = methods.keep_to_budget(row["kl_asked"], row["kl_ref"], config.kl, beta_at)
+            row = dict.fromkeys(runs.METRICS) | {"step": step + 1, "kl_asked": asked, "beta": beta}  # None: not in this method
             if online:
                 index = runs.batch(len(task.prompts), config.batch, step, config.seed)  # (B,) prompts x
                 samples, r = runs.rollout(task, policy, index, num_samples=config.G, seed=seed)  # y ~ pi(.|x), r (B, G)
-                C_hat, R = objective(r, r_ref[index])  # (B, G)
-                rows = runs.rows_of(task, index, samples) | {"r": r.flatten(), "C_hat": C_hat.flatten(), "R": R.flatten()}
+                C_hat, Phi_C = ladder(r, r_ref[index])  # (B, G)
+                rows = runs.rows_of(task, index, samples)
+                rows |= {"r": r.flatten(), "C_hat": C_hat.flatten(), "R": Phi_C.flatten() / beta}
                 rows["ref_logprobs"], _ = forward_all(ref_policy, None, rows, config.micro_batch)
                 if config.baseline == "prefix":
                     C_hat_prefix = calibrated_reward(runs.prefix_rewards(task, index, samples), r_ref[index])  # (B, G T)
@@ -95,7 +100,7 @@ def main(argv=None):
                 if learner.value_head is not None:
                     _, rows["values"] = forward_all(policy, learner.value_head, rows, config.micro_batch)
                 rows["advantages"] = methods.ONLINE[config.method](rows, config, beta, reference[index])
-                row |= methods.rollout_metrics(rows, r, C_hat, R * beta)
+                row |= methods.rollout_metrics(rows, r, C_hat, Phi_C)
             else:
                 index = runs.batch(len(epoch["of"]), config.batch * config.G, step, config.seed)
                 rows = {name: x[index] for name, x in epoch.items()}
@@ -125,8 +130,8 @@ def main(argv=None):
 
 
 def schedule(step: int, steps: int) -> float:
-    """Share of the learning rate: up in 5 steps, then linearly down to 0, where the noise of the gradient fades."""
-    return min(1, (step + 1) / 5) * (1 - step / steps)
+    """Share of the learning rate: up in WARMUP steps, then linearly down to 0, where the noise of the gradient fades."""
+    return min(1, (step + 1) / WARMUP) * (1 - step / steps)
 
 
 if __name__ == "__main__":

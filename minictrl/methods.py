@@ -10,11 +10,12 @@ P prompts, G samples a prompt, K reference samples, T tokens. Rows are flat: B =
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from minictrl import baselines, ppo, theory
+from minictrl import baselines, ppo, theory, transforms
 from minictrl.config import RAW, Config
 from minictrl.reference import Reference
 from minictrl.update import Loss, Rows
@@ -149,16 +150,33 @@ def best_of(beta: float) -> int:
     return max(2, round(1 / beta) + 1)
 
 
-def beta_for(config: Config) -> float | None:
-    """beta for the run's KL budget in nats, from the theory of what its method converges to; None for raw rewards.
+def beta_for(config: Config, kl: float, r_ref: Tensor | None = None) -> float | None:
+    """beta at which the optimum of the run's objective is `kl` nats from pi_ref, by the theory of what its method converges to.
 
-    GRPO's standardised reward is taken for a normal one, of deviation 1: KL = 1 / (2 beta^2).
+    Raw rewards have no theory: theirs is that of r_ref (P, K), None without. GRPO's standardised reward is taken for a normal
+    one, of deviation 1: KL = 1 / (2 beta^2).
     """
     if config.method in ("grpo", "grpo_fixed"):
-        return 1 / math.sqrt(2 * config.kl)
+        return 1 / math.sqrt(2 * kl)
     if config.transform in RAW:
-        return None
-    return theory.beta_for_kl(config.transform, config.kl, procedure=config.procedure, n=config.n)
+        return None if r_ref is None else empirical_beta(transforms.RAW[config.transform](r_ref, r_ref), kl)
+    return theory.beta_for_kl(config.transform, kl, procedure=config.procedure, n=config.n)
+
+
+def keep_to_budget(asked: float, kl_ref: float, kl: float, beta_at: Callable[[float], float]) -> tuple[float, float]:
+    """(asked, beta) of the next step: the KL that beta is computed for, down where the measured KL is above the budget `kl`, up
+    where it is below (all in nats), and the beta for it.
+
+    beta is the multiplier of the constraint KL = budget. The theory's holds for the best policy there is. One that doesn't get
+    there has another: with the theory's, exp10 ends at half of its budget, exp-10 at twice. So this is dual ascent; to take its
+    steps in the KL that is asked for makes them alike for all transforms. At most 20 % a step; within a factor of 8.
+    """
+    more = asked * math.exp(-.2 * min(1, max(-1, kl_ref / kl - 1)))
+    try:
+        more = min(8 * kl, max(kl / 8, more))
+        return more, beta_at(more)
+    except ValueError:  # out of reach, of the theory or of K samples
+        return asked, beta_at(asked)
 
 
 def empirical_beta(r_ref: Tensor, kl: float) -> float:

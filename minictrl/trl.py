@@ -49,13 +49,13 @@ def ctrl_reward(task_or_run: str | Path, transform: str | None = None, *, kl: fl
     first comes. Prompts and completions may be texts or chat messages. Raises ValueError as train.py does.
     """
     config = settings_of(task_or_run, {"transform": transform, "kl": kl, "beta": beta} | settings)
-    beta = config.beta or methods.beta_for(config)
+    beta = config.beta or methods.beta_for(config, config.kl)
     Phi = get_transform(config.transform, procedure=config.procedure, n=config.n, beta=beta, K=config.K)
     task = runs.load_task(config, "train")
     device = task.policy.device
     r_ref = calibrate(task, config, Path(task_or_run))
     task.policy.cpu()  # the GPU is the trainer's now
-    beta = beta or methods.empirical_beta(r_ref, config.kl)
+    beta = beta or methods.beta_for(config, config.kl, r_ref)
     known = dict(zip(map(key, task.prompts), r_ref))  # prompt -> (K,)
 
     def reward(prompts: list[Prompt], completions: list, **_) -> list[float]:

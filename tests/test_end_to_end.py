@@ -32,7 +32,7 @@ def test_a_run_directory_holds_what_the_contract_says(short_run):
     assert config.transform == "exp10" and config.K == 32 and more["torch"] == torch.__version__
     assert more["beta"] == pytest.approx(theory.beta_for_kl("exp10", 1.0))
     row = rows_of(short_run / "metrics.jsonl")[0]
-    for name in ("step tokens seconds reward C_hat Phi kl_ref kl_ref_stderr approx_kl clipfrac entropy value_loss "
+    for name in ("step tokens seconds reward C_hat Phi kl_ref kl_ref_stderr beta approx_kl clipfrac entropy value_loss "
                  "explained_variance lr tok_per_s").split():
         assert name in row
     assert Reference.load(short_run / "reference.safetensors").r_ref.shape == (48, 32)
@@ -52,34 +52,34 @@ def test_every_row_of_the_table_is_consistent(short_run):
 
 
 def test_a_resumed_run_is_bit_identical(tmp_path, short_run, monkeypatch):
-    """Stopped after step 2 of 4 by an interrupt, then resumed, against a run that was never stopped."""
-    flags = ["--transform", "identity", "--prompts", "16", "--K", "8", "--steps", "4", "--batch", "8", "--G", "4", "--baseline",
+    """Stopped by an interrupt after step 6 of 8, when beta has moved, then resumed, against a run that was never stopped."""
+    flags = ["--transform", "identity", "--prompts", "16", "--K", "8", "--steps", "8", "--batch", "8", "--G", "4", "--baseline",
              "value", "--max-new-tokens", "8", "--cache", str(tmp_path / "cache")]
     assert not train.main([*flags, "--out", str(tmp_path / "whole")])
 
-    class InterruptedAtStep2(runs.Interrupt):
+    class InterruptedAtStep6(runs.Interrupt):
         looks = 0
 
         @property
         def asked(self):
             self.looks += 1
-            return self.looks > 2  # looked at once or twice a step
+            return self.looks > 10  # looked at once or twice a step
 
         @asked.setter
         def asked(self, value):
             pass
 
     with monkeypatch.context() as patch:
-        patch.setattr(runs, "Interrupt", InterruptedAtStep2)
+        patch.setattr(runs, "Interrupt", InterruptedAtStep6)
         assert train.main([*flags, "--out", str(tmp_path / "halves")]) == 130
     assert not (tmp_path / "halves" / "policy").exists()
-    assert len(rows_of(tmp_path / "halves" / "metrics.jsonl")) < 4
+    assert 6 <= len(rows_of(tmp_path / "halves" / "metrics.jsonl")) < 8
     assert not train.main([*flags, "--out", str(tmp_path / "halves"), "--resume"])
     for name in ("policy/model.safetensors", "reference.safetensors"):
         assert (tmp_path / "halves" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
-    kept = [[row[name] for name in ("step", "kl_ref", "C_hat", "tokens")] for run in ("halves", "whole")
+    kept = [[row[name] for name in ("step", "kl_ref", "beta", "C_hat", "tokens")] for run in ("halves", "whole")
             for row in rows_of(tmp_path / run / "metrics.jsonl")]
-    assert kept[:4] == kept[4:]
+    assert kept[:8] == kept[8:] and kept[0][2] != kept[7][2]
 
 
 @pytest.mark.parametrize("method", ["grpo", "ipo", "bonbon", "bond", "qrpo", "pkpo"])

@@ -1,4 +1,5 @@
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -78,10 +79,10 @@ def test_raw_rewards_get_the_beta_of_their_own_tilt():
 
 
 def test_a_budget_becomes_the_beta_of_what_the_method_converges_to():
-    assert methods.beta_for(Config(transform="exp10").resolved()) == pytest.approx(theory.beta_for_kl("exp10", 1.))
-    assert methods.beta_for(Config(method="ipo", kl=.5).resolved()) == pytest.approx(theory.beta_for_kl("identity", .5))
-    assert methods.beta_for(Config(method="grpo").resolved()) == pytest.approx(1 / math.sqrt(2))
-    assert methods.beta_for(Config(transform="none").resolved()) is None
+    assert methods.beta_for(Config(transform="exp10").resolved(), 1.) == pytest.approx(theory.beta_for_kl("exp10", 1.))
+    assert methods.beta_for(Config(method="ipo").resolved(), .5) == pytest.approx(theory.beta_for_kl("identity", .5))
+    assert methods.beta_for(Config(method="grpo").resolved(), 1.) == pytest.approx(1 / math.sqrt(2))
+    assert methods.beta_for(Config(transform="none").resolved(), 1.) is None
     assert methods.best_of(theory.beta_for_kl("log", math.log(8) - 7 / 8)) == 8
 
 
@@ -104,3 +105,19 @@ def test_grpo_on_fixed_rollouts_starts_at_pi_ref_and_raises_what_is_above_the_gr
     assert value.abs() < 1e-5  # advantages of a group sum to 0, k3 is 0
     above = (ref.r_ref > ref.r_ref.mean(1, keepdim=True)).flatten()
     assert (logprobs.grad[above] < 0).all() and (logprobs.grad[~above] > 0).all()
+
+
+@pytest.mark.parametrize("transform, share", [("identity", .8), ("exp10", .5), ("exp-10", 2.)])
+def test_a_policy_that_falls_short_of_the_theorys_kl_or_beyond_and_lags_behind_is_brought_to_its_budget(transform, share):
+    config = Config(transform=transform, n=4)
+    asked, kl = 1., 0.
+    for _ in range(100):
+        asked, beta = methods.keep_to_budget(asked, kl, 1., partial(methods.beta_for, config))
+        kl += .3 * (share * theory.tradeoff(transform, "bon", 4, [beta])[0].item() - kl)
+    assert kl == pytest.approx(1., rel=.01) and asked == pytest.approx(1 / share, rel=.01)
+
+
+def test_a_budget_out_of_reach_of_the_samples_leaves_beta_where_it_is():
+    config, r_ref = Config(transform="none", n=4), torch.randn(8, 20, generator=torch.Generator().manual_seed(0))
+    beta_at = partial(methods.beta_for, config, r_ref=r_ref)
+    assert methods.keep_to_budget(2.9, 0., 2.5, beta_at) == (2.9, beta_at(2.9))  # 3.5 is more than log 20
