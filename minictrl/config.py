@@ -51,8 +51,9 @@ class Config:
     task: str = setting("reviews", f"{', '.join(TASKS)}, or a .jsonl file of prompts")
     transform: str | None = setting(None, "Phi: identity, log, exp<t>, bon_fp, won_fp, optimal; none is uncalibrated RLHF "
                                           "(default identity, or what the method implies)")
-    kl: float | None = setting(None, "budget in nats per response; beta follows from the theory (default 1.0)")
-    beta: float | None = setting(None, "KL strength, instead of --kl")
+    kl: float | None = setting(None, "budget in nats per response: beta is the theory's, then what keeps the measured KL to it "
+                                           "(default 1.0)")
+    beta: float | None = setting(None, "KL strength, fixed, instead of --kl")
     procedure: str = setting("bon", "inference-time procedure the run is aligned for", choices=PROCEDURES)
     n: int | None = setting(None, "samples the procedure draws (default 4; rewind: the most draws, 32)")
     method: str = setting("ppo", "algorithm", choices=tuple(METHODS))

@@ -164,19 +164,19 @@ def beta_for(config: Config, kl: float, r_ref: Tensor | None = None) -> float | 
 
 
 def keep_to_budget(asked: float, kl_ref: float, kl: float, beta_at: Callable[[float], float]) -> tuple[float, float]:
-    """(asked, beta) of the next step: the KL that beta is computed for, down where the measured KL is above the budget `kl`, up
-    where it is below (all in nats), and the beta for it.
+    """(asked, beta) of the next step, for a measured KL `kl_ref` and a budget `kl` in nats.
 
     beta is the multiplier of the constraint KL = budget. The theory's holds for the best policy there is. One that doesn't get
-    there has another: with the theory's, exp10 ends at half of its budget, exp-10 at twice. So this is dual ascent; to take its
-    steps in the KL that is asked for makes them alike for all transforms. At most 20 % a step; within a factor of 8.
+    there has another: with the theory's, exp10 ends at half of its budget, exp-10 at twice. So beta is computed for another KL,
+    which makes the steps alike for all transforms: `asked`, which starts at the budget and moves against log(kl_ref / kl), and
+    the same once more, at once, for the policy follows slowly (a proportional-integral controller, in logarithms).
     """
-    more = asked * math.exp(-.2 * min(1, max(-1, kl_ref / kl - 1)))
+    off = min(1.5, max(-.5, math.log(max(kl_ref, 1e-9) / kl)))
+    asked = min(4 * kl, max(kl / 20, asked * math.exp(-.1 * off)))
     try:
-        more = min(8 * kl, max(kl / 8, more))
-        return more, beta_at(more)
+        return asked, beta_at(asked * math.exp(-off))
     except ValueError:  # out of reach, of the theory or of K samples
-        return asked, beta_at(asked)
+        return kl, beta_at(kl)
 
 
 def empirical_beta(r_ref: Tensor, kl: float) -> float:

@@ -117,7 +117,7 @@ def test_a_policy_that_falls_short_of_the_theorys_kl_or_beyond_and_lags_behind_i
     assert kl == pytest.approx(1., rel=.01) and asked == pytest.approx(1 / share, rel=.01)
 
 
-def test_a_budget_out_of_reach_of_the_samples_leaves_beta_where_it_is():
+def test_what_is_out_of_reach_of_the_samples_is_not_asked_for():
     config, r_ref = Config(transform="none", n=4), torch.randn(8, 20, generator=torch.Generator().manual_seed(0))
     beta_at = partial(methods.beta_for, config, r_ref=r_ref)
-    assert methods.keep_to_budget(2.9, 0., 2.5, beta_at) == (2.9, beta_at(2.9))  # 3.5 is more than log 20
+    assert methods.keep_to_budget(2.5, 0., 2.5, beta_at) == (2.5, beta_at(2.5))  # 4.3 is more than log 20

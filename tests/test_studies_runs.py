@@ -77,13 +77,13 @@ def scripts(monkeypatch):
 
 def test_a_sweep_trains_what_is_missing_and_only_that(tmp_path, scripts):
     methods = {name: sweep.METHODS[name] for name in ("identity", "grpo")}
-    rows = sweep.sweep(tmp_path, True, methods)
+    rows = sweep.sweep(tmp_path, True, methods, seeds=2)
     assert len(scripts) == 2 * 2 * 2 and len(rows) == 8 * 14
     (tmp_path / "runs-quick" / "grpo-kl2-seed1" / "eval.json").unlink()  # trained, not evaluated
     (tmp_path / "runs-quick" / "grpo-kl2-seed0" / "eval.json").unlink()
     (tmp_path / "runs-quick" / "grpo-kl2-seed0" / "policy" / "config.json").unlink()  # interrupted
     (tmp_path / "runs-quick" / "grpo-kl2-seed0" / "policy").rmdir()
-    assert sweep.sweep(tmp_path, True, methods) == rows
+    assert sweep.sweep(tmp_path, True, methods, seeds=2) == rows
     assert len(scripts) == 9 and "--resume" in scripts[-1]
 
 
