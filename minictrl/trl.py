@@ -44,9 +44,10 @@ def ctrl_reward(task_or_run: str | Path, transform: str | None = None, *, kl: fl
     """reward(prompts, completions, **kwargs) -> list of Phi(C_hat) / beta, C_hat by Eq. 12 from K samples of pi_ref.
 
     task_or_run: a task, a .jsonl file of prompts, or a run directory, whose settings and reference rewards are used.
-    transform: default identity, or the run's. kl or beta: as in train.py. settings: any other of train.py's, such as
-    procedure, n, K, prompts, policy, reward, cache, device. A prompt that was not calibrated is, with K samples, when it
-    first comes. Prompts and completions may be texts or chat messages. Raises ValueError as train.py does.
+    transform: default identity, or the run's. kl: beta is the theory's for it and, unlike in train.py, stays. settings:
+    any other of train.py's, such as procedure, n, K, prompts, policy, reward, cache, device. A prompt that was not
+    calibrated is, with K samples, when it first comes. Prompts and completions may be texts or chat messages. Raises
+    ValueError as train.py does.
     """
     config = settings_of(task_or_run, {"transform": transform, "kl": kl, "beta": beta} | settings)
     beta = config.beta or methods.beta_for(config, config.kl)
