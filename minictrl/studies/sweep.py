@@ -191,8 +191,9 @@ def near(rows: list[dict], kl: float) -> list[dict]:
 def at_kl(rows: list[dict], kl: float, method: str, procedure: str, n: int, scorer: str) -> tuple[float, float]:
     """(win rate, standard error) of a method at this KL in nats, from its runs, of all seeds, between half and twice the KL.
 
-    The gain over 1/2, as a share of the optimum's at the same KL, changes slowly: it is regressed on log KL. The error is that
-    of the regression, so the scatter of the seeds; of one run or two, that over prompts. nan more than a tenth beyond the runs.
+    The gain over 1/2, as a share of the optimum's at the same KL, changes slowly: it is regressed on log KL, or averaged where
+    the runs' KLs are within a fifth of each other. The error is that of the regression, so the scatter of the seeds; of one run
+    or two, that over prompts. nan more than a tenth beyond the runs.
     """
     key = method, procedure, n, scorer
     mine = [row for row in near(rows, kl) if (row["method"], row["procedure"], row["n"], row["scorer"]) == key]
@@ -201,7 +202,7 @@ def at_kl(rows: list[dict], kl: float, method: str, procedure: str, n: int, scor
         return math.nan, math.nan
     share = np.array([(row["win_rate"] - 0.5) / (row["optimal"] - 0.5) for row in mine])
     dx, gain = x - x.mean(), theory.optimal_win_rate(kl, procedure, n) - 0.5
-    spread = max(dx @ dx, 1e-12)
+    spread = dx @ dx if np.ptp(x) > 0.2 else math.inf
     slope = dx @ share / spread
     win_rate = 0.5 + gain * (share.mean() - slope * x.mean()).item()
     if len(mine) <= 2:
@@ -211,10 +212,11 @@ def at_kl(rows: list[dict], kl: float, method: str, procedure: str, n: int, scor
 
 
 def common_kl(rows: list[dict], methods: Iterable[str] | None = None) -> float:
-    """Of .1 to 2 nats, the KL at which most of the methods (default: all) have runs to compare; of several the largest."""
+    """Of .1 to 2 nats, the KL at which most of the methods (default: all) have runs to compare; of several the nearest to them."""
     case = rows[0]["procedure"], rows[0]["n"], rows[0]["scorer"]
     names = methods or {row["method"] for row in rows}
 
-    def compared(kl: float) -> int:
-        return sum(not math.isnan(at_kl(rows, kl, name, *case)[0]) for name in names)
-    return max((0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0), key=lambda kl: (compared(kl), kl))
+    def compared(kl: float) -> tuple[int, float]:
+        distance = fmean(abs(math.log(row["kl"] / kl)) for row in rows)
+        return sum(not math.isnan(at_kl(rows, kl, name, *case)[0]) for name in names), -distance
+    return max((0.1, 0.2, 0.3, 0.5, 0.7, 0.8, 0.9, 1.0, 1.5, 2.0), key=compared)
