@@ -219,4 +219,4 @@ def common_kl(rows: list[dict], methods: Iterable[str] | None = None) -> float:
     def compared(kl: float) -> tuple[int, float]:
         distance = fmean(abs(math.log(row["kl"] / kl)) for row in rows)
         return sum(not math.isnan(at_kl(rows, kl, name, *case)[0]) for name in names), -distance
-    return max((0.1, 0.2, 0.3, 0.5, 0.7, 0.8, 0.9, 1.0, 1.5, 2.0), key=compared)
+    return max((k / 20 for k in range(2, 41)), key=compared)
