@@ -186,8 +186,8 @@ def step_vs_trl(method: str, policy: str, device: torch.device, quick: bool) -> 
     return result | {"unit": "tokens/s", "setting": (
         f"{Path(policy).name}, {task.policy.num_parameters() / 1e6:.3g} M parameters, {machine(device)}; a whole step: "
         f"{BATCH['batch']} prompts x {BATCH['G']} responses of at most {T} tokens, scored by a classifier of the "
-        f"policy's size, {BATCH['ppo_epochs']} epoch, minibatches of {BATCH['minibatch']}, float32, no dropout, no embedding trained; "
-        f"{values}; trl 1.12.0")}
+        f"policy's size, {BATCH['ppo_epochs']} epoch, minibatches of {BATCH['minibatch']}, float32, no dropout, "
+        f"no embedding trained; {values}; trl 1.12.0")}
 
 
 def train_rate(folder: str, **settings) -> float:
