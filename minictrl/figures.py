@@ -50,7 +50,7 @@ def training(run: Path):
     """The learning curves of metrics.jsonl."""
     rows = runs.read_metrics(run)
     names = [name for name in ("C_hat", "kl_ref", "beta", "reward", "entropy", "approx_kl", "explained_variance", "grad_norm")
-             if rows[-1][name] is not None]
+             if rows[-1].get(name) is not None]
     figure, axes = panels(1, len(names), width=2.6, height=2.6)
     for axis, name in zip(axes, names):
         axis.plot([row["step"] for row in rows], [row[name] for row in rows])
