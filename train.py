@@ -49,6 +49,8 @@ def main(argv=None):
     beta = config.beta or methods.beta_for(config, config.kl)  # None for raw rewards: theirs follows from r_ref
     Phi = get_transform(config.transform, procedure=config.procedure, n=config.n, beta=beta, K=config.K)
     task = runs.load_task(config, "train")
+    policy = task.policy
+    freeze(policy, config.layers)
     if not resume:
         runs.create(out, config)
 
@@ -67,8 +69,6 @@ def main(argv=None):
         return C_hat, RAW[config.transform](r, r_ref) if Phi is None else Phi(C_hat)
 
     # 3. Maximise E[R] - KL(pi || pi_ref), R = Phi(C_hat) / beta: divided by beta as a whole, the KL has weight 1.
-    policy = task.policy
-    freeze(policy, config.layers)
     shared = {id(p): p for p in policy.parameters() if not p.requires_grad}
     ref_policy = copy.deepcopy(policy, shared).requires_grad_(False)
     learner = make_learner(policy, value_head=config.baseline == "value" and config.method in methods.ONLINE,
@@ -84,7 +84,7 @@ def main(argv=None):
             tqdm(range(first_step, config.steps), "train", initial=first_step, total=config.steps, disable=None) as bar:
         for step in bar:
             began, seed = time.time(), config.seed * 1_000_003 + step + 1
-            if online and config.kl and step >= WARMUP:
+            if online and config.kl and step >= WARMUP:  # row is the last step's
                 asked, beta = methods.keep_to_budget(row["kl_asked"], row["kl_ref"], config.kl, beta_at)
             row = dict.fromkeys(runs.METRICS) | {"step": step + 1, "kl_asked": asked, "beta": beta}  # None: not in this method
             if online:

@@ -44,11 +44,11 @@ def freeze(policy: nn.Module, layers: int) -> None:
     What a word means and how a text is read stay as they are. Their gradients are mostly noise, which the optimizer turns into
     KL that wins nothing: the same steps with all parameters end further from the theory (README), and cost more time.
     """
-    blocks = [list(module) for module in policy.modules()
-              if isinstance(module, nn.ModuleList) and len(module) == policy.config.num_hidden_layers]
+    count = getattr(policy.config, "num_hidden_layers", None)
+    blocks = [list(module) for module in policy.modules() if isinstance(module, nn.ModuleList) and len(module) == count]
     if not blocks:
-        raise ValueError(f"the policy, a {type(policy).__name__}, has no list of {policy.config.num_hidden_layers} blocks: "
-                         "--layers needs one")
+        raise ValueError(f"the policy, a {type(policy).__name__}, has no list of its blocks (num_hidden_layers: {count}), "
+                         "which --layers needs: use another")
     policy.requires_grad_(True)
     for module in (*blocks[0][:-layers], *(module for module in policy.modules() if isinstance(module, nn.Embedding)),
                    policy.get_output_embeddings()):
