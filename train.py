@@ -40,7 +40,7 @@ def main(argv=None):
     from minictrl import methods, runs
     from minictrl.calibration import calibrated_reward
     from minictrl.models import save_policy
-    from minictrl.transforms import RAW, get_transform
+    from minictrl.transforms import get_transform, ladder
     from minictrl.update import forward_all, freeze, make_learner, update
 
     # Whatever can be wrong with the input is found here, before the first sample is drawn.
@@ -63,16 +63,13 @@ def main(argv=None):
     beta_at = partial(methods.beta_for, config, r_ref=r_ref)
     beta = beta or beta_at(config.kl)
     runs.describe(out, config, beta)
-
-    def ladder(r, r_ref):  # C_hat and Phi(C_hat) of rewards r: (B, M) each
-        C_hat = calibrated_reward(r, r_ref)
-        return C_hat, RAW[config.transform](r, r_ref) if Phi is None else Phi(C_hat)
+    rungs = partial(ladder, config.transform, Phi)  # r, r_ref -> C_hat, Phi(C_hat)
 
     # 3. Maximise E[R] - KL(pi || pi_ref), R = Phi(C_hat) / beta: divided by beta as a whole, the KL has weight 1.
     shared = {id(p): p for p in policy.parameters() if not p.requires_grad}
     ref_policy = copy.deepcopy(policy, shared).requires_grad_(False)
     learner = make_learner(policy, value_head=config.baseline == "value" and config.method in methods.ONLINE,
-                           mean_return=float(ladder(r_ref, r_ref)[1].mean()) / beta)
+                           mean_return=float(rungs(r_ref, r_ref)[1].mean()) / beta)
     first_step, tokens, seconds = runs.restore(out, learner)
     online = config.method in methods.ONLINE
     if online:
@@ -90,7 +87,7 @@ def main(argv=None):
             if online:
                 index = runs.batch(len(task.prompts), config.batch, step, config.seed)  # (B,) prompts x
                 samples, r = runs.rollout(task, policy, index, num_samples=config.G, seed=seed)  # y ~ pi(.|x), r (B, G)
-                C_hat, Phi_C = ladder(r, r_ref[index])  # (B, G)
+                C_hat, Phi_C = rungs(r, r_ref[index])  # (B, G)
                 rows = runs.rows_of(task, index, samples)
                 rows |= {"r": r.flatten(), "C_hat": C_hat.flatten(), "R": Phi_C.flatten() / beta}
                 rows["ref_logprobs"], _ = forward_all(ref_policy, None, rows, config.micro_batch)
@@ -126,7 +123,8 @@ def main(argv=None):
     save_policy(policy, task.tokenizer, out / "policy")
     last = runs.read_metrics(out)[-1]
     reached = f", KL {last['kl_ref']:.3f} ± {last['kl_ref_stderr']:.3f} nats, C_hat {last['C_hat']:.3f}" if online else ""
-    print(f"{out}: {config.steps} steps{reached}, beta {beta:.4g}, {time.time() - start:.0f} s. Now: python evaluate.py {out}")
+    print(f"{out}: {config.steps} steps{reached}, beta {last['beta']:.4g}, {time.time() - start:.0f} s. "
+          f"Now: python evaluate.py {out}")
 
 
 def schedule(step: int, steps: int) -> float:

@@ -149,7 +149,7 @@ def step_vs_trl(method: str, policy: str, device: torch.device, quick: bool) -> 
     trainer, baseline, values = TRL[method]
     steps, repeats = (1, 1) if quick else (2, 3)
     # A learning rate so small that both sides go on sampling from the policy they start with.
-    settings = dict(policy=policy, prompts=BATCH["batch"], max_new_tokens=T, device=device.type, lr=1e-6, layers=1000)  # all
+    settings = dict(policy=policy, prompts=BATCH["batch"], max_new_tokens=T, device=device.type, lr=1e-6)
     with tempfile.TemporaryDirectory() as folder:
         task = load_task(Config(**settings).resolved(), "train")
         config = copy.deepcopy(task.policy.config)
@@ -166,7 +166,7 @@ def step_vs_trl(method: str, policy: str, device: torch.device, quick: bool) -> 
             return out
 
         task.policy.generate = counting
-        freeze(task.policy, settings["layers"])  # on both sides
+        freeze(task.policy, None)
         theirs = trainer(task, scorer, steps, dict(
             output_dir=folder, learning_rate=1e-6, temperature=1.0, bf16=False, gradient_checkpointing=False,
             use_cpu=device.type == "cpu", report_to="none", save_strategy="no", logging_steps=10**9,
@@ -178,6 +178,7 @@ def step_vs_trl(method: str, policy: str, device: torch.device, quick: bool) -> 
                 theirs.train()
             return count[0] - before
 
+        settings["layers"] = task.policy.config.num_hidden_layers  # all, on both sides
         settings |= dict(reward=f"{folder}/reward", baseline=baseline, K=2, steps=steps)
         sides = partial(train_rate, folder, **settings), partial(rate, train)
         for side in sides:

@@ -30,14 +30,14 @@ TASKS = {
                     prompts=256, steps=45, layers=2, lr=1e-3),
     "helpful": dict(policy="Qwen/Qwen2.5-0.5B-Instruct", reward="Skywork/Skywork-Reward-V2-Qwen3-0.6B",
                     judge="Skywork/Skywork-Reward-V2-Llama-3.2-1B", max_prompt_tokens=512, max_new_tokens=256,
-                    prompts=1000, steps=200, layers=100, lr=1e-6, data=HH | {"folder": "helpful-base"}),
+                    prompts=1000, steps=200, lr=1e-6, data=HH | {"folder": "helpful-base"}),
     "harmless": dict(policy="HuggingFaceTB/SmolLM2-360M-Instruct", reward="Skywork/Skywork-Reward-V2-Qwen3-0.6B",
                      judge="Skywork/Skywork-Reward-V2-Llama-3.2-1B", max_prompt_tokens=512, max_new_tokens=256,
-                     prompts=1000, steps=200, layers=100, lr=1e-6, data=HH | {"folder": "harmless-base"}),
+                     prompts=1000, steps=200, lr=1e-6, data=HH | {"folder": "harmless-base"}),
     "tldr": dict(policy="cleanrl/EleutherAI_pythia-1b-deduped__sft__tldr",
                  reward="cleanrl/EleutherAI_pythia-1b-deduped__reward__tldr",
                  judge="cleanrl/EleutherAI_pythia-6.9b-deduped__reward__tldr", max_prompt_tokens=560, max_new_tokens=53,
-                 prompts=1000, steps=200, layers=100, lr=1e-6, data=HUB | {"name": "trl-lib/tldr"},
+                 prompts=1000, steps=200, lr=1e-6, data=HUB | {"name": "trl-lib/tldr"},
                  pairs=HUB | {"name": "trl-lib/tldr-preference", "test": "validation"}),
 }
 
@@ -70,7 +70,8 @@ class Config:
     reward: str | None = setting(None, "reward model: a task's, a hub name or a directory (default: the task's)")
     judge: str | None = setting(None, "judge model, likewise")
     prompts: int | None = setting(None, "training prompts (default: the task's)")
-    layers: int | None = setting(None, "transformer blocks to train, the top ones; embeddings never are (default: the task's)")
+    layers: int | None = setting(None, "transformer blocks to train, the top ones; embeddings never are (default: the task's, "
+                                       "or all)")
     batch: int = setting(64, "prompts a step")
     G: int = setting(8, "samples of a prompt in a step")
     minibatch: int = setting(256, "responses an optimizer step")

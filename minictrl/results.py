@@ -139,7 +139,8 @@ def page(folder: Path, at: Path) -> str:
     if not done:
         raise ValueError(f"{folder}: holds no study; run python -m minictrl.reproduce NAME --out {folder} first")
     parts = ["# Results\n\nMade by `python -m minictrl.results`. Win rates over pi_ref on held-out prompts, ± one "
-             "standard error. At equal KL: regressed on the KL over a method's runs of all seeds (`sweep.at_kl`).\n"]
+             "standard error. At equal KL: regressed on the KL over a method's runs of all seeds, or averaged "
+             "(`sweep.at_kl`).\n"]
     for name in done:
         picture = os.path.relpath(folder / f"{name}.png", at.parent)
         parts.append(section(name, read(folder / f"{name}.csv"), picture))

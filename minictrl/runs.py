@@ -143,8 +143,8 @@ class Interrupt:
 
 # --- what a run works on ---
 
-METRICS = ("step", "tokens", "seconds", "reward", "C_hat", "Phi", "kl_ref", "kl_ref_stderr", "kl_asked", "beta", "approx_kl", "clipfrac",
-           "entropy", "value_loss", "explained_variance", "grad_norm", "lr", "tok_per_s")
+METRICS = ("step", "tokens", "seconds", "reward", "C_hat", "Phi", "kl_ref", "kl_ref_stderr", "kl_asked", "beta",
+           "approx_kl", "clipfrac", "entropy", "value_loss", "explained_variance", "grad_norm", "lr", "tok_per_s")
 
 
 @dataclass(frozen=True)

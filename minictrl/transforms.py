@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from minictrl import theory
+from minictrl.calibration import calibrated_reward
 
 Phi = Callable[[Tensor], Tensor]
 
@@ -39,6 +40,14 @@ RAW = {
     "median": lambda r, r_ref: r - r_ref.median(1, keepdim=True).values,
     "standardised": lambda r, r_ref: (r - r_ref.mean(1, keepdim=True)) / r_ref.std(1, keepdim=True).clamp(min=1e-6),
 }
+
+
+def ladder(name: str, transform: Phi | None, r: Tensor, r_ref: Tensor) -> tuple[Tensor, Tensor]:
+    """C_hat and Phi(C_hat) of rewards r (B, M) against r_ref (B, K): (B, M) each. transform: `get_transform` of the name;
+    where it is None, RAW's reward stands for Phi(C_hat)."""
+    C_hat = calibrated_reward(r, r_ref)
+    return C_hat, RAW[name](r, r_ref) if transform is None else transform(C_hat)
+
 
 CLOSED_FORMS: dict[str, Phi] = {"identity": identity, "log": log}
 

@@ -29,12 +29,11 @@ import torch
 from torch import Tensor
 
 from minictrl import methods, runs
-from minictrl.calibration import calibrated_reward
 from minictrl.config import TASKS, Config
 from minictrl.data import Prompt
 from minictrl.reference import CHUNK, Reference
 from minictrl.scoring import resident
-from minictrl.transforms import get_transform
+from minictrl.transforms import get_transform, ladder
 
 SEED = 0  # the calibration's, as train.py's, whose cache is shared
 
@@ -68,8 +67,8 @@ def ctrl_reward(task_or_run: str | Path, transform: str | None = None, *, kl: fl
                                         num_samples=config.K, seed=SEED)
             known.update(zip(map(key, new), drawn))
         r = task.reward(prompts, [y if isinstance(y, str) else y[-1]["content"] for y in completions])  # (B,)
-        C_hat = calibrated_reward(r, torch.stack([known[key(prompt)] for prompt in prompts]))
-        return ((r if Phi is None else Phi(C_hat)) / beta).tolist()
+        _, Phi_C = ladder(config.transform, Phi, r[:, None], torch.stack([known[key(prompt)] for prompt in prompts]))
+        return (Phi_C[:, 0] / beta).tolist()
 
     reward.__name__ = f"ctrl_{config.transform}"  # what TRL logs it under
     return reward

@@ -38,8 +38,8 @@ class Learner:
         self.optimizer.load_state_dict(state["optimizer"])
 
 
-def freeze(policy: nn.Module, layers: int) -> None:
-    """Leaves the top `layers` transformer blocks to be trained, and what follows them (a last norm), but no embedding.
+def freeze(policy: nn.Module, layers: int | None) -> None:
+    """Leaves the top `layers` transformer blocks (None: all) to be trained, and what follows them, a last norm; no embedding.
 
     What a word means and how a text is read stay as they are. Their gradients are mostly noise, which the optimizer turns into
     KL that wins nothing: the same steps with all parameters end further from the theory (README), and cost more time.
@@ -50,8 +50,8 @@ def freeze(policy: nn.Module, layers: int) -> None:
         raise ValueError(f"the policy, a {type(policy).__name__}, has no list of its blocks (num_hidden_layers: {count}), "
                          "which --layers needs: use another")
     policy.requires_grad_(True)
-    for module in (*blocks[0][:-layers], *(module for module in policy.modules() if isinstance(module, nn.Embedding)),
-                   policy.get_output_embeddings()):
+    embeddings = [module for module in policy.modules() if isinstance(module, nn.Embedding)]
+    for module in (*blocks[0][:-(layers or count)], *embeddings, policy.get_output_embeddings()):
         module.requires_grad_(False)
 
 

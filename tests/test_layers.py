@@ -9,7 +9,7 @@ LAYERS = [  # a module imports from lower layers only
     {"pretrain.policy", "pretrain.scorers", "pretrain.hub", "studies.sweep", "bench_scaling"}, {"pretrain.__main__"},
     {"studies.theory", "studies.proofs", "studies.runs", "studies.reward"}, {"studies.beyond"}, {"reproduce", "bench"},
     {"results"}]
-FOLDERS = {"pretrain", "studies"}
+FOLDERS = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
 MATH = {"theory", "transforms", "calibration", "winrate", "ppo", "baselines", "cells"}
 
 

@@ -51,6 +51,16 @@ def test_without_a_transform_the_reward_is_raw_up_to_scale(small):
     assert torch.allclose(got / r, (got / r)[0].expand(3), rtol=1e-4) and got[0] / r[0] > 0
 
 
+def test_a_standardised_reward_is_that_of_training(small):
+    config, task, _ = small
+    texts, index = [" a joy.", " a bore.", " dull."], torch.tensor([0, 0, 1])
+    prompts = [task.prompts[i] for i in index]
+    got = torch.tensor(ctrl_reward("reviews", "standardised", cache=config.cache, **SMALL)(prompts, texts))
+    r_ref = runs.reference_samples(task, config, 16, seed=0, name="").r_ref[index]
+    z = (load_scorer("reviews", "reward")(prompts, texts) - r_ref.mean(1)) / r_ref.std(1)
+    assert torch.allclose(got / z, (got / z)[0].expand(3), rtol=1e-4) and got[0] / z[0] > 0
+
+
 def test_shares_of_the_prompts_fill_the_cache_of_a_single_process(small, tmp_path):
     config, task, _ = small
     config = replace(config, cache=str(tmp_path), K=2)

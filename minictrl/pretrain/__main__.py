@@ -16,8 +16,8 @@ from pathlib import Path
 from minictrl.config import Parser, run_script, write_json
 from minictrl.data import ASSETS
 from minictrl.pretrain.policy import encode, perplexity, train_policy
-from minictrl.pretrain.scorers import train_scorers
 from minictrl.pretrain.ratings import load_ratings, split_of
+from minictrl.pretrain.scorers import train_scorers
 from minictrl.scorers import NgramScorer
 
 

@@ -19,8 +19,8 @@ from minictrl.calibration import calibrated_reward
 from minictrl.config import Config
 from minictrl.figures import KL, WIN_RATE, errorbars, panels
 from minictrl.models import load_scorer
-from minictrl.pretrain.scorers import SIZES, fit
 from minictrl.pretrain.ratings import halves, load_ratings, split_of
+from minictrl.pretrain.scorers import SIZES, fit
 from minictrl.scorers import NgramScorer
 from minictrl.studies.sweep import grouped, pi_ref, points, shown, sweep
 

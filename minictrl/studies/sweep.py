@@ -188,6 +188,14 @@ def near(rows: list[dict], kl: float) -> list[dict]:
     return [row for row in rows if kl / 2 <= row["kl"] <= 2 * kl]
 
 
+def comparable(rows: list[dict], kl: float, method: str, procedure: str, n: int, scorer: str) -> list[dict]:
+    """The rows near a KL of one method and case; none where the KL is more than a tenth beyond all of them."""
+    key = method, procedure, n, scorer
+    mine = [row for row in near(rows, kl) if (row["method"], row["procedure"], row["n"], row["scorer"]) == key]
+    x = [math.log(row["kl"] / kl) for row in mine]
+    return mine if mine and min(x) - 0.1 <= 0 <= max(x) + 0.1 else []
+
+
 def at_kl(rows: list[dict], kl: float, method: str, procedure: str, n: int, scorer: str) -> tuple[float, float]:
     """(win rate, standard error) of a method at this KL in nats, from its runs, of all seeds, between half and twice the KL.
 
@@ -195,11 +203,10 @@ def at_kl(rows: list[dict], kl: float, method: str, procedure: str, n: int, scor
     the runs' KLs are within a fifth of each other. The error is that of the regression, so the scatter of the seeds; of one run
     or two, that over prompts. nan more than a tenth beyond the runs.
     """
-    key = method, procedure, n, scorer
-    mine = [row for row in near(rows, kl) if (row["method"], row["procedure"], row["n"], row["scorer"]) == key]
-    x = np.log([row["kl"] / kl for row in mine])  # 0 at the KL asked for
-    if not (mine and x.min() - 0.1 <= 0 <= x.max() + 0.1):
+    mine = comparable(rows, kl, method, procedure, n, scorer)
+    if not mine:
         return math.nan, math.nan
+    x = np.log([row["kl"] / kl for row in mine])  # 0 at the KL asked for
     share = np.array([(row["win_rate"] - 0.5) / (row["optimal"] - 0.5) for row in mine])
     dx, gain = x - x.mean(), theory.optimal_win_rate(kl, procedure, n) - 0.5
     spread = dx @ dx if np.ptp(x) > 0.2 else math.inf
@@ -212,11 +219,11 @@ def at_kl(rows: list[dict], kl: float, method: str, procedure: str, n: int, scor
 
 
 def common_kl(rows: list[dict], methods: Iterable[str] | None = None) -> float:
-    """Of .1 to 2 nats, the KL at which most of the methods (default: all) have runs to compare; of several the nearest to them."""
+    """Of .1 to 2 nats, the KL at which most of the methods (default: all) have runs to compare; of several the nearest."""
     case = rows[0]["procedure"], rows[0]["n"], rows[0]["scorer"]
     names = methods or {row["method"] for row in rows}
 
     def compared(kl: float) -> tuple[int, float]:
         distance = fmean(abs(math.log(row["kl"] / kl)) for row in rows)
-        return sum(not math.isnan(at_kl(rows, kl, name, *case)[0]) for name in names), -distance
+        return sum(bool(comparable(rows, kl, name, *case)) for name in names), -distance
     return max((k / 20 for k in range(2, 41)), key=compared)
