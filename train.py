@@ -40,6 +40,7 @@ def main(argv=None):
     from minictrl import methods, runs
     from minictrl.calibration import calibrated_reward
     from minictrl.models import save_policy
+    from minictrl.ppo import explained_variance
     from minictrl.transforms import get_transform, ladder
     from minictrl.update import forward_all, freeze, make_learner, update
 
@@ -76,28 +77,31 @@ def main(argv=None):
         loss = partial(methods.online_loss, clip=config.clip)
     else:
         epoch, loss = methods.OFFLINE[config.method](reference, Phi=Phi, beta=beta, clip=config.clip, seed=config.seed)
-    saved, pause, asked, row = time.time(), CHECKPOINT, config.kl, (runs.read_metrics(out) or [None])[-1]
+    saved, pause = time.time(), CHECKPOINT
+    asked = runs.read_metrics(out)[-1]["kl_asked"] if first_step else config.kl  # the KL that beta is computed for
     with runs.Interrupt() as interrupt, open(out / "metrics.jsonl", "a", buffering=1) as metrics, \
             tqdm(range(first_step, config.steps), "train", initial=first_step, total=config.steps, disable=None) as bar:
         for step in bar:
             began, seed = time.time(), config.seed * 1_000_003 + step + 1
-            if online and config.kl and step >= WARMUP:  # row is the last step's
-                asked, beta = methods.keep_to_budget(row["kl_asked"], row["kl_ref"], config.kl, beta_at)
-            row = dict.fromkeys(runs.METRICS) | {"step": step + 1, "kl_asked": asked, "beta": beta}  # None: not in this method
+            row = dict.fromkeys(runs.METRICS)  # None: not in this method
             if online:
                 index = runs.batch(len(task.prompts), config.batch, step, config.seed)  # (B,) prompts x
                 samples, r = runs.rollout(task, policy, index, num_samples=config.G, seed=seed)  # y ~ pi(.|x), r (B, G)
                 C_hat, Phi_C = rungs(r, r_ref[index])  # (B, G)
                 rows = runs.rows_of(task, index, samples)
-                rows |= {"r": r.flatten(), "C_hat": C_hat.flatten(), "R": Phi_C.flatten() / beta}
                 rows["ref_logprobs"], _ = forward_all(ref_policy, None, rows, config.micro_batch)
+                row |= methods.rollout_metrics(rows, r, C_hat, Phi_C)
+                if config.kl and step >= WARMUP:
+                    asked, beta = methods.keep_to_budget(asked, row["kl_ref"], config.kl, beta_at)
+                rows |= {"r": r.flatten(), "C_hat": C_hat.flatten(), "R": Phi_C.flatten() / beta}
                 if config.baseline == "prefix":
                     C_hat_prefix = calibrated_reward(runs.prefix_rewards(task, index, samples), r_ref[index])  # (B, G T)
                     rows["C_hat_prefix"] = C_hat_prefix.view_as(rows["mask"]).to(rows["mask"])
                 if learner.value_head is not None:
                     _, rows["values"] = forward_all(policy, learner.value_head, rows, config.micro_batch)
                 rows["advantages"] = methods.ONLINE[config.method](rows, config, beta, reference[index])
-                row |= methods.rollout_metrics(rows, r, C_hat, Phi_C)
+                if "values" in rows:
+                    row["explained_variance"] = explained_variance(rows["values"], rows["returns"], samples.mask.flatten(0, 1)).item()
             else:
                 index = runs.batch(len(epoch["of"]), config.batch * config.G, step, config.seed)
                 rows = {name: x[index] for name, x in epoch.items()}
@@ -107,7 +111,8 @@ def main(argv=None):
 
             count = int(rows["mask"].sum())
             tokens, seconds = tokens + count, seconds + time.time() - began
-            row |= {"tokens": tokens, "seconds": round(seconds, 2), "tok_per_s": round(count / (time.time() - began))}
+            row |= {"step": step + 1, "kl_asked": asked, "beta": beta, "tokens": tokens, "seconds": round(seconds, 2),
+                    "tok_per_s": round(count / (time.time() - began))}
             metrics.write(json.dumps(row) + "\n")
             bar.set_postfix_str(" ".join(f"{name} {row[name]:.3f}" for name in ("C_hat", "kl_ref") if online)
                                 + f" tok/s {row['tok_per_s']}")

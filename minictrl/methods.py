@@ -90,11 +90,8 @@ def online_loss(logprobs: Tensor, values: Tensor | None, rows: Rows, *, clip: fl
 def rollout_metrics(rows: Rows, r: Tensor, C_hat: Tensor, Phi: Tensor) -> dict[str, float]:
     """Means over a rollout: rewards, KL(pi || pi_ref) in nats per response (k1), entropy in nats per token."""
     kl = (rows["old_logprobs"] - rows["ref_logprobs"]).sum(1)  # (B,)
-    sampled = rows["old_logprobs"] != 0  # (B, T); BoND's mask has two responses a row
     metrics = {"reward": r.mean(), "C_hat": C_hat.mean(), "Phi": Phi.mean(), "kl_ref": kl.mean(),
-               "kl_ref_stderr": kl.std() / len(kl) ** .5, "entropy": -rows["old_logprobs"].sum() / sampled.sum()}
-    if "values" in rows:
-        metrics["explained_variance"] = ppo.explained_variance(rows["values"], rows["returns"], sampled)
+               "kl_ref_stderr": kl.std() / len(kl) ** .5, "entropy": -rows["old_logprobs"].sum() / rows["mask"].sum()}
     return {name: float(value) for name, value in metrics.items()}
 
 
@@ -164,7 +161,7 @@ def beta_for(config: Config, kl: float, r_ref: Tensor | None = None) -> float | 
 
 
 def keep_to_budget(asked: float, kl_ref: float, kl: float, beta_at: Callable[[float], float]) -> tuple[float, float]:
-    """(asked, beta) of the next step, for a measured KL `kl_ref` and a budget `kl` in nats.
+    """(asked, beta) of an update, for the KL `kl_ref` of its rollout and a budget `kl` in nats.
 
     beta is the multiplier of the constraint KL = budget. The theory's holds for the best policy there is. One that doesn't get
     there has another: with the theory's, exp10 ends at half of its budget, exp-10 at twice. So beta is computed for another KL,

@@ -1,4 +1,5 @@
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -6,7 +7,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import evaluate
 import train
-from minictrl import runs, theory
+from minictrl import methods, runs, theory
 from minictrl.config import Config
 from minictrl.reference import Reference
 
@@ -40,6 +41,18 @@ def test_a_run_directory_holds_what_the_contract_says(short_run):
         assert (short_run / name).stat().st_size > 1000
     assert AutoModelForCausalLM.from_pretrained(short_run / "policy").config.vocab_size == len(
         AutoTokenizer.from_pretrained(short_run / "policy"))
+
+
+def test_beta_follows_the_kl_of_the_rollout_it_is_used_on(short_run):
+    """Not of the one before: with that one the KL swings by half its budget."""
+    rows, asked = rows_of(short_run / "metrics.jsonl"), 1.0
+    for row in rows:
+        if row["step"] > train.WARMUP:
+            beta_at = partial(methods.beta_for, runs.load_config(short_run)[0])
+            asked, beta = methods.keep_to_budget(asked, row["kl_ref"], 1.0, beta_at)
+            assert row["beta"] == pytest.approx(beta)
+        assert row["kl_asked"] == pytest.approx(asked)
+    assert asked != 1.0
 
 
 def test_every_row_of_the_table_is_consistent(short_run):
