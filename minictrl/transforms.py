@@ -12,6 +12,7 @@ from torch import Tensor
 
 from minictrl import theory
 from minictrl.calibration import calibrated_reward
+from minictrl.procedures import at_least_1
 
 Phi = Callable[[Tensor], Tensor]
 
@@ -62,7 +63,7 @@ def get_transform(
     calibration, for log's bound at 1/(2K); None, where u is C itself, for no bound. Raises ValueError on bad input.
     """
     if K is not None:
-        theory.at_least_1("K", K)
+        at_least_1("K", K)
     tilt = re.fullmatch(r"exp([+-]?(\d+\.?\d*|\.\d+))", name)
     if name in RAW:
         return None

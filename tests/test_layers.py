@@ -4,13 +4,13 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "minictrl"
 LAYERS = [  # a module imports from lower layers only
     {"config", "hub", "cells", "calibration", "ppo", "baselines", "kvcache", "pretrain.ratings"},
-    {"winrate", "theory", "data", "sampling", "scorers", "reference"},
+    {"winrate", "procedures", "data", "sampling", "scorers", "reference"}, {"optimum"}, {"theory"},
     {"transforms", "scoring", "update"}, {"judge"}, {"models"}, {"runs", "methods"}, {"evaluation"}, {"figures", "trl"},
     {"pretrain.policy", "pretrain.scorers", "pretrain.hub", "studies.sweep", "bench_scaling"}, {"pretrain.__main__"},
     {"studies.theory", "studies.proofs", "studies.runs", "studies.reward"}, {"studies.beyond"}, {"reproduce", "bench"},
     {"results"}]
 FOLDERS = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
-MATH = {"theory", "transforms", "calibration", "winrate", "ppo", "baselines", "cells"}
+MATH = {"theory", "transforms", "calibration", "winrate", "ppo", "baselines", "cells", "procedures", "optimum"}
 
 
 def imports(path: Path) -> set[str]:

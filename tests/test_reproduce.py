@@ -5,6 +5,8 @@ import csv
 import pytest
 
 from minictrl import figures, reproduce, theory
+from minictrl.optimum import ascend
+from minictrl.procedures import mass_win_rate
 from minictrl.studies import proofs
 from minictrl.studies import theory as studies_theory
 
@@ -66,7 +68,7 @@ def test_tabular_em_reaches_the_optimum_of_direct_ascent(procedure, n):
     pi_ref, level, ref = proofs.tabular_prompt(5, responses=20, values=8)
     win_rate = lambda pi: proofs.tied_win_rate(pi, level, ref, procedure, n)  # noqa: E731
     direct = proofs.direct_ascent(win_rate, pi_ref, 0.1)
-    best = theory.ascend(procedure, n, ref, beta=0.1)
+    best = ascend(procedure, n, ref, beta=0.1)
     objective = proofs.value(direct, pi_ref, win_rate(direct), 0.1).item()
     assert best.win_rate - 0.1 * best.kl == pytest.approx(objective, abs=1e-6)  # L-BFGS's plateau
     if procedure == "bon" and n == 2:  # the same optimum as E[max over N of g], summed over all pairs
@@ -75,7 +77,7 @@ def test_tabular_em_reaches_the_optimum_of_direct_ascent(procedure, n):
 
 
 def test_the_best_policy_for_an_unknown_n_is_the_best_for_the_mix():
-    win = lambda mass, ref: theory.mass_win_rate(mass, ref, studies_theory.any_n, 8).item()  # noqa: E731
+    win = lambda mass, ref: mass_win_rate(mass, ref, studies_theory.any_n, 8).item()  # noqa: E731
     policy = theory.policy_at_kl
     best = win(*policy("optimal", 1.0, studies_theory.any_n, 8))
     assert all(win(*policy("optimal", 1.0, "bon", N)) < best - 1e-4 for N in (1, 2, 4, 8))

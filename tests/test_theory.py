@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from minictrl import cells, theory
+from minictrl.optimum import ascend
+from minictrl.procedures import PROCEDURES, mass_win_rate
 
 TRANSFORMS = ["identity", "log", "exp5", "exp10", "exp-5", "exp-10"]
 
@@ -66,7 +68,7 @@ def test_beta_for_kl_inverts_the_kl_and_the_kl_falls_with_beta(name):
 
 def test_best_and_worst_of_one_are_the_standard_win_rate():
     for name in TRANSFORMS:
-        one = [theory.at_kl(name, 0.7, procedure, 1) for procedure in theory.PROCEDURES]
+        one = [theory.at_kl(name, 0.7, procedure, 1) for procedure in PROCEDURES]
         assert max(one) - min(one) < 1e-9
 
 
@@ -82,7 +84,7 @@ def test_no_transform_beats_the_optimum_at_its_kl(procedure, n):
 @pytest.mark.parametrize("N", [2, 4, 32, 256])
 @pytest.mark.parametrize("beta", [1.0, 0.05, 0.005])
 def test_best_of_n_converges_to_corollary_2(N, beta):
-    best = theory.ascend("bon", N, ref := cells.grid(4000), beta=beta)
+    best = ascend("bon", N, ref := cells.grid(4000), beta=beta)
     F, u = cells.cdf(ref * best.log_ratio.exp()), cells.cdf(ref)
     integrand = (F * u) ** (N - 1)
     slices = (integrand[1:] + integrand[:-1]) / 2 * ref  # trapezoid rule
@@ -95,12 +97,12 @@ def test_the_papers_plain_iteration_oscillates_where_ours_converges():
     ref, beta, log_ratio, wins = cells.grid(400), 0.02, torch.zeros(400, dtype=torch.float64), []
     for _ in range(60):
         mass = (ref * log_ratio.exp()).requires_grad_()
-        win = theory.mass_win_rate(mass, ref, "bon", 32)
+        win = mass_win_rate(mass, ref, "bon", 32)
         (Phi,) = torch.autograd.grad(win, mass)
         log_ratio = cells.tilt(Phi, 1 / beta, ref)
         wins.append(win.item() - beta * cells.kl(log_ratio, ref))
     assert max(wins[-10:]) - min(wins[-10:]) > 0.05
-    assert theory.ascend("bon", 32, ref, beta=beta).residual < 1e-7
+    assert ascend("bon", 32, ref, beta=beta).residual < 1e-7
 
 
 def test_best_of_n_win_rate_is_concave_in_the_density():

@@ -14,6 +14,8 @@ from torch import Tensor
 from minictrl import cells, theory
 from minictrl.calibration import calibrated_reward
 from minictrl.figures import panels, title
+from minictrl.optimum import ascend
+from minictrl.procedures import PROCEDURES, mass_win_rate
 from minictrl.transforms import get_transform
 
 
@@ -35,7 +37,7 @@ def at_levels(pi: Tensor, level: Tensor) -> Tensor:
 
 
 def tied_win_rate(pi: Tensor, level: Tensor, ref: Tensor, procedure: str, n: int) -> Tensor:
-    return theory.mass_win_rate(at_levels(pi, level), ref, procedure, n)
+    return mass_win_rate(at_levels(pi, level), ref, procedure, n)
 
 
 def value(pi: Tensor, pi_ref: Tensor, win: Tensor, beta: float) -> Tensor:
@@ -94,7 +96,7 @@ def em_iterates(ref: Tensor, procedure: str, n: int, beta: float, eta: float, st
     log_ratio, objective = torch.zeros_like(ref), []
     for _ in range(steps):
         mass = (ref * log_ratio.exp()).requires_grad_()
-        win = theory.mass_win_rate(mass, ref, procedure, n)
+        win = mass_win_rate(mass, ref, procedure, n)
         (R,) = torch.autograd.grad(win, mass)
         objective.append(win.item() - beta * cells.kl(log_ratio, ref))
         log_ratio = cells.tilt(R, eta / beta, ref, (1 - eta) * log_ratio)
@@ -110,7 +112,7 @@ def theorem1(out: Path, quick: bool):
             win_rate = partial(tied_win_rate, level=level, ref=ref, procedure=procedure, n=n)
             best_pi = direct_ascent(win_rate, pi_ref, beta)
             best, policies = value(best_pi, pi_ref, win_rate(best_pi), beta).item(), {"direct": best_pi}
-            policies["EM"] = pi_ref * theory.ascend(procedure, n, ref, beta=beta).log_ratio.exp()[level]
+            policies["EM"] = pi_ref * ascend(procedure, n, ref, beta=beta).log_ratio.exp()[level]
             if procedure in ("bon", "won") and n == 2:
                 policies["max@N"] = direct_ascent(max_at_n(pi_ref, level, procedure, n), pi_ref, beta)
             for solver, pi in policies.items():
@@ -121,7 +123,7 @@ def theorem1(out: Path, quick: bool):
     figure, axes = panels(1, 2)
     _, _, ref = tabular_prompt(0)
     for axis, (procedure, n) in zip(axes, (("bon", 8), ("won", 3))):
-        best = theory.ascend(procedure, n, ref, beta=0.02)
+        best = ascend(procedure, n, ref, beta=0.02)
         optimum = best.win_rate - 0.02 * best.kl
         for eta in (1.0, 0.5, 0.1):
             gaps = [max(optimum - J, 1e-16) for J in em_iterates(ref, procedure, n, 0.02, eta, 80)]
@@ -169,7 +171,7 @@ def lemmas_4_and_5(responses: int, N: int = 4) -> list[dict]:
         computed = "sup over u of |P(C <= u) - u|, at most the largest pi_ref(y)"
         rows.append(check(f"Lemma 4, {kind}", computed, (F[1:] - C).abs().max().item(), grain))
         for procedure, share in (("bon", C), ("won", 1 - C)):
-            claimed, exact = N * ref * share ** (N - 1), theory.PROCEDURES[procedure](ref, F, N)
+            claimed, exact = N * ref * share ** (N - 1), PROCEDURES[procedure](ref, F, N)
             distance = (claimed - exact).abs().sum().item() / 2
             computed = f"total variation of {procedure}'s law to the claimed one, N = {N}"
             rows.append(check(f"Lemma 5, {kind}", computed, distance, grain))
@@ -205,7 +207,7 @@ def theorems_2_to_4(responses: int) -> list[dict]:
         for seed in (0, 1):
             pi_ref, C = nearly_continuous(seed, responses)
             log_ratio = cells.tilt(get_transform(name, K=None)(C), 1 / beta, pi_ref)
-            direct = theory.mass_win_rate(pi_ref * log_ratio.exp(), pi_ref, procedure, N).item()
+            direct = mass_win_rate(pi_ref * log_ratio.exp(), pi_ref, procedure, N).item()
             off += [abs(direct - win), abs(cells.kl(log_ratio, pi_ref) - kl)]
         computed = f"W and KL of {name}, {procedure} {N}, on two models minus those in u"
         rows.append(check("Theorems 2 and 4", computed, max(off), 10 * pi_ref.max().item()))
@@ -215,7 +217,7 @@ def theorems_2_to_4(responses: int) -> list[dict]:
         F, u = (F[1:] + F[:-1]) / 2, (u[1:] + u[:-1]) / 2
         eq_8, eq_9 = 1 - N * (F**N * u ** (N - 1) * ref).sum(), N * ((1 - F) ** N * (1 - u) ** (N - 1) * ref).sum()
         formula = eq_8 if procedure == "bon" else eq_9
-        off = abs(formula.item() - theory.mass_win_rate(mass, ref, procedure, N).item())
+        off = abs(formula.item() - mass_win_rate(mass, ref, procedure, N).item())
         rows.append(check("Theorem 3", f"Eq. 8 or 9, {procedure} {N}, minus Definition 4, exp5 at 1 nat", off, 1e-6))
     mass, ref = theory.policy_at_kl("exp5", 1.0, "bon", 2)
     Phi, beta = get_transform("exp5")(cells.centres(ref)), theory.beta_for_kl("exp5", 1.0)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from minictrl import cells, theory
 from minictrl.figures import COLORS, KL, WIN_RATE, panels, title
+from minictrl.procedures import bon, mass_win_rate
 from minictrl.transforms import get_transform
 
 CLOSED = ["identity", "log", "exp5", "exp10", "exp-5", "exp-10"]
@@ -149,7 +150,7 @@ def finite_k(out: Path, quick: bool):
 
 def any_n(mass: Tensor, u: Tensor, n: int) -> Tensor:
     """Best-of-N of a user whose N is uniform over 1 .. n: (n, G), which mass_win_rate averages over."""
-    return torch.stack([theory.bon(mass, u, N) for N in range(1, n + 1)])
+    return torch.stack([bon(mass, u, N) for N in range(1, n + 1)])
 
 
 def mix(out: Path, quick: bool):
@@ -162,7 +163,7 @@ def mix(out: Path, quick: bool):
     for kl, (tuned, (name, *solved_for)) in product((1.0,) if quick else (0.25, 0.5, 1.0, 2.0), policies.items()):
         mass, ref = theory.policy_at_kl(name, kl, *solved_for)
         for at, T in used.items():
-            win = theory.mass_win_rate(mass, ref, *T).item()
+            win = mass_win_rate(mass, ref, *T).item()
             loss = 100 * (theory.optimal_win_rate(kl, *T) - win)
             rows.append(dict(kl_nats=kl, transform=tuned, used_at=at, win_rate=win, points_lost=loss))
     figure, (table, curve) = panels(1, 2, width=6.4, height=5.2)
