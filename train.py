@@ -101,7 +101,8 @@ def main(argv=None):
                     _, rows["values"] = forward_all(policy, learner.value_head, rows, config.micro_batch)
                 rows["advantages"] = methods.ONLINE[config.method](rows, config, beta, reference[index])
                 if "values" in rows:
-                    row["explained_variance"] = explained_variance(rows["values"], rows["returns"], samples.mask.flatten(0, 1)).item()
+                    mask = samples.mask.flatten(0, 1)  # BoND's rows have two responses
+                    row["explained_variance"] = explained_variance(rows["values"], rows["returns"], mask).item()
             else:
                 index = runs.batch(len(epoch["of"]), config.batch * config.G, step, config.seed)
                 rows = {name: x[index] for name, x in epoch.items()}
