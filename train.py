@@ -41,7 +41,7 @@ def main(argv=None):
     from minictrl.calibration import calibrated_reward
     from minictrl.models import save_policy
     from minictrl.ppo import explained_variance
-    from minictrl.transforms import get_transform, ladder
+    from minictrl.transforms import get_transform, in_nats, ladder
     from minictrl.update import forward_all, freeze, make_learner, update
 
     # Whatever can be wrong with the input is found here, before the first sample is drawn.
@@ -70,7 +70,7 @@ def main(argv=None):
     shared = {id(p): p for p in policy.parameters() if not p.requires_grad}
     ref_policy = copy.deepcopy(policy, shared).requires_grad_(False)
     learner = make_learner(policy, value_head=config.baseline == "value" and config.method in methods.ONLINE,
-                           mean_return=float(rungs(r_ref, r_ref)[1].mean()) / beta)
+                           mean_return=float(in_nats(rungs(r_ref, r_ref)[1], Phi, beta).mean()))
     first_step, tokens, seconds = runs.restore(out, learner)
     online = config.method in methods.ONLINE
     if online:
@@ -93,7 +93,7 @@ def main(argv=None):
                 row |= methods.rollout_metrics(rows, r, C_hat, Phi_C)
                 if config.kl and step >= WARMUP:
                     asked, beta = methods.keep_to_budget(asked, row["kl_ref"], config.kl, beta_at)
-                rows |= {"r": r.flatten(), "C_hat": C_hat.flatten(), "R": Phi_C.flatten() / beta}
+                rows |= {"r": r.flatten(), "C_hat": C_hat.flatten(), "R": in_nats(Phi_C, Phi, beta).flatten()}
                 if config.baseline == "prefix":
                     C_hat_prefix = calibrated_reward(runs.prefix_rewards(task, index, samples), r_ref[index])  # (B, G T)
                     rows["C_hat_prefix"] = C_hat_prefix.view_as(rows["mask"]).to(rows["mask"])

@@ -100,9 +100,11 @@ def rollout_metrics(rows: Rows, r: Tensor, C_hat: Tensor, Phi: Tensor) -> dict[s
 def qrpo(reference: Reference, *, Phi, beta: float, **_) -> tuple[Rows, Loss]:
     """QRPO: regression of log pi/pi_ref on Phi(C_hat)/beta - log Z, each reference sample against the other K - 1."""
     C_hat = baselines.leave_one_out_calibration(reference.r_ref)
-    K = C_hat.shape[1]
-    rows = responses(reference) | {"R": (Phi(C_hat) / beta).float().flatten()}
-    log_Z = baselines.log_partition(Phi, beta, K - 1)
+
+    def R(u: Tensor) -> Tensor:
+        return transforms.in_nats(Phi(u), Phi, beta)
+    rows = responses(reference) | {"R": R(C_hat).float().flatten()}
+    log_Z = baselines.log_partition(R, 1., C_hat.shape[1] - 1)
 
     def loss(logprobs, values, rows):
         return baselines.qrpo_loss(logprobs.sum(-1), rows["ref_logprobs"].sum(-1), rows["R"], log_Z), {}

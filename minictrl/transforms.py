@@ -17,6 +17,7 @@ from minictrl.procedures import at_least_1
 Phi = Callable[[Tensor], Tensor]
 
 MAX_T = 80  # e^80 is still a float32
+FLOOR = 10.0  # nats
 KNOWN = "identity, log, exp<t> (exp5, exp-10, ...), bon_fp, won_fp, optimal, none, median, standardised"
 
 
@@ -48,6 +49,17 @@ def ladder(name: str, transform: Phi | None, r: Tensor, r_ref: Tensor) -> tuple[
     where it is None, RAW's reward stands for Phi(C_hat)."""
     C_hat = calibrated_reward(r, r_ref)
     return C_hat, RAW[name](r, r_ref) if transform is None else transform(C_hat)
+
+
+def in_nats(Phi_C: Tensor, transform: Phi | None, beta: float) -> Tensor:
+    """R = Phi(C_hat) / beta, the objective in units of the KL, nowhere more than FLOOR below R at C_hat = 1 (RAW: no floor).
+
+    Where the optimum pi_ref e^R / Z has less than e^-FLOOR of pi_ref's mass, it doesn't matter how much less: at 1 nat the floor
+    costs exp-10 .0002 of its Worst-of-4 win rate. But without it the objective is a thousand nats down at C_hat = 0, and the
+    gradient that of a few samples there.
+    """
+    R = Phi_C / beta
+    return R if transform is None else R.clamp(min=float(transform(torch.ones(1))) / beta - FLOOR)
 
 
 CLOSED_FORMS: dict[str, Phi] = {"identity": identity, "log": log}

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from minictrl import theory
-from minictrl.transforms import get_transform
+from minictrl import cells, theory
+from minictrl.transforms import FLOOR, get_transform, in_nats
 
 u = torch.linspace(0, 1, 201)  # the values of C_hat at K = 100
 
@@ -46,6 +46,21 @@ def test_rewinds_optimum_jumps_down_at_its_threshold():
     Phi = get_transform("optimal", procedure="rewind", n=32, beta=0.1)
     below, at, above = Phi(torch.tensor([0.8499, 0.85, 0.8501], dtype=torch.float64)).tolist()
     assert below - at > 1 and above - at == pytest.approx(0, abs=1e-2)
+
+
+@pytest.mark.parametrize("name", ["identity", "log", "exp10", "exp-10", "bon_fp", "won_fp"])
+def test_the_floor_bounds_the_objective_and_leaves_its_optimum_where_it_is(name):
+    beta, grid = theory.beta_for_kl(name, 1.0), cells.midpoints(100_000)
+    Phi = get_transform(name, beta=beta)
+    free, floored = Phi(grid) / beta, in_nats(Phi(grid), Phi, beta)
+    assert floored.max() - floored.min() <= FLOOR * 1.001
+    assert (free.softmax(0) - floored.softmax(0)).abs().sum() / 2 < 1e-4  # total variation
+    if name == "exp-10":
+        assert free.min() < -500
+    if name == "exp10":
+        assert torch.equal(free, floored)  # spans less than the floor
+    raw = torch.tensor([-1e3, 2.])
+    assert torch.equal(in_nats(raw, None, beta), raw / beta)
 
 
 def test_none_has_no_transform():
