@@ -43,7 +43,7 @@ def main(argv=None):
         first = table[0]
         print(f"\n{run}: {first['prompts']} {args.split} prompts, {first['samples']} responses each, "
               f"KL {first['kl']:.3f} ± {first['kl_stderr']:.3f} nats\n\n{evaluation.markdown(table)}\n")
-        print(figures.draw(run, table))
+        print(figures.draw(run, args.split, table))
 
 
 if __name__ == "__main__":

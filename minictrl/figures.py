@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 
@@ -19,19 +20,21 @@ COLORS = {  # of a transform, a method or a scorer, in every picture
 }  # fmt: skip
 
 
-def draw(run: Path, table: list[dict]) -> str:
-    """tradeoff.png and training.png in the run; says what was drawn, or what is missing for it."""
+def draw(run: Path, split: str, table: list[dict]) -> str:
+    """tradeoff.png (of training prompts: tradeoff-train.png) and training.png in the run; says what was drawn, or what is
+    missing for it."""
     try:
         import matplotlib
     except ImportError:
         return "no pictures: pip install matplotlib"
     with matplotlib.rc_context(STYLE):
-        save(win_rates(run, table), run / "tradeoff.png")
+        tradeoff_png = run / ("tradeoff.png" if split == "test" else f"tradeoff-{split}.png")
+        save(win_rates(run, split, table), tradeoff_png)
         save(training(run), run / "training.png")
-    return f"pictures: {run / 'tradeoff.png'}, {run / 'training.png'}"
+    return f"pictures: {tradeoff_png}, {run / 'training.png'}"
 
 
-def win_rates(run: Path, table: list[dict]):
+def win_rates(run: Path, split: str, table: list[dict]):
     """Measured win rates, with two standard errors, on the curves of the run's transform and of the optimum."""
     config, _ = runs.load_config(run)
     n = config.n if config.procedure in ("bon", "won") else 4
@@ -42,19 +45,24 @@ def win_rates(run: Path, table: list[dict]):
                 if (row["procedure"], row["n"]) == (procedure, n)]
         tradeoff(axis, rows, procedure, n, by="scorer", expected={} if curve is None else {"theory": curve})
         axis.legend(loc="lower right")
-    figure.suptitle(f"{run.name}: {table[0]['prompts']} held-out prompts, bars are two standard errors", fontsize=10)
+    prompts = f"{table[0]['prompts']} {'held-out' if split == 'test' else 'training'} prompts"
+    figure.suptitle(f"{run.name}: {prompts}, bars are two standard errors", fontsize=10)
     return figure
 
 
 def training(run: Path):
     """The learning curves of metrics.jsonl."""
-    rows = runs.read_metrics(run)
+    rows, budget = runs.read_metrics(run), runs.load_config(run)[0].kl
     names = [name for name in ("C_hat", "kl_ref", "beta", "reward", "entropy", "approx_kl", "explained_variance", "grad_norm")
              if rows[-1].get(name) is not None]
-    figure, axes = panels(1, len(names), width=2.6, height=2.6)
+    figure, axes = panels(math.ceil(len(names) / 4), min(4, len(names)), width=3.2, height=2.4)
     for axis, name in zip(axes, names):
         axis.plot([row["step"] for row in rows], [row[name] for row in rows])
         axis.set(title=name, xlabel="step")
+        if name == "kl_ref" and budget:
+            axis.axhline(budget, color="black", linestyle="--", linewidth=1)
+    for axis in axes[len(names):]:
+        axis.remove()
     return figure
 
 

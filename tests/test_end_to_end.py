@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import evaluate
 import train
-from minictrl import methods, runs, theory
+from minictrl import figures, methods, runs, theory
 from minictrl.config import Config
 from minictrl.reference import Reference
 
@@ -41,6 +41,12 @@ def test_a_run_directory_holds_what_the_contract_says(short_run):
         assert (short_run / name).stat().st_size > 1000
     assert AutoModelForCausalLM.from_pretrained(short_run / "policy").config.vocab_size == len(
         AutoTokenizer.from_pretrained(short_run / "policy"))
+
+
+def test_the_picture_of_training_prompts_is_another_file(short_run):
+    before = (short_run / "tradeoff.png").read_bytes()
+    assert "tradeoff-train.png" in figures.draw(short_run, "train", json.loads((short_run / "eval.json").read_text())["rows"])
+    assert (short_run / "tradeoff-train.png").read_bytes() != before == (short_run / "tradeoff.png").read_bytes()
 
 
 def test_beta_follows_the_kl_of_the_rollout_it_is_used_on(short_run):
