@@ -78,7 +78,7 @@ def main(argv=None):
     else:
         epoch, loss = methods.OFFLINE[config.method](reference, Phi=Phi, beta=beta, clip=config.clip, seed=config.seed)
     saved, pause = time.time(), CHECKPOINT
-    asked = runs.read_metrics(out)[-1]["kl_asked"] if first_step else config.kl  # the KL that beta is computed for
+    asked = runs.read_metrics(out)[-1]["kl_asked"] if first_step else config.kl
     with runs.Interrupt() as interrupt, open(out / "metrics.jsonl", "a", buffering=1) as metrics, \
             tqdm(range(first_step, config.steps), "train", initial=first_step, total=config.steps, disable=None) as bar:
         for step in bar:

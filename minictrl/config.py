@@ -49,8 +49,8 @@ def setting(default, text: str, **options):
 @dataclass(frozen=True)
 class Config:
     task: str = setting("reviews", f"{', '.join(TASKS)}, or a .jsonl file of prompts")
-    transform: str | None = setting(None, "Phi: identity, log, exp<t>, bon_fp, won_fp, optimal; none is uncalibrated RLHF "
-                                          "(default identity, or what the method implies)")
+    transform: str | None = setting(None, "Phi: identity, log, exp<t>, bon_fp, won_fp, optimal; of the raw reward: none (the "
+                                          "usual RLHF), median, standardised (default identity, or what the method implies)")
     kl: float | None = setting(None, "budget in nats per response: beta is the theory's, then what keeps the measured KL to it "
                                            "(default 1.0)")
     beta: float | None = setting(None, "KL strength, fixed, instead of --kl")

@@ -33,14 +33,15 @@ from minictrl.config import TASKS, Config
 from minictrl.data import Prompt
 from minictrl.reference import CHUNK, Reference
 from minictrl.scoring import resident
-from minictrl.transforms import get_transform, ladder
+from minictrl.transforms import get_transform, in_nats, ladder
 
 SEED = 0  # the calibration's, as train.py's, whose cache is shared
 
 
 def ctrl_reward(task_or_run: str | Path, transform: str | None = None, *, kl: float | None = None,
                 beta: float | None = None, **settings) -> Callable[..., list[float]]:
-    """reward(prompts, completions, **kwargs) -> list of Phi(C_hat) / beta, C_hat by Eq. 12 from K samples of pi_ref.
+    """reward(prompts, completions, **kwargs) -> list of Phi(C_hat) / beta, C_hat by Eq. 12 from K samples of pi_ref, with
+    `in_nats`' floor.
 
     task_or_run: a task, a .jsonl file of prompts, or a run directory, whose settings and reference rewards are used.
     transform: default identity, or the run's. kl: beta is the theory's for it and, unlike in train.py, stays. settings:
@@ -68,7 +69,7 @@ def ctrl_reward(task_or_run: str | Path, transform: str | None = None, *, kl: fl
             known.update(zip(map(key, new), drawn))
         r = task.reward(prompts, [y if isinstance(y, str) else y[-1]["content"] for y in completions])  # (B,)
         _, Phi_C = ladder(config.transform, Phi, r[:, None], torch.stack([known[key(prompt)] for prompt in prompts]))
-        return (Phi_C[:, 0] / beta).tolist()
+        return in_nats(Phi_C[:, 0], Phi, beta).tolist()
 
     reward.__name__ = f"ctrl_{config.transform}"  # what TRL logs it under
     return reward

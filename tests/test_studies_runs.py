@@ -161,6 +161,8 @@ def test_figures_of_the_sweep_and_the_page_come_from_the_same_runs(tmp_path, scr
     reproduce.main(["fig4", "--quick", "--out", str(tmp_path), "--seeds", "3", "--budgets", "0.5", "--done"])
     rows = list(csv.DictReader(open(tmp_path / "fig4.csv")))
     assert len(scripts) == 3 * 4 and {(row["seed"], row["budget"]) for row in rows} == {("0", "0.5"), ("1", "0.5")}
+    with pytest.raises(ValueError, match="no finished run of none, identity, exp10: leave --done out"):
+        sweep.sweep(tmp_path / "empty", True, kept)
 
 
 def test_fig3_on_the_command_line(tmp_path):

@@ -12,6 +12,7 @@ from minictrl.config import Config
 from minictrl.models import load_scorer
 from minictrl.reference import Reference
 from minictrl.theory import beta_for_kl
+from minictrl.transforms import FLOOR
 from minictrl.trl import calibrate, ctrl_reward, share
 
 SMALL = dict(prompts=8, K=16, max_new_tokens=8, device="cpu")
@@ -49,6 +50,13 @@ def test_without_a_transform_the_reward_is_raw_up_to_scale(small):
     got = torch.tensor(ctrl_reward("reviews", "none", cache=config.cache, **SMALL)(task.prompts[:3], texts))
     r = load_scorer("reviews", "reward")(task.prompts[:3], texts)
     assert torch.allclose(got / r, (got / r)[0].expand(3), rtol=1e-4) and got[0] / r[0] > 0
+
+
+def test_the_reward_has_trainings_floor(small):
+    config, task, _ = small
+    reward = ctrl_reward("reviews", "exp-10", cache=config.cache, **SMALL)
+    good, bad = reward([task.prompts[0]] * 2, [" a wonderful, brilliant film.", " an awful, stupid bore."])
+    assert -.1 < good <= 0 and bad == pytest.approx(good - FLOOR, abs=.1)
 
 
 def test_a_standardised_reward_is_that_of_training(small):

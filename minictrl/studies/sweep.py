@@ -124,6 +124,8 @@ def sweep(out: Path, quick: bool, methods: dict[str, dict], *, budgets: tuple[fl
                     raise
                 bar.write(f"{folder} left out: {error}", file=sys.stderr)
             bar.update(folder in missing)
+    if not rows:
+        raise ValueError(f"{out / scale['folder']} has no finished run of {', '.join(methods)}: leave --done out to train them")
     return rows
 
 
