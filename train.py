@@ -57,7 +57,7 @@ def main(argv=None):
 
     # 1. Calibrate: K samples a prompt from pi_ref, and their rewards r_ref (P, K). Every seed shares them.
     reference = runs.reference_samples(task, config, config.K, seed=0, name="calibrate")
-    reference.save(out / "reference.safetensors", runs.reference_key(task, seed=0))
+    reference.save(out / "reference.safetensors", runs.reference_key(task, 0, task.texts))
     r_ref = reference.r_ref
 
     # 2. Transform.
@@ -93,7 +93,8 @@ def main(argv=None):
                 row |= methods.rollout_metrics(rows, r, C_hat, Phi_C)
                 if config.kl and step >= WARMUP:
                     asked, beta = methods.keep_to_budget(asked, row["kl_ref"], config.kl, beta_at)
-                rows |= {"r": r.flatten(), "C_hat": C_hat.flatten(), "R": in_nats(Phi_C, Phi, beta).flatten()}
+                rewards = {"r": r, "C_hat": C_hat, "R": in_nats(Phi_C, Phi, beta)}
+                rows |= {name: x.flatten().to(rows["mask"]) for name, x in rewards.items()}
                 if config.baseline == "prefix":
                     C_hat_prefix = calibrated_reward(runs.prefix_rewards(task, index, samples), r_ref[index])  # (B, G T)
                     rows["C_hat_prefix"] = C_hat_prefix.view_as(rows["mask"]).to(rows["mask"])

@@ -106,14 +106,6 @@ def jeffreys_loss(backward_loss: Tensor, best_logprobs: Tensor, weight: float = 
     return weight * backward_loss + (1 - weight) * -best_logprobs.mean()
 
 
-def ema(anchor: dict[str, Tensor], policy: dict[str, Tensor], rate: float) -> dict[str, Tensor]:
-    """(1 - rate) anchor + rate policy, name by name (J-BOND's moving anchor). The arguments stay as they are.
-
-    Distilling Best-of-n of an anchor that follows the policy goes on where Best-of-n of pi_ref would end.
-    """
-    return {name: x.lerp(policy[name].to(x), rate) for name, x in anchor.items()}
-
-
 # --- GRPO ---
 
 def grpo_advantages(returns: Tensor, divide: bool = True) -> Tensor:
@@ -171,30 +163,10 @@ def leave_one_out_calibration(r_ref: Tensor) -> Tensor:
 
 # --- PKPO ---
 
-def beats_best_of_n(r: Tensor, r_ref: Tensor, n: int) -> Tensor:
-    """g: probability that y beats the best of n of pi_ref's samples, unbiased from K >= n of them, a tie one half.
-
-    C(#{z_k < y}, n) / C(K, n), the share of n-subsets that y beats whole. (C_hat^n is biased by O(n^2 / K), yet less
-    noisy.) r: (B,) or (B, M), r_ref: (B, K). Returns r's shape. E[max of g over n draws of pi] is the win rate.
-    """
-    _check_samples("r_ref", r_ref, n)
-    K, rows = r_ref.shape[1], r.reshape(len(r_ref), -1).contiguous()
-    ordered = r_ref.sort(1).values
-    share = torch.tensor([math.comb(j, n) / math.comb(K, n) for j in range(K + 1)], device=r.device,
-                         dtype=torch.promote_types(r.dtype, torch.float32))
-    less, less_or_equal = (torch.searchsorted(ordered, rows, right=right) for right in (False, True))
-    return ((share[less] + share[less_or_equal]) / 2).view_as(r)
-
-
-def beats_worst_of_n(r: Tensor, r_ref: Tensor, n: int) -> Tensor:
-    """g for Worst-of-n: probability that y beats the worst of n of pi_ref's samples; as `beats_best_of_n`, mirrored."""
-    return 1 - beats_best_of_n(-r, -r_ref, n)
-
-
 def max_at_n_advantages(g: Tensor, n: int, baseline: bool = True) -> Tensor:
     """Advantages of E[max of g over n draws of pi], unbiased from G >= n draws (PKPO, Walder & Karkhanis 2025).
 
-    g: (P, G), for Best-of-n C_hat^n or `beats_best_of_n`: its max@n *is* the win rate, so no transform is needed, and
+    g: (P, G), for Best-of-n C_hat^n: its max@n *is* the win rate, so no transform is needed, and
     E[A | C = u] = n E[max(g(u), g of n-1 others)] = Phi_BoN(u) + const (Corollary 2, online). Returns (P, G), G s_i of
     the paper: the scale of `ppo.loo_advantages`, for a mean over responses. The KL is no part of the maximum:
     A / beta + loo_advantages(-sum of k1). baseline (n >= 2) subtracts from an n-subset's maximum that of its other
@@ -219,5 +191,5 @@ def max_at_n_advantages(g: Tensor, n: int, baseline: bool = True) -> Tensor:
 
 
 def min_at_n_advantages(g: Tensor, n: int, baseline: bool = True) -> Tensor:
-    """The same for E[min of g over n draws], for Worst-of-n: g = 1 - (1 - C_hat)^n or `beats_worst_of_n`."""
+    """The same for E[min of g over n draws], for Worst-of-n: g = 1 - (1 - C_hat)^n."""
     return -max_at_n_advantages(-g, n, baseline)

@@ -81,7 +81,7 @@ class Config:
     clip: float = setting(.2, "PPO's clipping range of the ratio")
     lam: float = setting(.9, "GAE's lambda")
     max_new_tokens: int | None = setting(None, "longest response (default: the task's)")
-    max_prompt_tokens: int | None = setting(None, "longest prompt (default: the task's)")
+    max_prompt_tokens: int | None = setting(None, "longest prompt; longer ones are left out, but for a file's (default: the task's)")
 
     def __post_init__(self):
         def need(ok: bool, name: str, rule: str):
@@ -106,6 +106,12 @@ class Config:
              f"method {self.method} implies {implied}; leave --transform out, or use --method ppo")
         need(self.transform not in RAW or self.method != "qrpo", "transform", "qrpo needs a calibrated reward")
         need(self.procedure != "rewind" or self.method != "pkpo", "procedure", "pkpo has standard, bon and won")
+        need(self.method != "pkpo" or self.procedure == "standard" or (self.n or 4) <= self.G, "n",
+             f"pkpo looks for the best of n among the --G {self.G} samples of a prompt; use a larger G or a smaller n")
+        need(self.G > 1 or self.method != "grpo" and (self.transform not in RAW or self.baseline != "loo"), "G",
+             "raw rewards are compared with the prompt's other samples; use at least 2")
+        need(self.K > 1 or self.method not in ("qrpo", "ipo", "bonbon", "grpo_fixed") and self.transform != "standardised", "K",
+             "the samples of a prompt are compared with each other; use at least 2")
         need(0 <= self.lam <= 1, "lam", "use a number from 0 to 1")
         need(self.device in ("auto", "cpu") or self.device.startswith("cuda"), "device", "use auto, cpu or cuda")
 
@@ -124,8 +130,8 @@ class Config:
     def load(cls, path: Path) -> tuple[Config, dict]:
         """A run's settings, and all that its config.json holds: there `beta` is also given where it followed from `kl`."""
         stored = json.loads(path.read_text())
-        if not isinstance(stored, dict):
-            raise ValueError("it is no JSON object")
+        if not isinstance(stored, dict) or not {"task", "method"} <= set(stored):
+            raise ValueError("it is no train.py run's")
         settings = {f.name: stored[f.name] for f in fields(cls) if f.name in stored}
         if settings.get("kl") is not None:
             settings["beta"] = None

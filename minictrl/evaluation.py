@@ -10,14 +10,14 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn.functional import log_softmax
+from torch.nn.functional import kl_div, log_softmax
 
 from minictrl import runs, theory
 from minictrl.calibration import calibrated_reward
 from minictrl.config import RAW, Config, write_json
 from minictrl.models import load_policy, load_scorer
 from minictrl.sampling import response_logits
-from minictrl.update import Rows, by_length, cut
+from minictrl.update import Rows, by_length, cut, halving
 from minictrl.winrate import win_rate
 
 REFERENCE_SEED, POLICY_SEED = 1, 2  # the calibration's is 0: pi_ref's samples here are fresh ones
@@ -31,6 +31,8 @@ def evaluate(run: Path, config: Config, *, split: str, prompts: int, M: int, siz
 
     sizes: the N of the table; those above M are left out. Selection by the reward model, scoring by it and by the judge.
     """
+    if split == "train":
+        prompts = min(prompts, config.prompts)  # those it was trained on
     config = replace(config, prompts=prompts, device=device)
     task = runs.load_task(config, split)
     judge = load_scorer(config.judge, "judge", device=device)
@@ -84,6 +86,7 @@ def procedures(config: Config, sizes: tuple[int, ...], M: int) -> list[tuple[str
     """(procedure, N) of the table: what the run is aligned for comes first."""
     first = (config.procedure, 1 if config.procedure == "standard" else config.n)
     rest = [("standard", 1), *(("bon", n) for n in sizes if n > 1), *(("won", n) for n in sizes if n > 1)]
+    rest += [(procedure, config.n) for procedure in ("bon", "won")]  # the pictures have them
     return [(procedure, n) for procedure, n in dict.fromkeys([first, *rest]) if n <= M]
 
 
@@ -94,14 +97,16 @@ def mean_kl(policy, ref_policy, rows: Rows, M: int, size: int) -> tuple[float, f
     At each token the full distributions are compared, sum_a pi(a) (log pi(a) - log pi_ref(a)): the same mean as the sampled
     tokens' log-ratios, a lower variance.
     """
-    kl = torch.zeros(len(rows["mask"]))
-    for piece in by_length(rows, torch.arange(len(kl), device=rows["mask"].device), size):
-        part = cut(rows, piece)
-        inputs = part["prompt"], part["prompt_mask"], part["tokens"], part["mask"]
-        p, q = (log_softmax(response_logits(model, *inputs)[0], -1) for model in (policy, ref_policy))
-        each = torch.zeros_like(part["mask"]).masked_scatter(part["mask"].bool(), (p.exp() * (p - q)).sum(-1))
-        kl[piece] = each.sum(1).cpu()
-    by_prompt = kl.view(-1, M).mean(1)
+    def of_all(size: int) -> Tensor:
+        kl = torch.zeros_like(rows["mask"][:, 0])
+        for piece in by_length(rows, torch.arange(len(kl), device=kl.device), size):
+            part = cut(rows, piece)
+            inputs = part["prompt"], part["prompt_mask"], part["tokens"], part["mask"]
+            p, q = (log_softmax(response_logits(model, *inputs)[0], -1) for model in (policy, ref_policy))
+            each = kl_div(q, p, reduction="none", log_target=True).sum(-1)
+            kl[piece] = torch.zeros_like(part["mask"]).masked_scatter(part["mask"].bool(), each).sum(1)
+        return kl.cpu()
+    by_prompt = halving(size, of_all).view(-1, M).mean(1)
     stderr = float(by_prompt.std()) / math.sqrt(len(by_prompt)) if len(by_prompt) > 1 else math.nan
     return float(by_prompt.mean()), stderr
 

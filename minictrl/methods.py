@@ -76,13 +76,15 @@ ONLINE = {"ppo": ppo_advantages, "bond": bond_advantages, "grpo": grpo_advantage
 
 def online_loss(logprobs: Tensor, values: Tensor | None, rows: Rows, *, clip: float) -> tuple[Tensor, dict[str, Tensor]]:
     """The clipped surrogate, plus the value head's error where there is one."""
-    if rows["mask"].dim() == 3:  # BoND
-        mask, best_logprobs, logprobs = rows["mask"][:, 0], logprobs[:, 1].sum(1), logprobs[:, 0]
-        loss, stats = ppo.policy_loss(logprobs, rows["old_logprobs"], rows["advantages"], mask, clip)
-        return baselines.jeffreys_loss(loss, best_logprobs), stats
-    loss, stats = ppo.policy_loss(logprobs, rows["old_logprobs"], rows["advantages"], rows["mask"], clip)
+    mask, best_logprobs = rows["mask"], None
+    if mask.dim() == 3:  # BoND: a response of pi's, and one of pi_ref's best
+        mask, logprobs, best_logprobs = mask[:, 0], logprobs[:, 0], logprobs[:, 1].sum(1)
+        values = None if values is None else values[:, 0]
+    loss, stats = ppo.policy_loss(logprobs, rows["old_logprobs"], rows["advantages"], mask, clip)
+    if best_logprobs is not None:
+        loss = baselines.jeffreys_loss(loss, best_logprobs)
     if values is not None:
-        stats["value_loss"] = ppo.value_loss(values, rows["returns"], rows["mask"])
+        stats["value_loss"] = ppo.value_loss(values, rows["returns"], mask)
         loss = loss + stats["value_loss"]
     return loss, stats
 
@@ -153,22 +155,29 @@ def beta_for(config: Config, kl: float, r_ref: Tensor | None = None) -> float | 
     """beta at which the optimum of the run's objective is `kl` nats from pi_ref, by the theory of what its method converges to.
 
     Raw rewards have no theory: theirs is that of r_ref (P, K), None without. GRPO's standardised reward is taken for a normal
-    one, of deviation 1: KL = 1 / (2 beta^2).
+    one, of deviation 1: KL = 1 / (2 beta^2). Raises ValueError on a KL out of reach of the theory or of K samples.
     """
     if config.method in ("grpo", "grpo_fixed"):
         return 1 / math.sqrt(2 * kl)
     if config.transform in RAW:
         return None if r_ref is None else empirical_beta(transforms.RAW[config.transform](r_ref, r_ref), kl)
-    return theory.beta_for_kl(config.transform, kl, procedure=config.procedure, n=config.n)
+    if kl >= math.log(config.K + 1):
+        raise ValueError(f"--kl {kl:g} is out of reach of {config.K} samples, whose C_hat takes {config.K + 1} values: ask for "
+                         f"less than {math.log(config.K + 1):.2f}, or take more samples (--K)")
+    beta = theory.beta_for_kl(config.transform, kl, procedure=config.procedure, n=config.n)
+    if config.method in ("bond", "bonbon") and best_of(beta) > config.K:
+        raise ValueError(f"--kl {kl:g} is out of reach of {config.K} samples: it is Best-of-{best_of(beta)}'s; use a smaller KL or "
+                         "more samples (--K)")
+    return beta
 
 
 def keep_to_budget(asked: float, kl_ref: float, kl: float, beta_at: Callable[[float], float]) -> tuple[float, float]:
     """(asked, beta) of an update, for the KL `kl_ref` of its rollout and a budget `kl` in nats.
 
     beta is the multiplier of the constraint KL = budget. The theory's holds for the best policy there is. One that doesn't get
-    there has another: with the theory's, exp10 ends at half of its budget, exp-10 at twice. So beta is computed for another KL,
-    which makes the steps alike for all transforms: `asked`, which starts at the budget and moves against log(kl_ref / kl), and
-    the same once more, at once, for the policy follows slowly (a proportional-integral controller, in logarithms).
+    there has another: with the theory's, exp10 ends at half of its budget. So beta is the theory's for another KL, which makes
+    the steps alike for all transforms: asked * kl / kl_ref, where `asked` starts at the budget and moves slowly against
+    log(kl_ref / kl) (a proportional-integral controller, in logarithms). What is out of reach starts anew at the budget.
     """
     off = min(1.5, max(-.5, math.log(max(kl_ref, 1e-9) / kl)))
     asked = min(4 * kl, max(kl / 20, asked * math.exp(-.1 * off)))

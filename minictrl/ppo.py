@@ -1,11 +1,11 @@
 """PPO for a response of T tokens: rewards per token, advantages and losses, as pure functions on tensors.
 
 The objective of one response y is R(x, y) - sum_t (log pi - log pi_ref), KL in nats per response. The *whole* objective
-is divided by beta: R is Phi(C_hat) / beta everywhere in this file. The optimum pi_ref e^R / Z (Eq. 5, Theorem 1) is the
+is divided by beta: R is Phi(C_hat) / beta (`transforms.in_nats`) everywhere in this file. The optimum pi_ref e^R / Z (Eq. 5, Theorem 1) is the
 same and one learning rate fits every transform, though their beta spans seven decades.
 
 Where implementations of PPO differ, this one is chosen so that nothing moves that optimum:
-1. No whitening, clipping or scaling of rewards: each of them is another beta.
+1. No whitening or scaling of rewards: each of them is another beta.
 2. The KL is k1 = log pi - log pi_ref of the sampled token, *in the reward*: its gradient is that of KL(pi || pi_ref).
    (k3 as a loss term looks alike, but its gradient is that of the forward KL, KL(pi_ref || pi).)
 3. Losses of the policy are summed over tokens and averaged over responses: a mean over the tokens of each response
@@ -115,16 +115,6 @@ def loo_advantages(returns: Tensor) -> Tensor:
         raise ValueError(f"returns is {tuple(returns.shape)}: must be (P, G) with G >= 2 samples of each prompt")
     G = returns.shape[1]
     return (returns - returns.mean(1, keepdim=True)) * (G / (G - 1))
-
-
-def normalise(advantages: Tensor, mask: Tensor) -> Tensor:
-    """Advantages over their root mean square on the mask: it rescales the step of the whole batch, not the optimum.
-
-    The mean stays. A baseline has taken it out already, up to noise; what is left, subtracted from every token, is a
-    baseline that contains the sample itself and grows with length, which shifts the optimum by O(1 / B).
-    """
-    advantages = advantages.masked_fill(~mask.bool(), 0)
-    return advantages / masked_mean(advantages.square(), mask).sqrt().clamp_min(1e-8)
 
 
 def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor,

@@ -36,7 +36,7 @@ class Reference:
         return Reference(*(getattr(self, f.name)[index] for f in fields(self)))
 
     def save(self, path: Path, digest: str):
-        temporary = path.with_name(path.name + ".tmp")
+        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # runs share a cache
         save_file({f.name: getattr(self, f.name).contiguous() for f in fields(self)}, temporary, {"digest": digest})
         os.replace(temporary, path)
 

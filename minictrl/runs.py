@@ -41,11 +41,22 @@ def check(out: Path, settings: dict, config: Config, *, resume: bool, overwrite:
                                  "leave it out to resume, or give another --out")
         return stored
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        if not (out / "config.json").is_file():
+        if not holds_run(out):
             raise ValueError(f"--out {out}: holds something that is no run; give another --out")
         if not overwrite:
             raise ValueError(f"--out {out}: holds a run already; add --resume or --overwrite, or give another --out")
     return config
+
+
+def holds_run(out: Path) -> bool:
+    """Whether a directory is a run's, be it damaged: a model's has a config.json too."""
+    try:
+        stored = json.loads((out / "config.json").read_text())
+    except (OSError, UnicodeDecodeError):
+        return False
+    except ValueError:
+        return True
+    return isinstance(stored, dict) and {"task", "method"} <= set(stored)
 
 
 def load_config(run: Path) -> tuple[Config, dict]:
@@ -221,9 +232,9 @@ def reference_samples(task: Task, config: Config, K: int, *, seed: int, name: st
     return cached(draw, task.texts, K, Path(config.cache), key, bar)
 
 
-def reference_key(task: Task, seed: int) -> str:
-    """Digest of what reference samples depend on beside the prompts."""
-    return digest(task.policy, task.reward.digest, task.max_new_tokens, seed)
+def reference_key(task: Task, seed: int, *prompts: list[str]) -> str:
+    """Digest of what reference samples depend on, beside the prompts or with them."""
+    return digest(task.policy, task.reward.digest, task.max_new_tokens, seed, *prompts)
 
 
 def rows_of(task: Task, index: Tensor, samples: Samples) -> Rows:

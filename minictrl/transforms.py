@@ -18,7 +18,6 @@ Phi = Callable[[Tensor], Tensor]
 
 MAX_T = 80  # e^80 is still a float32
 FLOOR = 10.0  # nats
-KNOWN = "identity, log, exp<t> (exp5, exp-10, ...), bon_fp, won_fp, optimal, none, median, standardised"
 
 
 def identity(u: Tensor) -> Tensor:
@@ -89,7 +88,8 @@ def get_transform(
             raise ValueError(f"transform {name!r}: t must be within {MAX_T} of 0, not 0; use exp10 or identity")
         return exp(t)
     if name not in CLOSED_FORMS:
-        raise ValueError(f"unknown transform {name!r}; known: {KNOWN}")
+        known = ", ".join([*CLOSED_FORMS, *theory.FIXED_POINTS, *RAW])
+        raise ValueError(f"unknown transform {name!r}; known: exp<t> (exp5, exp-10, …), {known}")
     if name == "log" and K is not None:
         return lambda u: log(u.clamp(min=1 / (2 * K)))
     return CLOSED_FORMS[name]

@@ -92,7 +92,7 @@ def settings_of(task_or_run: str | Path, given: dict) -> Config:
 
 def calibrate(task: runs.Task, config: Config, run: Path) -> Tensor:
     """r_ref (P, K) of the task's prompts: the run's, if it is a run, or from the cache, or drawn, a share a process."""
-    stored = Reference.load(run / "reference.safetensors", runs.reference_key(task, SEED)) if run.is_dir() else None
+    stored = Reference.load(run / "reference.safetensors", runs.reference_key(task, SEED, task.texts)) if run.is_dir() else None
     if stored is not None and stored.r_ref.shape[0] == len(task.prompts) and stored.r_ref.shape[1] >= config.K:
         return stored.r_ref[:, :config.K]
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))

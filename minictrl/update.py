@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from minictrl.sampling import sequence_logprobs
 
+Result = TypeVar("Result")
 Rows = dict[str, Tensor]
 Loss = Callable[[Tensor, Tensor | None, Rows], tuple[Tensor, dict[str, Tensor]]]  # (logprobs, values, rows) -> loss, stats
 
@@ -42,7 +44,7 @@ def freeze(policy: nn.Module, layers: int | None) -> None:
     """Leaves the top `layers` transformer blocks (None: all) to be trained, and what follows them, a last norm; no embedding.
 
     What a word means and how a text is read stay as they are. Their gradients are mostly noise, which the optimizer turns into
-    KL that wins nothing: the same steps with all parameters end further from the theory (README), and cost more time.
+    KL that wins nothing: the same steps with all parameters end further from the theory (docs/notes.md), and cost more time.
     """
     count = getattr(policy.config, "num_hidden_layers", None)
     blocks = [list(module) for module in policy.modules() if isinstance(module, nn.ModuleList) and len(module) == count]
@@ -98,25 +100,40 @@ def by_length(rows: Rows, index: Tensor, size: int) -> Iterator[Tensor]:
     return iter(index[lengths.view(len(index), -1).amax(1).argsort(stable=True)].split(size))
 
 
+def halving(size: int, work: Callable[[int], Result]) -> Result:
+    """work(size), again with half the size as long as it runs out of GPU memory. Raises ValueError where 1 doesn't fit."""
+    while True:
+        try:
+            return work(size)
+        except torch.OutOfMemoryError:
+            if size == 1:
+                raise ValueError("out of GPU memory with one response at a time: use a smaller policy, or fewer "
+                                 "--max-new-tokens") from None
+            size //= 2
+
+
 @torch.no_grad()
 def forward_all(model: nn.Module, value_head: nn.Module | None, rows: Rows, size: int) -> tuple[Tensor, Tensor | None]:
     """`forward` over all rows, `size` at a time, without gradients: (B, T) each."""
-    logprobs, values = torch.zeros_like(rows["mask"]), None if value_head is None else torch.zeros_like(rows["mask"])
-    for piece in by_length(rows, torch.arange(len(logprobs), device=logprobs.device), size):
-        part = forward(model, value_head, cut(rows, piece))
-        for whole, x in zip((logprobs, values), part):
-            if whole is not None:
-                whole[piece, :x.shape[1]] = x
-    return logprobs, values
+    def whole(size: int) -> tuple[Tensor, Tensor | None]:
+        logprobs, values = torch.zeros_like(rows["mask"]), None if value_head is None else torch.zeros_like(rows["mask"])
+        for piece in by_length(rows, torch.arange(len(logprobs), device=logprobs.device), size):
+            part = forward(model, value_head, cut(rows, piece))
+            for all_rows, x in zip((logprobs, values), part):
+                if all_rows is not None:
+                    all_rows[piece, :x.shape[1]] = x
+        return logprobs, values
+    return halving(size, whole)
 
 
 def update(learner: Learner, rows: Rows, loss: Loss, *, lr: float, minibatch: int, micro_batch: int, epochs: int,
            seed: int) -> dict[str, float]:
     """`epochs` passes over the rows in random minibatches, an optimizer step each. Returns means over all rows.
 
-    A minibatch is computed in micro-batches of similar length, whose gradients add up to that of its mean loss; out of GPU
-    memory, in smaller ones. Raises ValueError if one row alone doesn't fit.
+    A minibatch is computed in micro-batches of similar length, whose gradients add up to that of its mean loss (of the value
+    head's, a mean over tokens, but for their lengths).
     """
+    rows = {name: x.to(learner.policy.device) for name, x in rows.items()}
     totals, generator = defaultdict(float), torch.Generator().manual_seed(seed)
     for group in learner.optimizer.param_groups:
         group["lr"] = lr
@@ -124,15 +141,7 @@ def update(learner: Learner, rows: Rows, loss: Loss, *, lr: float, minibatch: in
     for _ in range(epochs):
         for index in torch.randperm(len(rows["mask"]), generator=generator).split(minibatch):
             index = index.to(rows["mask"].device)
-            while True:
-                try:
-                    stats = _gradients(learner, rows, loss, index, micro_batch)
-                    break
-                except torch.OutOfMemoryError:
-                    if micro_batch == 1:
-                        raise ValueError("out of GPU memory with one response at a time: use a smaller policy, or fewer "
-                                         "--max-new-tokens") from None
-                    micro_batch //= 2
+            stats = halving(micro_batch, lambda size: _gradients(learner, rows, loss, index, size))
             stats["grad_norm"] = nn.utils.clip_grad_norm_(parameters, 1.0)
             learner.optimizer.step()
             for name, stat in stats.items():

@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import evaluate
 import train
-from minictrl import figures, methods, runs, theory
+from minictrl import evaluation, figures, methods, runs, theory
 from minictrl.config import Config
 from minictrl.reference import Reference
 
@@ -41,6 +41,12 @@ def test_a_run_directory_holds_what_the_contract_says(short_run):
         assert (short_run / name).stat().st_size > 1000
     assert AutoModelForCausalLM.from_pretrained(short_run / "policy").config.vocab_size == len(
         AutoTokenizer.from_pretrained(short_run / "policy"))
+
+
+def test_training_prompts_are_those_that_the_run_has_seen(short_run):
+    table, shown = evaluation.evaluate(short_run, runs.load_finished(short_run), split="train", prompts=200, M=2, sizes=(1, 2),
+                                       device="cpu")
+    assert table[0]["prompts"] == len(shown) == 48
 
 
 def test_the_picture_of_training_prompts_is_another_file(short_run):

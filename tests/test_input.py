@@ -21,7 +21,11 @@ ROOT = Path(__file__).parent.parent
     (["--beta", "0"], "positive"), (["--K", "0"], "at least 1"), (["--method", "dpo"], "bonbon"),
     (["--procedure", "median"], "rewind"), (["--method", "ipo", "--transform", "exp10"], "implies"),
     (["--policy", "nowhere/at-all"], "nowhere/at-all"), (["--reward", "nowhere"], "nowhere"), (["--device", "tpu"], "cuda"),
-    (["--max-new-tokens", "500"], "context"), (["--method", "qrpo", "--transform", "none"], "calibrated")])
+    (["--max-new-tokens", "500"], "context"),
+    (["--kl", "5"], "out of reach of 100 samples.*less than 4.62"), (["--method", "bonbon", "--kl", "4"], "Best-of-147"),
+    (["--method", "bond", "--kl", "2", "--K", "15"], "Best-of-19"), (["--method", "pkpo", "--n", "16"], "--n 16: pkpo"),
+    (["--method", "grpo", "--G", "1"], "--G 1"), (["--transform", "none", "--baseline", "loo", "--G", "1"], "--G 1"),
+    (["--method", "ipo", "--K", "1"], "--K 1"), (["--transform", "standardised", "--K", "1"], "--K 1"), (["--method", "qrpo", "--transform", "none"], "calibrated")])
 def test_a_bad_flag_is_named_before_anything_is_drawn(flags, expected, tmp_path):
     with pytest.raises(ValueError, match=expected) as error:
         train.main([*flags, "--out", str(tmp_path / "run"), "--cache", str(tmp_path / "cache")])
@@ -46,6 +50,9 @@ def test_a_run_is_not_touched_without_being_asked(short_run, tmp_path):
     with pytest.raises(ValueError, match="was started with"):
         train.main(["--transform", "exp5", "--out", str(short_run), "--resume"])
     (tmp_path / "thesis.txt").write_text("precious")
+    with pytest.raises(ValueError, match="no run"):
+        train.main(["--out", str(tmp_path), "--overwrite"])
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')  # a model's
     with pytest.raises(ValueError, match="no run"):
         train.main(["--out", str(tmp_path), "--overwrite"])
     assert (tmp_path / "thesis.txt").read_text() == "precious" and (short_run / "config.json").read_bytes() == before

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from minictrl.ppo import (explained_variance, gae, k3, loo_advantages, masked_mean, normalise, policy_loss, prefix_values,
+from minictrl.ppo import (explained_variance, gae, k3, loo_advantages, masked_mean, policy_loss, prefix_values,
                           token_rewards, value_loss)
 
 LENGTHS = torch.tensor([1, 3, 5, 4])
@@ -92,7 +92,7 @@ def test_garbage_behind_the_mask_changes_neither_loss_nor_gradient_nor_stats():
     results = []
     for spoil in (torch.clone, with_garbage):
         x = spoil(logprobs).requires_grad_()
-        loss, stats = policy_loss(x, spoil(old), normalise(spoil(advantages), MASK), MASK)
+        loss, stats = policy_loss(x, spoil(old), spoil(advantages), MASK)
         loss = loss + value_loss(x, spoil(old), MASK)
         loss.backward()
         results.append(torch.cat([x.grad.flatten(), torch.stack([loss.detach(), *stats.values(),
@@ -156,14 +156,6 @@ def test_loo_baseline_is_the_mean_of_the_others_and_keeps_the_gradient_unbiased(
     assert torch.allclose(gradient, torch.autograd.grad(logits.softmax(0) @ r, logits)[0], atol=1e-12)
 
 
-def test_normalise_divides_by_the_masked_root_mean_square_and_keeps_every_sign():
-    advantages = randn(4, 5) * 1e4 + 5e3
-    scaled = normalise(advantages, MASK)
-    assert torch.isclose(masked_mean(scaled ** 2, MASK), torch.tensor(1., dtype=torch.float64))
-    ratio = (scaled / advantages)[MASK == 1]
-    assert torch.allclose(ratio, ratio[0].expand_as(ratio)) and ratio[0] > 0
-
-
 def test_value_loss_and_explained_variance_by_hand():
     returns, mask = torch.tensor([[1., 2, 3], [4, 0, 0]]), torch.tensor([[1, 1, 1], [1, 0, 0]])
     values = torch.tensor([[1., 2, 3], [6, 7, 7]])
@@ -212,7 +204,7 @@ def test_ppo_on_a_one_token_bandit_reaches_the_tilted_reference(baseline):
         for group in optimizer.param_groups:
             group["lr"] = .05 * (1 - step / steps)
         for _ in range(2):
-            loss, stats = policy_loss(logits.log_softmax(0)[y, None], old, normalise(advantages, mask), mask)
+            loss, stats = policy_loss(logits.log_softmax(0)[y, None], old, advantages, mask)
             optimizer.zero_grad()
             (loss + value_loss(value.expand(B, 1), returns, mask)).backward()
             optimizer.step()

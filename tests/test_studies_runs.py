@@ -57,6 +57,7 @@ def scripts(monkeypatch):
                 | {
                     "lr": 2e-3,
                     "steps": 6,
+                    "task": "reviews",
                     "prompts": 32,
                     "batch": 16,
                     "G": 8,

@@ -88,7 +88,7 @@ def test_a_run_brings_its_settings_and_its_reference_rewards(small, tmp_path):
     config, task, reward = small
     runs.create(tmp_path / "run", replace(config, cache=str(tmp_path / "unused")))
     reference = runs.reference_samples(task, config, 16, seed=0, name="")
-    reference.save(tmp_path / "run/reference.safetensors", runs.reference_key(task, 0))
+    reference.save(tmp_path / "run/reference.safetensors", runs.reference_key(task, 0, task.texts))
     assert Reference.load(tmp_path / "run/reference.safetensors") is not None
     again = ctrl_reward(tmp_path / "run")
     assert again(task.prompts[:2], [" fun.", " bad."]) == reward(task.prompts[:2], [" fun.", " bad."])
