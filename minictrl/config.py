@@ -81,7 +81,7 @@ class Config:
     clip: float = setting(.2, "PPO's clipping range of the ratio")
     lam: float = setting(.9, "GAE's lambda")
     max_new_tokens: int | None = setting(None, "longest response (default: the task's)")
-    max_prompt_tokens: int | None = setting(None, "longest prompt; longer ones are left out, but for a file's (default: the task's)")
+    max_prompt_tokens: int | None = setting(None, "longest prompt of a task; longer ones are left out (default: the task's)")
 
     def __post_init__(self):
         def need(ok: bool, name: str, rule: str):

@@ -166,8 +166,8 @@ def beta_for(config: Config, kl: float, r_ref: Tensor | None = None) -> float | 
                          f"less than {math.log(config.K + 1):.2f}, or take more samples (--K)")
     beta = theory.beta_for_kl(config.transform, kl, procedure=config.procedure, n=config.n)
     if config.method in ("bond", "bonbon") and best_of(beta) > config.K:
-        raise ValueError(f"--kl {kl:g} is out of reach of {config.K} samples: it is Best-of-{best_of(beta)}'s; use a smaller KL or "
-                         "more samples (--K)")
+        raise ValueError(f"--kl {kl:g} is out of reach of {config.K} samples: it is Best-of-{best_of(beta)}'s; use a smaller "
+                         "KL, or more samples (--K)")
     return beta
 
 

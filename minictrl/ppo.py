@@ -1,8 +1,8 @@
 """PPO for a response of T tokens: rewards per token, advantages and losses, as pure functions on tensors.
 
 The objective of one response y is R(x, y) - sum_t (log pi - log pi_ref), KL in nats per response. The *whole* objective
-is divided by beta: R is Phi(C_hat) / beta (`transforms.in_nats`) everywhere in this file. The optimum pi_ref e^R / Z (Eq. 5, Theorem 1) is the
-same and one learning rate fits every transform, though their beta spans seven decades.
+is divided by beta: R is Phi(C_hat) / beta (`transforms.in_nats`) everywhere in this file. The optimum pi_ref e^R / Z
+(Eq. 5, Theorem 1) is the same and one learning rate fits every transform, though their beta spans seven decades.
 
 Where implementations of PPO differ, this one is chosen so that nothing moves that optimum:
 1. No whitening or scaling of rewards: each of them is another beta.
