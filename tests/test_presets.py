@@ -12,6 +12,7 @@ from transformers import (
 import evaluate
 import train
 from minictrl.config import METHODS, TASKS
+from fake_cuda import FakeCuda, install
 from test_models import GPT2, LONG, TEMPLATE, save
 
 SHORT = ["--prompts", "12", "--K", "8", "--steps", "2", "--batch", "6", "--G", "4", "--max-new-tokens", "6", "--lr", "1e-3"]
@@ -52,6 +53,13 @@ def test_helpful_is_trained_and_evaluated_from_local_copies(at, tmp_path):
     assert first["prompt"] == [{"role": "user", "content": "Question 20?"}]
     before, after = (AutoModelForCausalLM.from_pretrained(path) for path in (at_policy(), tmp_path / "run/policy"))
     assert any(not torch.equal(p, q) for p, q in zip(before.parameters(), after.parameters()))
+
+
+def test_on_a_gpu_policy_reward_model_and_judge_mix_no_devices(at, tmp_path, monkeypatch):
+    install(monkeypatch)
+    with FakeCuda():
+        train.main([*at, "--device", "cuda", "--transform", "exp10"])
+        evaluate.main([str(tmp_path / "run"), "--prompts", "6", "--samples", "4"])
 
 
 def at_policy():

@@ -1,0 +1,78 @@
+"""A GPU for tests on machines without one: its tensors are CPU tensors with a mark, and mixing the two raises as CUDA would."""
+
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
+ANYWHERE = ("view_as", "expand_as", "reshape_as", "_has_compatible_shallow_copy_type")  # look at shapes or types only
+
+
+def on_gpu(x) -> bool:
+    return getattr(x, "on_gpu", False)
+
+
+def put(x, gpu: bool):
+    for each in tree_leaves(x):
+        if isinstance(each, torch.Tensor):
+            each.on_gpu = gpu
+    return x
+
+
+class FakeCuda(TorchFunctionMode):
+    """While it is entered, torch.device("cuda") is there."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs, name = dict(kwargs or {}), getattr(func, "__name__", "")
+        if name == "__get__":
+            if func.__self__ is torch.Tensor.device:
+                return GPU if on_gpu(args[0]) else CPU
+            return on_gpu(args[0]) if func.__self__ is torch.Tensor.is_cuda else put(func(*args), on_gpu(args[0]))
+        if name == "__set__":
+            func(*args)
+            return put(args[0], on_gpu(args[1])) if func.__self__ is torch.Tensor.data else None
+        if name in ("to", "cpu", "cuda"):
+            return self.move(name, *args, **kwargs)
+        device = kwargs.get("device")
+        if device is not None and name != "load":
+            kwargs["device"] = CPU
+        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        if name in ("__getitem__", "__setitem__"):
+            index, source = tree_leaves(args[1]), args[2] if len(args) > 2 else None
+            index = [x for x in index if isinstance(x, torch.Tensor)]
+            moved = isinstance(source, torch.Tensor) and source.dim() and index and on_gpu(source) != on_gpu(args[0])
+            if moved or not on_gpu(args[0]) and any(x.dim() and on_gpu(x) for x in index):
+                raise RuntimeError(f"{name}: indices on another device than the tensor")
+            gpu = on_gpu(args[0])
+        elif name in (*ANYWHERE, "copy_"):
+            gpu = on_gpu(args[0])
+        else:  # a number may be on the CPU
+            places = {on_gpu(x) for x in tensors if x.dim()}
+            if len(places) > 1:
+                raise RuntimeError(f"{name}: tensors on two devices: {[(tuple(x.shape), on_gpu(x)) for x in tensors]}")
+            gpu = places.pop() if places else any(map(on_gpu, tensors))
+            if name == "numpy" and gpu:
+                raise TypeError("numpy: a tensor on a GPU")
+        return put(func(*args, **kwargs), gpu if device is None else torch.device(device).type == "cuda")
+
+    def move(self, name, x, *args, **kwargs):
+        given = [*args, *kwargs.values()]
+        places = [on_gpu(y) if isinstance(y, torch.Tensor) else torch.device(y).type == "cuda" for y in given
+                  if isinstance(y, (torch.Tensor, torch.device, str))]
+        gpu = name == "cuda" or name == "to" and (places[0] if places else on_gpu(x))
+        dtype = next((y if isinstance(y, torch.dtype) else y.dtype for y in given if isinstance(y, (torch.dtype, torch.Tensor))),
+                     x.dtype)
+        if gpu == on_gpu(x) and dtype == x.dtype:
+            return x
+        return put(x.to(dtype) if dtype != x.dtype else x.clone(), gpu)
+
+
+def install(monkeypatch):
+    """What torch.cuda is asked for, and parameters that keep their place, as C++ would have it."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "fake")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (2**33, 2**34))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    new, copy = torch.nn.Parameter.__new__, torch.nn.Parameter.__deepcopy__
+    monkeypatch.setattr(torch.nn.Parameter, "__new__", lambda cls, data=None, *a, **k: put(new(cls, data, *a, **k), on_gpu(data)))
+    monkeypatch.setattr(torch.nn.Parameter, "__deepcopy__", lambda self, memo: put(copy(self, memo), on_gpu(self)))
