@@ -73,6 +73,7 @@ def install(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "fake")
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (2**33, 2**34))
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)
     new, copy = torch.nn.Parameter.__new__, torch.nn.Parameter.__deepcopy__
     monkeypatch.setattr(torch.nn.Parameter, "__new__", lambda cls, data=None, *a, **k: put(new(cls, data, *a, **k), on_gpu(data)))
     monkeypatch.setattr(torch.nn.Parameter, "__deepcopy__", lambda self, memo: put(copy(self, memo), on_gpu(self)))

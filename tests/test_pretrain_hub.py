@@ -9,6 +9,7 @@ from transformers import GPT2LMHeadModel
 
 from minictrl.models import load_policy, load_scorer
 from minictrl.pretrain.hub import pair_accuracy, train_pairs_task
+from fake_cuda import FakeCuda, install
 from test_models import GPT2, save
 
 WORDS = {"chosen": ("kind", "good", "nice"), "rejected": ("rude", "poor", "dull")}
@@ -39,6 +40,14 @@ def test_reward_model_and_judge_order_held_out_pairs(trained):
     score = load_scorer(str(folder / "out/reward"), "reward", device="cpu")
     good, bad = score(["7:", "7:"], [" nice kind", " dull rude"])
     assert good > bad
+
+
+def test_on_a_gpu_no_devices_are_mixed(trained, tmp_path, monkeypatch):
+    install(monkeypatch)
+    with FakeCuda():
+        train_pairs_task(str(trained[0] / "pairs.jsonl"), tmp_path, policy=str(trained[0] / "start"), epochs=1, batch=12,
+                         limit=60, device="cuda")
+    assert (tmp_path / "reward" / "config.json").is_file()
 
 
 def test_pair_accuracy_counts_ties_half():
