@@ -42,6 +42,11 @@ TASKS = {
 }
 
 
+def is_run(stored) -> bool:
+    """Whether this is a run's config.json: a model's directory has one too."""
+    return isinstance(stored, dict) and {"task", "method"} <= set(stored)
+
+
 def setting(default, text: str, **options):
     return field(default=default, metadata={"help": text, **options})
 
@@ -130,7 +135,7 @@ class Config:
     def load(cls, path: Path) -> tuple[Config, dict]:
         """A run's settings, and all that its config.json holds: there `beta` is also given where it followed from `kl`."""
         stored = json.loads(path.read_text())
-        if not isinstance(stored, dict) or not {"task", "method"} <= set(stored):
+        if not is_run(stored):
             raise ValueError("it is no train.py run's")
         settings = {f.name: stored[f.name] for f in fields(cls) if f.name in stored}
         if settings.get("kl") is not None:

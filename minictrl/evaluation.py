@@ -106,7 +106,7 @@ def mean_kl(policy, ref_policy, rows: Rows, M: int, size: int) -> tuple[float, f
             each = kl_div(q, p, reduction="none", log_target=True).sum(-1)
             kl[piece] = torch.zeros_like(part["mask"]).masked_scatter(part["mask"].bool(), each).sum(1)
         return kl.cpu()
-    by_prompt = halving(size, of_all).view(-1, M).mean(1)
+    by_prompt = halving(size, of_all)[0].view(-1, M).mean(1)
     stderr = float(by_prompt.std()) / math.sqrt(len(by_prompt)) if len(by_prompt) > 1 else math.nan
     return float(by_prompt.mean()), stderr
 
@@ -121,10 +121,14 @@ def markdown(table: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def suffix(split: str) -> str:
+    """What the names of a split's files end with."""
+    return "" if split == "test" else f"-{split}"
+
+
 def write(run: Path, split: str, table: list[dict], shown: list[dict]):
     """eval.json and samples.jsonl of a run (eval-train.json and samples-train.jsonl for its training prompts)."""
-    suffix = "" if split == "test" else f"-{split}"
-    write_json(run / f"eval{suffix}.json", {"rows": table})
-    temporary = run / f"samples{suffix}.jsonl.tmp"
+    write_json(run / f"eval{suffix(split)}.json", {"rows": table})
+    temporary = run / f"samples{suffix(split)}.jsonl.tmp"
     temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in shown))
-    os.replace(temporary, run / f"samples{suffix}.jsonl")
+    os.replace(temporary, run / f"samples{suffix(split)}.jsonl")

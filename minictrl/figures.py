@@ -28,7 +28,7 @@ def draw(run: Path, split: str, table: list[dict]) -> str:
     except ImportError:
         return "no pictures: pip install matplotlib"
     with matplotlib.rc_context(STYLE):
-        tradeoff_png = run / ("tradeoff.png" if split == "test" else f"tradeoff-{split}.png")
+        tradeoff_png = run / f"tradeoff{evaluation.suffix(split)}.png"
         save(win_rates(run, split, table), tradeoff_png)
         save(training(run), run / "training.png")
     return f"pictures: {tradeoff_png}, {run / 'training.png'}"

@@ -1,6 +1,5 @@
 """The optimum of any procedure (Theorem 1): mirror ascent on the win rate, and its Phi as a function on [0, 1]."""
 
-import math
 from collections.abc import Callable
 from functools import lru_cache
 from typing import NamedTuple

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import minictrl
-from minictrl.config import Config, write_json
+from minictrl.config import Config, is_run, write_json
 from minictrl.data import load_prompts
 from minictrl.models import load_policy, load_scorer, render, resolve_device
 from minictrl.reference import Reference, cached, digest
@@ -49,14 +49,14 @@ def check(out: Path, settings: dict, config: Config, *, resume: bool, overwrite:
 
 
 def holds_run(out: Path) -> bool:
-    """Whether a directory is a run's, be it damaged: a model's has a config.json too."""
+    """Whether a directory is a run's, be it damaged."""
     try:
         stored = json.loads((out / "config.json").read_text())
     except (OSError, UnicodeDecodeError):
         return False
     except ValueError:
         return True
-    return isinstance(stored, dict) and {"task", "method"} <= set(stored)
+    return is_run(stored)
 
 
 def load_config(run: Path) -> tuple[Config, dict]:

@@ -100,11 +100,11 @@ def by_length(rows: Rows, index: Tensor, size: int) -> Iterator[Tensor]:
     return iter(index[lengths.view(len(index), -1).amax(1).argsort(stable=True)].split(size))
 
 
-def halving(size: int, work: Callable[[int], Result]) -> Result:
-    """work(size), again with half the size as long as it runs out of GPU memory. Raises ValueError where 1 doesn't fit."""
+def halving(size: int, work: Callable[[int], Result]) -> tuple[Result, int]:
+    """(work(size), size), with half the size as long as it runs out of GPU memory. Raises ValueError where 1 doesn't fit."""
     while True:
         try:
-            return work(size)
+            return work(size), size
         except torch.OutOfMemoryError:
             if size == 1:
                 raise ValueError("out of GPU memory with one response at a time: use a smaller policy, or fewer "
@@ -123,7 +123,7 @@ def forward_all(model: nn.Module, value_head: nn.Module | None, rows: Rows, size
                 if all_rows is not None:
                     all_rows[piece, :x.shape[1]] = x
         return logprobs, values
-    return halving(size, whole)
+    return halving(size, whole)[0]
 
 
 def update(learner: Learner, rows: Rows, loss: Loss, *, lr: float, minibatch: int, micro_batch: int, epochs: int,
@@ -141,7 +141,7 @@ def update(learner: Learner, rows: Rows, loss: Loss, *, lr: float, minibatch: in
     for _ in range(epochs):
         for index in torch.randperm(len(rows["mask"]), generator=generator).split(minibatch):
             index = index.to(rows["mask"].device)
-            stats = halving(micro_batch, lambda size: _gradients(learner, rows, loss, index, size))
+            stats, micro_batch = halving(micro_batch, lambda size: _gradients(learner, rows, loss, index, size))
             stats["grad_norm"] = nn.utils.clip_grad_norm_(parameters, 1.0)
             learner.optimizer.step()
             for name, stat in stats.items():

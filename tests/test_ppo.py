@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from minictrl.ppo import (explained_variance, gae, k3, loo_advantages, masked_mean, policy_loss, prefix_values,
+from minictrl.ppo import (explained_variance, gae, k3, loo_advantages, policy_loss, prefix_values,
                           token_rewards, value_loss)
 
 LENGTHS = torch.tensor([1, 3, 5, 4])

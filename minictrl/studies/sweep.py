@@ -67,7 +67,7 @@ def script(name: str):
 
 
 def table_of(folder: Path, split: str) -> Path:
-    return folder / ("eval.json" if split == "test" else f"eval-{split}.json")
+    return folder / f"eval{evaluation.suffix(split)}.json"
 
 
 def run(folder: Path, settings: dict, *, prompts: int, samples: int, split: str = "test") -> list[dict]:
