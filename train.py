@@ -69,16 +69,14 @@ def main(argv=None):
     # 3. Maximise E[R] - KL(pi || pi_ref), R = Phi(C_hat) / beta: divided by beta as a whole, the KL has weight 1.
     shared = {id(p): p for p in policy.parameters() if not p.requires_grad}
     ref_policy = copy.deepcopy(policy, shared).requires_grad_(False)
-    learner = make_learner(policy, value_head=config.baseline == "value" and config.method in methods.ONLINE,
-                           mean_return=float(in_nats(rungs(r_ref, r_ref)[1], Phi, beta).mean()))
-    first_step, tokens, seconds = runs.restore(out, learner)
     online = config.method in methods.ONLINE
+    learner = make_learner(policy, value_head=online and config.baseline == "value")
+    first_step, tokens, seconds, asked = runs.restore(out, learner, asked=config.kl)
     if online:
         loss = partial(methods.online_loss, clip=config.clip)
     else:
         epoch, loss = methods.OFFLINE[config.method](reference, Phi=Phi, beta=beta, clip=config.clip, seed=config.seed)
     saved, pause = time.time(), CHECKPOINT
-    asked = runs.read_metrics(out)[-1]["kl_asked"] if first_step else config.kl
     with runs.Interrupt() as interrupt, open(out / "metrics.jsonl", "a", buffering=1) as metrics, \
             tqdm(range(first_step, config.steps), "train", initial=first_step, total=config.steps, disable=None) as bar:
         for step in bar:
@@ -120,7 +118,7 @@ def main(argv=None):
                                 + f" tok/s {row['tok_per_s']}")
             if interrupt.asked or time.time() - saved > pause or step + 1 == config.steps:
                 began = time.time()
-                runs.save_checkpoint(out, learner, step=step + 1, tokens=tokens, seconds=seconds)
+                runs.save_checkpoint(out, learner, step=step + 1, tokens=tokens, seconds=seconds, asked=asked)
                 saved = time.time()
                 pause = max(CHECKPOINT, 20 * (saved - began))
             if interrupt.asked:

@@ -4,7 +4,7 @@
 |---|---|---|
 | IPO | `ipo_loss` on random pairs of reference samples | pi_ref e^{C / tau}: the identity transform, beta = tau |
 | BoNBoN | `bonbon_loss` on the best and worst of n | near Best-of-n of pi_ref |
-| BoND | `--transform log` with `bond_beta(N)`, and `jeffreys_loss` | Best-of-N of pi_ref |
+| BoND | `--transform log` with beta = 1 / (N - 1), and `jeffreys_loss` | Best-of-N of pi_ref |
 | vBoN | `--transform log` as it is: its reward is the log of the estimated CDF (Amini et al. 2024) | the same |
 | GRPO | `grpo_advantages` into `ppo.policy_loss` | pi_ref e^{R} with the KL in the return, undivided |
 | QRPO | `qrpo_loss` on the calibration's own samples | pi_ref e^{Phi / beta}, the same as CTRL |
@@ -89,13 +89,6 @@ def bonbon_loss(best_logprobs: Tensor, worst_logprobs: Tensor, ref_best_logprobs
 
 
 # --- BoND ---
-
-def bond_beta(n: int) -> float:
-    """The beta at which Phi = log gives Best-of-n: pi_ref e^{(n-1) log C} / Z (BoND, Sessa et al. 2024)."""
-    if n < 2:
-        raise ValueError(f"n is {n}: must be >= 2, Best-of-1 is pi_ref")
-    return 1 / (n - 1)
-
 
 def jeffreys_loss(backward_loss: Tensor, best_logprobs: Tensor, weight: float = .5) -> Tensor:
     """weight KL(pi || Best-of-n) + (1 - weight) KL(Best-of-n || pi) (J-BOND's Jeffreys divergence, Sessa et al. 2024).

@@ -31,7 +31,8 @@ def ppo_advantages(rows: Rows, config: Config, beta: float, reference: Reference
     baseline, above all for exp-10, where one bad response in a group of 8 would lift the other 7. Raw rewards differ from
     prompt to prompt: there the others are the prompt's own.
     """
-    rewards = ppo.token_rewards(rows["R"], rows["old_logprobs"], rows["ref_logprobs"], rows["mask"])
+    R = rows["R"] - rows["R"].mean() if "values" in rows else rows["R"]  # what a head that starts at 0 can learn at once
+    rewards = ppo.token_rewards(R, rows["old_logprobs"], rows["ref_logprobs"], rows["mask"])
     to_go = rewards.flip(1).cumsum(1).flip(1)
     if "C_hat_prefix" in rows:
         rows["values"] = ppo.prefix_values(to_go, rows["C_hat_prefix"], rows["mask"])

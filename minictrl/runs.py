@@ -108,21 +108,21 @@ def save_checkpoint(out: Path, learner: Learner, **counters):
     os.replace(folder / "state.pt.tmp", folder / "state.pt")
 
 
-def restore(out: Path, learner: Learner) -> tuple[int, int, float]:
-    """Put the last checkpoint, if there is one, into the learner, and cut metrics.jsonl there: (step, tokens, seconds)."""
-    path = out / "checkpoint" / "state.pt"
-    if not path.is_file():
-        counters = {"step": 0, "tokens": 0, "seconds": 0.}
-    else:
+def restore(out: Path, learner: Learner, asked: float | None) -> tuple[int, int, float, float | None]:
+    """Put the last checkpoint, if there is one, into the learner, and cut metrics.jsonl there. Returns its (step, tokens,
+    seconds, KL asked for), or a new run's."""
+    path, counters = out / "checkpoint" / "state.pt", {"step": 0, "tokens": 0, "seconds": 0., "asked": asked}
+    if path.is_file():
         try:
-            counters = torch.load(path, map_location=learner.policy.device, weights_only=True)
-            learner.restore(counters)
+            state = torch.load(path, map_location=learner.policy.device, weights_only=True)
+            learner.restore(state)
+            counters = {name: state[name] for name in counters}
         except (RuntimeError, EOFError, KeyError, OSError, pickle.UnpicklingError) as error:
             raise ValueError(f"{path} is damaged ({str(error).splitlines()[0]}): start again with --overwrite") from None
     rows = [json.dumps(row) + "\n" for row in read_metrics(out) if row["step"] <= counters["step"]]
     (out / "metrics.jsonl.tmp").write_text("".join(rows))
     os.replace(out / "metrics.jsonl.tmp", out / "metrics.jsonl")
-    return counters["step"], counters["tokens"], counters["seconds"]
+    return tuple(counters.values())
 
 
 def read_metrics(run: Path) -> list[dict]:

@@ -57,8 +57,8 @@ def freeze(policy: nn.Module, layers: int | None) -> None:
         module.requires_grad_(False)
 
 
-def make_learner(policy: nn.Module, *, value_head: bool, mean_return: float) -> Learner:
-    """Policy, value head and their optimizer. The value head starts at the mean return of pi_ref, whatever the state.
+def make_learner(policy: nn.Module, *, value_head: bool) -> Learner:
+    """Policy, value head and their optimizer. The value head starts at 0, whatever the state: R comes without its mean.
 
     Gradients are clipped to a norm of 1 over all P parameters, 1 / sqrt(P) for each if they are alike. Adam's eps, about a
     quarter of that, keeps smaller ones, which are noise, from being blown up to a full step.
@@ -67,7 +67,7 @@ def make_learner(policy: nn.Module, *, value_head: bool, mean_return: float) -> 
     if value_head:
         head = nn.Linear(policy.config.hidden_size, 1, device=policy.device)
         nn.init.zeros_(head.weight)
-        nn.init.constant_(head.bias, mean_return)
+        nn.init.zeros_(head.bias)
     parameters = [p for p in (*policy.parameters(), *(head.parameters() if head else ())) if p.requires_grad]
     eps = 0.23 / sum(p.numel() for p in parameters) ** .5
     return Learner(policy, head, torch.optim.AdamW(parameters, betas=(.9, .95), eps=eps, weight_decay=0., fused=True))

@@ -38,10 +38,10 @@ def test_the_baseline_is_the_mean_of_all_other_returns_and_a_prompts_own_for_raw
             assert advantages[i, last] == pytest.approx(float(rows["R"][i] - k1[i, last] - returns[others].mean()), abs=1e-5)
 
 
-def test_a_value_head_turns_it_into_gae():
+def test_a_value_head_turns_it_into_gae_on_rewards_without_their_mean():
     rows = rollout() | {"values": torch.zeros(24, 5)}
     advantages = methods.ppo_advantages(rows, Config(G=4, lam=1.), 1., reference())
-    returns = rows["R"] - (rows["old_logprobs"] - rows["ref_logprobs"]).sum(1)
+    returns = rows["R"] - rows["R"].mean() - (rows["old_logprobs"] - rows["ref_logprobs"]).sum(1)
     assert torch.allclose(advantages[:, 0], returns, atol=1e-5) and torch.allclose(rows["returns"], advantages)
 
 
