@@ -82,12 +82,16 @@ def curve_of(config: Config, run: Path):
     return config.transform
 
 
+def aligned_for(config: Config) -> tuple[str, int]:
+    """(procedure, N) that a run is made for."""
+    return config.procedure, 1 if config.procedure == "standard" else config.n
+
+
 def procedures(config: Config, sizes: tuple[int, ...], M: int) -> list[tuple[str, int]]:
     """(procedure, N) of the table: what the run is aligned for comes first."""
-    first = (config.procedure, 1 if config.procedure == "standard" else config.n)
     rest = [("standard", 1), *(("bon", n) for n in sizes if n > 1), *(("won", n) for n in sizes if n > 1)]
     rest += [(procedure, config.n) for procedure in ("bon", "won")]  # the pictures have them
-    return [(procedure, n) for procedure, n in dict.fromkeys([first, *rest]) if n <= M]
+    return [(procedure, n) for procedure, n in dict.fromkeys([aligned_for(config), *rest]) if n <= M]
 
 
 @torch.no_grad()

@@ -39,8 +39,9 @@ def win_rates(run: Path, split: str, table: list[dict]):
     config, _ = runs.load_config(run)
     n = config.n if config.procedure in ("bon", "won") else 4
     curve = evaluation.curve_of(config, run)
-    figure, axes = panels(1, 3, width=4.2)
-    for axis, (procedure, n) in zip(axes, (("standard", 1), ("bon", n), ("won", n))):
+    cases = list(dict.fromkeys([("standard", 1), ("bon", n), ("won", n), evaluation.aligned_for(config)]))
+    figure, axes = panels(1, len(cases), width=4.2)
+    for axis, (procedure, n) in zip(axes, cases):
         rows = [row | {"stderr": 2 * row["stderr"], "kl_stderr": 2 * row["kl_stderr"]} for row in table
                 if (row["procedure"], row["n"]) == (procedure, n)]
         tradeoff(axis, rows, procedure, n, by="scorer", expected={} if curve is None else {"theory": curve})
@@ -83,7 +84,7 @@ def save(figure, path: Path):
 
 
 def title(procedure: str, n: int | str) -> str:
-    return TITLES[procedure].format(n=n)
+    return TITLES.get(procedure, f"{procedure}, N = {{n}}").format(n=n)
 
 
 def errorbars(axis, rows: list[dict], x: str, y: str, *, by: str, xerr: str | None = None, yerr: str | None = None,

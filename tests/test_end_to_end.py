@@ -1,4 +1,5 @@
 import json
+from dataclasses import asdict
 from functools import partial
 
 import pytest
@@ -53,6 +54,15 @@ def test_the_picture_of_training_prompts_is_another_file(short_run):
     before = (short_run / "tradeoff.png").read_bytes()
     assert "tradeoff-train.png" in figures.draw(short_run, "train", json.loads((short_run / "eval.json").read_text())["rows"])
     assert (short_run / "tradeoff-train.png").read_bytes() != before == (short_run / "tradeoff.png").read_bytes()
+
+
+def test_the_picture_shows_the_procedure_that_the_run_is_made_for(short_run, tmp_path):
+    table = json.loads((short_run / "eval.json").read_text())["rows"]
+    for procedure, panels in (("bon", ["standard", "Best-of-4", "Worst-of-4"]),
+                              ("rewind", ["standard", "Best-of-4", "Worst-of-4", "rewind-and-repeat, 4 draws"])):
+        config, _ = runs.load_config(short_run)
+        (tmp_path / "config.json").write_text(json.dumps(asdict(config) | {"procedure": procedure}))
+        assert [axis.get_title() for axis in figures.win_rates(tmp_path, "test", table).axes] == panels
 
 
 def test_beta_follows_the_kl_of_the_rollout_it_is_used_on(short_run):
