@@ -131,7 +131,7 @@ def overhead(out: Path, quick: bool):
 
     Paper: About 29 % of the training time at K = 100 and 80 epochs.
     """
-    budget = SCALES[quick]["budgets"][1]
+    budget = min(SCALES[quick]["budgets"], key=lambda kl: abs(kl - 1))  # the default's, if it is there
     run = Path(sweep(out, quick, {"exp10": METHODS["exp10"]}, budgets=(budget,), seeds=1)[0]["run"])
     config, _ = runs.load_config(run)
     task, part, start = runs.load_task(config, "train"), min(32, config.prompts), time.perf_counter()
