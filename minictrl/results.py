@@ -78,19 +78,32 @@ def hacking(rows: list[dict]) -> tuple[str, list[dict]]:
     return f"Poisoned model, poisoned test, in per cent: {'; '.join(said)}.", rows
 
 
-def best_t(rows: list[dict]) -> tuple[str, list[dict]]:
-    said = []
-    for (procedure, n, scorer), mine in grouped(rows, "procedure", "n", "scorer").items():
-        if scorer == "reward":
-            measured, by_theory = (max(mine, key=lambda row: row[name])["transform"] for name in ("win_rate", "theory"))
+def best(of: str, at: str) -> Finding:
+    """Which value of the column `of` wins at which N, of the column `at`: by reward, and by theory."""
+
+    def finding(rows: list[dict]) -> tuple[str, list[dict]]:
+        done, said = [row for row in rows if not math.isnan(row["win_rate"])], []
+        for (procedure, n), mine in grouped([{"procedure": "bon"} | row for row in done], "procedure", at).items():
+            mine = [row for row in mine if row["scorer"] == "reward"]
+            measured, by_theory = (max(mine, key=lambda row: row[name])[of] for name in ("win_rate", "theory"))
             said.append(f"{title(procedure, int(n))}: {measured} (theory: {by_theory})")
-    return f"Best, by reward: {'; '.join(said)}.", rows
+        return f"Best, by reward: {'; '.join(said)}.", done
+
+    return finding
 
 
 def shares(rows: list[dict]) -> tuple[str, list[dict]]:
     names = [name for name in rows[0] if name.startswith("share_of_")]
     said = [f"{100 * rows[0][name]:.0f} % of the {name.removeprefix('share_of_').replace('_', ' ')}" for name in names]
     return f"Calibration is {', '.join(said)}.", rows
+
+
+def variants(rows: list[dict]) -> tuple[str, list[dict]]:
+    done = [row for row in rows if not math.isnan(row["win_rate"])]
+    shown = [row for row in done if (row["procedure"], row["scorer"]) == ("bon", "reward")]
+    shown.sort(key=lambda row: -row["win_rate"])
+    said = ", ".join(f"{row['variant']} {percent(row['win_rate'], row['stderr'])}" for row in shown)
+    return f"{title('bon', int(shown[0]['n']))} by reward at {shown[0]['kl']:g} nats: {said}.", done
 
 
 def highest(name: str, of: str, text: str) -> Finding:
@@ -108,16 +121,16 @@ FINDINGS: dict[str, Finding] = {
     "fig4": at_equal_kl,
     "fig5": at_equal_kl,
     "fig8": at_equal_kl,
-    "which_t": best_t,
+    "which_t": best("transform", "n"),
     "fig6": at_equal_kl,
     "fig10": at_equal_kl,
     "fig7": hacking,
     "fig9": highest("judge", "method", "Highest gain by the judge: {}, {:.2f}."),
     "fig12": highest("win_rate", "method", "Highest win rate at any KL: {}, {:.3f}."),
     "overhead": shares,
-    "ablation": highest("win_rate", "variant", "Highest: {}, {:.3f}."),
+    "ablation": variants,
     "summary": highest("bon4_gain_per_minute", "method", "Most Best-of-4 win rate a minute of training: {}, {:.2f}."),
-    "tuned": highest("win_rate", "tuned", "Highest: {}, {:.3f}."),
+    "tuned": best("tuned", "used_at"),
     "held_out": highest("below_optimum", "method", "Furthest from the optimum at its KL: {}, {:.1f} points."),
 }
 
