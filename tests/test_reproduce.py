@@ -26,6 +26,14 @@ def test_every_study_leaves_a_table_and_a_picture(tmp_path, monkeypatch):
     assert {row["transform"] for row in rows} >= {"identity", "log", "exp10", "exp-10", "bon_fp", "won_fp"}
 
 
+@pytest.mark.parametrize("name", ["fig11", "rewind", "finite_k", "mix"])
+def test_every_study_of_the_theory_runs_and_its_win_rates_are_some(name, tmp_path):
+    """The others but theorem1, which takes 20 seconds, are run by the tests beside this one."""
+    rows, figure = reproduce.STUDIES[name](tmp_path, True)
+    wins = [value for row in rows for key, value in row.items() if key.startswith("win_rate") and value is not None]
+    assert figure.axes and wins and all(0 < win <= 1 for win in wins)
+
+
 def test_list_prints_one_study_a_line(capsys):
     reproduce.main(["--list"])
     names = capsys.readouterr().out.split("\n")[:-1]

@@ -103,7 +103,7 @@ def transforms(out: Path, quick: bool):
 def rewind(out: Path, quick: bool):
     """Rewind-and-repeat at the 85th percentile, 32 draws at most (App. G): win rate, draws needed, and the optimum."""
     figure, (win_axis, draws_axis, density_axis) = panels(1, 3)
-    kls, names, threshold = budgets(quick), [*CLOSED, "optimal"], theory.REWIND_QUANTILE
+    kls, names, threshold = budgets(quick), [*CLOSED, "optimal"], cells.REWIND_QUANTILE
     rows = curves(win_axis, names, "rewind", 32, kls)
     for row in rows:
         name = row["transform"] if row["transform"] in names else "log"
@@ -156,7 +156,7 @@ def any_n(mass: Tensor, u: Tensor, n: int) -> Tensor:
 def mix(out: Path, quick: bool):
     """The best transform for an unknown N in 1 .. 32, and what one tuned for N loses at another N, at equal KL."""
     sizes = (1, 4, 32) if quick else (1, 2, 4, 8, 16, 32)
-    used = {f"Best-of-{N}": (theory.bon, N) for N in sizes} | {"1 .. 32": (any_n, 32)}
+    used = {f"Best-of-{N}": (bon, N) for N in sizes} | {"1 .. 32": (any_n, 32)}
     policies = {f"optimal for {at}": ("optimal", *T) for at, T in used.items()}
     policies |= {name: (name, "bon", 1) for name in ("log", "exp5", "exp10", "exp20", "exp40")}
     rows = []
