@@ -162,7 +162,7 @@ def roofline(device, bandwidth: float, flops: float, *, depth: int, prompts: tup
     ids, ones = torch.randint(len(tokenizer), (B, 2 * L), device=device), torch.ones(B, L, device=device)
     rows = {"prompt": ids[:, :L], "prompt_mask": ones.long(), "tokens": ids[:, L:], "mask": ones,
             "old_logprobs": -ones, "advantages": ones, "returns": ones}
-    learner = make_learner(model.float(), value_head=True, mean_return=0.)
+    learner = make_learner(model.float(), value_head=True)
     step = partial(update, learner, rows, partial(online_loss, clip=.2), lr=1e-6, minibatch=B, micro_batch=B // 2,
                    epochs=1, seed=0)
     return shares, 6 * model.num_parameters() * ids.numel() / min(seconds(step) for _ in range(3)) / flops
