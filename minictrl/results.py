@@ -34,6 +34,11 @@ def read(path: Path) -> list[dict]:
         return [{name: value(cell) for name, cell in row.items()} for row in csv.DictReader(file)]
 
 
+def known(rows: list[dict], name: str = "win_rate") -> list[dict]:
+    """The rows that have a number in this column: nan is what no run was made for."""
+    return [row for row in rows if not math.isnan(row[name])]
+
+
 def percent(win: float, stderr: float) -> str:
     return "–" if math.isnan(win) else f"{100 * win:.1f} ± {100 * stderr:.1f}"
 
@@ -82,7 +87,7 @@ def best(of: str, at: str) -> Finding:
     """Which value of the column `of` wins at which N, of the column `at`: by reward, and by theory."""
 
     def finding(rows: list[dict]) -> tuple[str, list[dict]]:
-        done, said = [row for row in rows if not math.isnan(row["win_rate"])], []
+        done, said = known(rows), []
         for (procedure, n), mine in grouped([{"procedure": "bon"} | row for row in done], "procedure", at).items():
             mine = [row for row in mine if row["scorer"] == "reward"]
             measured, by_theory = (max(mine, key=lambda row: row[name])[of] for name in ("win_rate", "theory"))
@@ -99,7 +104,7 @@ def shares(rows: list[dict]) -> tuple[str, list[dict]]:
 
 
 def variants(rows: list[dict]) -> tuple[str, list[dict]]:
-    done = [row for row in rows if not math.isnan(row["win_rate"])]
+    done = known(rows)
     shown = [row for row in done if (row["procedure"], row["scorer"]) == ("bon", "reward")]
     shown.sort(key=lambda row: -row["win_rate"])
     said = ", ".join(f"{row['variant']} {percent(row['win_rate'], row['stderr'])}" for row in shown)
@@ -110,7 +115,7 @@ def highest(name: str, of: str, text: str) -> Finding:
     """A sentence on the row with the largest value."""
 
     def finding(rows: list[dict]) -> tuple[str, list[dict]]:
-        best = max((row for row in rows if not math.isnan(row[name])), key=lambda row: row[name])
+        best = max(known(rows, name), key=lambda row: row[name])
         return text.format(best[of], best[name]), rows
 
     return finding
