@@ -2,7 +2,7 @@
 
 `PrefixCache` goes into the forward of any model of a family in SHARED_PREFIX, by transformers' interfaces for caches
 and attention. `RepeatedCache`, for any other causal LM, is transformers' cache with the prompt repeated for every row.
-Both have prefill, step, head and compact; rows of the same step are decoded together.
+Both have prefill, widen, step, head and compact; rows of the same step are decoded together.
 """
 
 import functools
@@ -18,7 +18,7 @@ from transformers import AttentionInterface, Cache, DynamicCache
 # Families whose attention is softmax(q k / sqrt(d)) v through transformers' attention interface, and whose logits are
 # the output embedding of the last hidden state, with nothing in between (no soft cap, sink, bias or scale).
 SHARED_PREFIX = {"gpt2", "gpt_neox", "llama", "mistral", "qwen2", "qwen3", "olmo2", "smollm3", "phi3"}
-COLUMNS = 8  # response columns are attended to in blocks of this, two at least: see `PrefixCache.step`
+COLUMNS = 8  # response columns are attended to in blocks of this, two at least
 
 
 def is_plain(model) -> bool:
@@ -66,12 +66,15 @@ class PrefixCache(Cache):
         self._place_rows()
         return state[group]
 
-    def step(self, token: Tensor, position: Tensor, t: int) -> Tensor:
-        """Last hidden states (R, D) after one more token, the t-th, of each row; token, position: (R, 1)."""
+    def widen(self, T: int) -> None:
+        """Read the columns of the first T tokens: whole blocks, for narrow products and softmaxes are slow."""
+        self.width = columns(T)
+
+    def step(self, token: Tensor, position: Tensor, t: Tensor) -> Tensor:
+        """Last hidden states (R, D) after one more token of each row, the t-th (1,); token, position: (R, 1)."""
         self.t = t
-        # Whole blocks of columns are read, those to come behind a bias: narrow products and softmaxes are slow.
-        self.width = columns(t + 1)
-        self.own_bias = torch.where(torch.arange(self.width, device=token.device) > t, -torch.inf, 0.0)
+        columns_to_come = torch.arange(self.width, device=token.device) > t
+        self.own_bias = torch.zeros(self.width, device=token.device).masked_fill(columns_to_come, -torch.inf)
         return self._forward(token, self.bias, position)
 
     def head(self, state: Tensor) -> Tensor:
@@ -103,7 +106,7 @@ class PrefixCache(Cache):
         self.back = (place[:, None] + head * k).flatten()  # (R H) into (G H k)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        return 0 if self.t is None else self.bias.shape[-1] + self.t
+        return 0 if self.t is None else self.bias.shape[-1] + self.width
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int, *args, **kwargs):
         """What a layer attends to: in the prompt its own tensors, then the cache and the layer's index."""
@@ -116,7 +119,10 @@ class PrefixCache(Cache):
                 self.buffers[layer_idx:layer_idx + 1] = [[x.new_zeros(math.prod(shape)) for x in (key, value)]]
             self.own.append([x[:math.prod(shape)].view(shape) for x in self.buffers[layer_idx]])
         for buffer, new in zip(self.own[layer_idx], (key, value)):
-            buffer[:, :, self.t] = new[:, :, 0]
+            if buffer.is_cuda:  # nothing is read back, so that a step can be recorded
+                buffer.index_copy_(2, self.t, new)
+            else:  # four times as fast
+                buffer[:, :, int(self.t)] = new[:, :, 0]
         return self, layer_idx
 
     def attend(self, layer_idx: int, query: Tensor, scaling: float) -> Tensor:
@@ -168,7 +174,10 @@ class RepeatedCache:
         self.compact(group)
         return state
 
-    def step(self, token: Tensor, position: Tensor, t: int) -> Tensor:
+    def widen(self, T: int) -> None:
+        """Nothing: its cache grows by itself."""
+
+    def step(self, token: Tensor, position: Tensor, t: Tensor) -> Tensor:
         self.mask = F.pad(self.mask, (0, 1), value=1)
         return self._forward(token, position)
 

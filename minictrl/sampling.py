@@ -4,7 +4,7 @@ The forward is transformers' own, with a cache and an attention of ours put in w
 K samples of a prompt share its keys and values: computed once, never copied. Rows of the same step are decoded
 together, in waves of prompts of similar length. A row that has ended gives its place to the last living one: with 4 %
 EOS a token 2 to 4 % of the rows computed are wasted, so refilling places from the queue, which needs a step of its own
-for every row, has little to win.
+for every row, has little to win. On a GPU a step is recorded as a CUDA graph and replayed until the rows change.
 
 Every draw is a function of (seed, prompt, sample, t) alone (`_uniforms`), whatever the batch size and order. Rounding
 differs between batch shapes, and a draw within rounding of a boundary may fall on the other side: in float32 this
@@ -15,8 +15,9 @@ Where the time of the embedded policy goes on one core, per token: matrix produc
 """
 
 import hashlib
+import warnings
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,9 +25,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minictrl.hub import first_line
 from minictrl.kvcache import PrefixCache, RepeatedCache, decoding, fitting_rows, forward, head_logits, is_plain
 
 COMPACT = 0.95  # drop the rows that have ended when at most this share is left
+LOOK = 16  # steps on a GPU between looks at who is alive
 BLOCK = 64  # tokens of the vocabulary in a block of the two-level draw
 
 
@@ -82,8 +85,8 @@ def sample(model, tokenizer, prompts: list[str], *, num_samples: int, max_new_to
             prompt_ids, prompt_mask = left_pad([ids[j] for j in unique], pad, device)
             u, row, group = (torch.from_numpy(v).to(device)
                              for v in (_uniforms(seed, keys[x], m + first_sample, T), x * M + m, group))
-            _decode_wave(cache, prompt_ids, prompt_mask, group, u, row, out, eos=eos, pad=pad, temperature=temperature,
-                         head_rows=head_rows)
+            _decode(_Wave(cache, prompt_ids, prompt_mask, group, u, row, out, eos=eos, pad=pad, temperature=temperature,
+                          head_rows=head_rows), T)
     if not torch.isfinite(out.logprobs).all():
         raise ValueError("the policy's logits are not finite: check its weights and dtype (float16 overflows)")
     lengths = out.mask.sum(-1).long().tolist()
@@ -152,32 +155,75 @@ def left_pad(ids: list[list[int]], pad: int, device=None) -> tuple[Tensor, Tenso
 
 # ---- one wave: the rows of a few prompts, decoded in step ----
 
-def _decode_wave(cache, prompt_ids: Tensor, prompt_mask: Tensor, group: Tensor, u: Tensor, row: Tensor, out: Samples, *,
-                 eos: Tensor, pad: int, temperature: float, head_rows: int) -> None:
-    """Sample R rows into out[row]. prompt_ids, prompt_mask: (G, P); group: (R,) prompt of a row; u: (R, T, 2)."""
-    T, on_cpu = u.shape[1], row.device.type == "cpu"
-    look = 1 if on_cpu else 16  # steps between looks at who is alive: a GPU has to be waited for
-    position, alive = prompt_mask.sum(1)[group], torch.ones_like(row, dtype=torch.bool)
-    state = cache.prefill(prompt_ids, prompt_mask, group, T)
-    for t in range(T):
-        logits = (cache.head(x) for x in state.split(head_rows))
-        token, logprob = _draw((x if temperature == 1 else x / temperature for x in logits), u[:, t])
-        out.tokens[row, t] = torch.where(alive, token, pad)
-        out.logprobs[row, t] = torch.where(alive, logprob, 0.0)
-        out.mask[row, t] = alive.float()
-        alive = alive & ~torch.isin(token, eos)
-        if t == T - 1:
-            break
-        if t % look == look - 1:
-            living = int(alive.sum())
-            if living == 0:
-                break
-            if living <= COMPACT * len(alive):  # living rows from the end take the places of ended ones
-                index = torch.arange(living, device=row.device)
-                index[~alive[:living]] = alive[living:].nonzero()[:, 0] + living
-                cache.compact(index)
-                u, row, position, alive, token = (x[index] for x in (u, row, position, alive, token))
-        state = cache.step(token[:, None], (position + t)[:, None], t)
+class _Wave:
+    """R rows, decoded into out[row]. prompt_ids, prompt_mask: (G, P); group: (R,) prompt of a row; u: (R, T, 2).
+
+    A step reads no number back from the tensors, and leaves what it changes in their place: so it can be recorded.
+    """
+
+    def __init__(self, cache, prompt_ids: Tensor, prompt_mask: Tensor, group: Tensor, u: Tensor, row: Tensor,
+                 out: Samples, *, eos: Tensor, pad: int, temperature: float, head_rows: int):
+        self.cache, self.u, self.row, self.out, self.eos, self.pad = cache, u, row, out, eos, pad
+        self.temperature, self.head_rows, self.t = temperature, head_rows, row.new_zeros(1)
+        self.position, self.alive = prompt_mask.sum(1)[group], torch.ones_like(row, dtype=torch.bool)
+        self.token = torch.empty_like(row)  # the last one, (R,)
+        self._extend(cache.prefill(prompt_ids, prompt_mask, group, u.shape[1]))
+
+    def step(self) -> None:
+        """Read the last token, the t-th, and draw the next."""
+        state = self.cache.step(self.token[:, None], self.position[:, None], self.t)
+        self.position += 1
+        self.t += 1
+        self._extend(state)
+
+    def _extend(self, state: Tensor) -> None:
+        """Draw the next token of each row, and write it down."""
+        logits = (self.cache.head(x) for x in state.split(self.head_rows))
+        u = self.u.index_select(1, self.t)[:, 0]
+        token, logprob = _draw((x if self.temperature == 1 else x / self.temperature for x in logits), u)
+        self.out.tokens[self.row, self.t] = token.masked_fill(~self.alive, self.pad)
+        self.out.logprobs[self.row, self.t] = logprob.masked_fill(~self.alive, 0.0)
+        self.out.mask[self.row, self.t] = self.alive.float()
+        self.alive &= ~torch.isin(token, self.eos)
+        self.token.copy_(token)
+
+    def compact(self) -> int:
+        """How many rows are alive; living ones from the end take the places of those that have ended."""
+        alive, living = self.alive, int(self.alive.sum())
+        if 0 < living <= COMPACT * len(alive):
+            index = torch.arange(living, device=alive.device)
+            index[~alive[:living]] = alive[living:].nonzero()[:, 0] + living
+            self.cache.compact(index)
+            for name in ("u", "row", "position", "alive", "token"):
+                setattr(self, name, getattr(self, name)[index])
+        return living
+
+
+def _decode(wave: _Wave, T: int) -> None:
+    """Up to T tokens of each row. A GPU has to be waited for to know who is alive, so there it is asked rarely."""
+    look = LOOK if wave.row.is_cuda else 1
+    for t in range(0, T - 1, look):
+        if not wave.compact():
+            return
+        count = min(look, T - 1 - t)
+        wave.cache.widen(t + count)
+        _repeat(wave.step, count, recorded=wave.row.is_cuda and isinstance(wave.cache, PrefixCache))
+
+
+def _repeat(step: Callable[[], None], count: int, *, recorded: bool) -> None:
+    """step() `count` times. Recorded: as a CUDA graph, for its hundreds of kernels take longer to launch than to run."""
+    if recorded and count > 2:
+        step()  # whatever is made at the first call
+        count, graph, stream = count - 1, torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        try:
+            with torch.cuda.graph(graph):
+                step()
+            step = graph.replay
+        except RuntimeError as error:
+            torch.cuda.set_stream(stream)  # the context doesn't do so if it fails
+            warnings.warn(f"a decode step can't be recorded ({first_line(error)}); it is launched anew each time", stacklevel=2)
+    for _ in range(count):
+        step()
 
 
 def _draw(logits: Iterable[Tensor], u: Tensor) -> tuple[Tensor, Tensor]:

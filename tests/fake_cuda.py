@@ -2,7 +2,8 @@
 
 import torch
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
 
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
 ANYWHERE = ("view_as", "expand_as", "reshape_as", "_has_compatible_shallow_copy_type")  # look at shapes or types only
@@ -67,12 +68,63 @@ class FakeCuda(TorchFunctionMode):
         return put(x.to(dtype) if dtype != x.dtype else x.clone(), gpu)
 
 
+class FakeGraph:
+    """A CUDA graph as its operators see it: while it is recorded nothing is computed; each replay computes all of it again,
+    from the memory that it was recorded with."""
+
+    def __init__(self):
+        self.calls = []
+
+    def replay(self):
+        now = {}  # id of a recorded result -> what it is in this replay
+        for func, args, kwargs, out in self.calls:
+            args, kwargs = tree_map(lambda x: now.get(id(x), x), (args, kwargs))
+            with torch._C.DisableTorchFunction():  # FakeCuda looks at what is called from Python
+                now |= {id(x): y for x, y in zip(tree_leaves(out), tree_leaves(func(*args, **kwargs)))}
+
+
+class FakeRecording(TorchDispatchMode):
+    """`with torch.cuda.graph(graph)`. Raises, as CUDA does, where the host would have to wait for the GPU, or feed it."""
+
+    WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "lift_fresh")
+
+    def __init__(self, graph: FakeGraph):
+        super().__init__()
+        self.graph, self.before = graph, {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name, kwargs = func._schema.name.removeprefix("aten::"), kwargs or {}
+        with self:  # what an operator is made of, where it is made of others
+            parts = func.decompose(*args, **kwargs)
+        if parts is not NotImplemented:
+            return parts
+        if name in self.WAITS or any(x.dtype == torch.bool for x in tree_leaves(args[1:2]) if isinstance(x, torch.Tensor)
+                                     if name in ("index", "index_put_")):
+            raise RuntimeError(f"operation not permitted when stream is capturing: {name}")
+        for x, formal in zip(args, func._schema.arguments):
+            if formal.alias_info is not None and formal.alias_info.is_write:
+                self.before.setdefault(x.untyped_storage().data_ptr(), (x.untyped_storage(), x.untyped_storage().clone()))
+        with torch._C.DisableTorchFunction():
+            out = func(*args, **kwargs)
+        self.graph.calls.append((func, args, kwargs, out))
+        return out
+
+    def __exit__(self, *error):
+        super().__exit__(*error)
+        for storage, was in self.before.values():
+            storage.copy_(was)
+
+
 def install(monkeypatch):
     """What torch.cuda is asked for, and parameters that keep their place, as C++ would have it."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "fake")
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (2**33, 2**34))
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
+    monkeypatch.setattr(torch.cuda, "graph", FakeRecording)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda _: None)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)
     new, copy = torch.nn.Parameter.__new__, torch.nn.Parameter.__deepcopy__
     monkeypatch.setattr(torch.nn.Parameter, "__new__", lambda cls, data=None, *a, **k: put(new(cls, data, *a, **k), on_gpu(data)))
