@@ -25,6 +25,7 @@ from minictrl.data import Pair, load_pairs
 from minictrl.models import load_policy, load_scorer, save_policy
 from minictrl.sampling import encode_prompts, left_pad, sequence_logprobs
 from minictrl.scoring import render, resolve_device, scorer_tokenizer, token_ids, written
+from minictrl.update import halving
 
 
 def train_pairs_task(task: str, out: Path, *, policy: str | None = None, epochs: int = 1, batch: int = 64,
@@ -112,21 +113,17 @@ def fit(model: nn.Module, rows: list, loss: Callable[[list], Tensor], name: str,
     model.train()
     for step, chunk in enumerate(bar := tqdm(schedule, name, disable=None)):
         optimizer.param_groups[0]["lr"] = lr * min(1, (step + 1) / 20) * (1 - step / len(schedule))
-        done = False
-        while not done:
-            try:
-                optimizer.zero_grad()
-                total = 0.
-                for i in range(0, len(chunk), micro_batch):
-                    with torch.autocast("cuda", torch.bfloat16, enabled=gpu):
-                        value = loss(chunk[i:i + micro_batch]) / len(chunk)
-                    value.backward()
-                    total += float(value.detach())
-                done = True
-            except torch.OutOfMemoryError:
-                if micro_batch == 1:
-                    raise ValueError("out of GPU memory with one row: use a smaller model or max_tokens") from None
-                micro_batch //= 2
+
+        def gradients(micro_batch: int) -> float:
+            optimizer.zero_grad()
+            total = 0.
+            for i in range(0, len(chunk), micro_batch):
+                with torch.autocast("cuda", torch.bfloat16, enabled=gpu):
+                    value = loss(chunk[i:i + micro_batch]) / len(chunk)  # noqa: B023
+                value.backward()
+                total += float(value.detach())
+            return total
+        total, micro_batch = halving(micro_batch, gradients)
         nn.utils.clip_grad_norm_(model.parameters(), 1.)
         optimizer.step()
         bar.set_postfix_str(f"loss {total:.3f}")

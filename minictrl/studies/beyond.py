@@ -8,8 +8,9 @@ import time
 from itertools import product
 from pathlib import Path
 
-from minictrl import methods, runs, theory
+from minictrl import runs, theory
 from minictrl.figures import WIN_RATE, errorbars, panels, title
+from minictrl.methods import ONLINE
 from minictrl.sampling import sample
 from minictrl.studies.runs import over_n
 from minictrl.studies.sweep import METHODS, SCALES, SCORERS, at_kl, common_kl, points, sweep
@@ -118,7 +119,7 @@ def cost(run: Path) -> dict[str, float]:
     Calls: the calibration's (raw rewards take theirs for beta), one a response and, with --baseline prefix, one a token.
     """
     config, _ = runs.load_config(run)
-    last, online = runs.read_metrics(run)[-1], config.method in methods.ONLINE
+    last, online = runs.read_metrics(run)[-1], config.method in ONLINE
     calls = config.prompts * config.K + online * config.steps * config.batch * config.G
     calls += last["tokens"] * (online and config.baseline == "prefix")
     return {"calls": calls, "tokens": last["tokens"], "seconds": last["seconds"]}
