@@ -29,7 +29,7 @@ from minictrl.hub import first_line
 from minictrl.kvcache import PrefixCache, RepeatedCache, decoding, fitting_rows, forward, head_logits, is_plain
 
 COMPACT = 0.95  # drop the rows that have ended when at most this share is left
-LOOK = 16  # steps on a GPU between looks at who is alive
+LOOK = 32  # steps on a GPU between looks at who is alive, after which a step is recorded anew
 BLOCK = 64  # tokens of the vocabulary in a block of the two-level draw
 
 
