@@ -32,7 +32,8 @@ from transformers import AutoModelForSequenceClassification
 from minictrl.bench_scaling import EPOCHS, decode_roofline, growth, paper_table, seconds
 from minictrl.config import Config, run_script
 from minictrl.data import load_prompts
-from minictrl.models import load_policy, render, resolve_device
+from minictrl.device import resolve_device
+from minictrl.models import load_policy, render
 from minictrl.runs import load_task, read_metrics, rollout
 from minictrl.sampling import encode_prompts, left_pad, sample
 from minictrl.studies.sweep import script

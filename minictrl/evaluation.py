@@ -15,9 +15,10 @@ from torch.nn.functional import kl_div, log_softmax
 from minictrl import runs, theory
 from minictrl.calibration import calibrated_reward
 from minictrl.config import RAW, Config, write_json
+from minictrl.device import halving
 from minictrl.models import load_policy, load_scorer
 from minictrl.sampling import response_logits
-from minictrl.update import Rows, by_length, cut, halving
+from minictrl.update import Rows, by_length, cut
 from minictrl.winrate import win_rate
 
 REFERENCE_SEED, POLICY_SEED = 1, 2  # the calibration's is 0: pi_ref's samples here are fresh ones

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from minictrl.data import Prompt
+from minictrl.device import resolve_device
 from minictrl.hub import from_hub
-from minictrl.scoring import in_batches, plain, render, resolve_device, scorer_tokenizer
+from minictrl.scoring import in_batches, plain, render, scorer_tokenizer
 
 QUESTION = """Below are a prompt and a response to it.
 

@@ -16,13 +16,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from minictrl.config import TASKS
 from minictrl.data import ASSETS, Prompt
+from minictrl.device import resolve_device
 from minictrl.hub import from_hub
 from minictrl.judge import QUESTION, load_generative
 from minictrl.reference import digest
 from minictrl.scorers import NgramScorer
-from minictrl.scoring import in_batches, plain, render, resolve_device, scorer_tokenizer, written
+from minictrl.scoring import in_batches, plain, render, scorer_tokenizer, written
 
-__all__ = ["load_policy", "load_scorer", "render", "resolve_device", "save_policy"]
+__all__ = ["load_policy", "load_scorer", "render", "save_policy"]
 
 
 # --- policies ---

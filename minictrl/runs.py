@@ -21,7 +21,8 @@ from tqdm import tqdm
 import minictrl
 from minictrl.config import Config, is_run, write_json
 from minictrl.data import load_prompts
-from minictrl.models import load_policy, load_scorer, render, resolve_device
+from minictrl.device import resolve_device
+from minictrl.models import load_policy, load_scorer, render
 from minictrl.reference import Reference, cached, digest
 from minictrl.sampling import Samples, check_lengths, encode_prompts, left_pad, sample
 from minictrl.update import Learner, Rows

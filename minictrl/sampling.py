@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minictrl.device import halving
 from minictrl.hub import first_line
 from minictrl.kvcache import PrefixCache, RepeatedCache, decoding, fitting_rows, forward, head_logits, is_plain
 
@@ -49,8 +50,8 @@ def sample(model, tokenizer, prompts: list[str], *, num_samples: int, max_new_to
 
     The same (seed, prompt, sample index, position) gives the same token, so `first_sample=100` continues a draw of 100;
     a prompt given twice gets two independent draws. What must be independent (pi and pi_ref) needs different seeds.
-    A response ends with EOS or is cut at `max_new_tokens`. `batch_size`: rows decoded
-    together, by default what fits in 1/2 GB (a third of a GPU); it changes speed and memory, not the samples.
+    A response ends with EOS or is cut at `max_new_tokens`. `batch_size`: rows decoded together, by default what fits in
+    1/2 GB (a third of a GPU), halved when a GPU runs out of memory; it changes speed and memory, not the samples.
     Raises ValueError on no prompts, a prompt that is not text or too long for the model, a number out of range, and
     logits that are not finite.
     """
@@ -72,13 +73,13 @@ def sample(model, tokenizer, prompts: list[str], *, num_samples: int, max_new_to
                   torch.zeros(B * M, T, device=device), [])
     order = np.array(sorted(range(B), key=lambda i: -len(ids[i])))  # similar lengths go together
     prompt_of, sample_of = np.repeat(order, M), np.tile(np.arange(M), B)  # the queue
-    cache = (RepeatedCache if is_plain(model) else PrefixCache)(model)
-    size = batch_size or fitting_rows(model, T)
-    size = size // M * M or size  # whole prompts, if one fits
     # On a CPU the logits are made for so many rows at a time that they stay in its cache (1 MB), if they ever fit.
     V = model.config.vocab_size
-    head_rows = size if device.type != "cpu" else 2**18 // V if V <= 4096 else 256
-    with torch.inference_mode(), decoding(model):
+    head_rows = B * M if device.type != "cpu" else 2**18 // V if V <= 4096 else 256
+
+    def in_waves(size: int) -> None:
+        cache = (RepeatedCache if is_plain(model) else PrefixCache)(model)
+        size = size // M * M or size  # whole prompts, if one fits
         for i in range(0, B * M, size):
             x, m = prompt_of[i:i + size], sample_of[i:i + size]
             unique, group = np.unique(x, return_inverse=True)
@@ -87,6 +88,9 @@ def sample(model, tokenizer, prompts: list[str], *, num_samples: int, max_new_to
                              for v in (_uniforms(seed, keys[x], m + first_sample, T), x * M + m, group))
             _decode(_Wave(cache, prompt_ids, prompt_mask, group, u, row, out, eos=eos, pad=pad, temperature=temperature,
                           head_rows=head_rows), T)
+
+    with torch.inference_mode(), decoding(model):
+        halving(min(B * M, batch_size or fitting_rows(model, T)), in_waves)
     if not torch.isfinite(out.logprobs).all():
         raise ValueError("the policy's logits are not finite: check its weights and dtype (float16 overflows)")
     lengths = out.mask.sum(-1).long().tolist()

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
 from jinja2 import TemplateError
@@ -13,21 +12,13 @@ from transformers import AutoTokenizer
 from transformers.utils import logging
 
 from minictrl.data import Prompt
+from minictrl.device import resident
 from minictrl.hub import from_hub
 
 logging.set_verbosity_error()
 logging.disable_progress_bar()
 
 BATCH_TOKENS = 16_384  # tokens that a scorer reads at a time; halved when a GPU runs out of memory
-
-
-def resolve_device(name: str) -> torch.device:
-    """auto (CUDA if there is one), cpu, or cuda[:INDEX]. Raises ValueError if there is no such device."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name != "cpu" and not (name.startswith("cuda") and torch.cuda.is_available()):
-        raise ValueError(f"--device {name}: no such device is to be seen here; use cpu or auto")
-    return torch.device(name)
 
 
 def render(tokenizer, prompt: Prompt) -> str:
@@ -106,18 +97,3 @@ def in_batches(model: nn.Module, tokenizer, device: torch.device, texts: list[st
                                      "scorer, or --device cpu") from None
                 budget //= 2
     return scores
-
-
-@contextmanager
-def resident(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """The model on its device while it is used; then back on the CPU if it leaves a GPU less than half its memory."""
-    try:
-        model.to(device)
-    except torch.OutOfMemoryError:
-        raise ValueError(f"out of GPU memory for {model.name_or_path}: use a smaller scorer, or --device cpu") from None
-    yield
-    if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-        if free < total / 2:
-            model.to("cpu")
-            torch.cuda.empty_cache()

@@ -31,8 +31,8 @@ from torch import Tensor
 from minictrl import methods, runs
 from minictrl.config import TASKS, Config
 from minictrl.data import Prompt
+from minictrl.device import resident
 from minictrl.reference import CHUNK, Reference
-from minictrl.scoring import resident
 from minictrl.transforms import get_transform, in_nats, ladder
 
 SEED = 0  # the calibration's, as train.py's, whose cache is shared

@@ -9,14 +9,13 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from minictrl.device import halving
 from minictrl.sampling import sequence_logprobs
 
-Result = TypeVar("Result")
 Rows = dict[str, Tensor]
 Loss = Callable[[Tensor, Tensor | None, Rows], tuple[Tensor, dict[str, Tensor]]]  # (logprobs, values, rows) -> loss, stats
 
@@ -98,18 +97,6 @@ def by_length(rows: Rows, index: Tensor, size: int) -> Iterator[Tensor]:
     """The index in pieces of at most `size` rows, alike in length, so that little is computed on padding."""
     lengths = rows["mask"][index].sum(-1)
     return iter(index[lengths.view(len(index), -1).amax(1).argsort(stable=True)].split(size))
-
-
-def halving(size: int, work: Callable[[int], Result]) -> tuple[Result, int]:
-    """(work(size), size), with half the size as long as it runs out of GPU memory. Raises ValueError where 1 doesn't fit."""
-    while True:
-        try:
-            return work(size), size
-        except torch.OutOfMemoryError:
-            if size == 1:
-                raise ValueError("out of GPU memory with one response at a time: use a smaller model, or shorter "
-                                 "prompts and responses") from None
-            size //= 2
 
 
 @torch.no_grad()

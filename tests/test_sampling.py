@@ -3,6 +3,8 @@
 Tiny random models. Where tokens must be equal they are float64: rounding in float32 may flip a draw.
 """
 
+from functools import partialmethod
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,7 @@ from scipy.stats import chi2
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from minictrl.kvcache import SHARED_PREFIX
+from minictrl.kvcache import SHARED_PREFIX, PrefixCache
 from minictrl.sampling import encode_prompts, left_pad, sample, sequence_logprobs
 
 V, EOS = 12, 1
@@ -86,6 +88,24 @@ def test_same_tokens_whatever_the_batch(family):
     assert torch.equal(backwards.tokens.flip(0), together.tokens)
     for b, prompt in enumerate(PROMPTS):
         assert torch.equal(draw(model, [prompt]).tokens[0], together.tokens[b])
+
+
+def test_out_of_memory_takes_fewer_rows_at_a_time_and_draws_the_same(monkeypatch):
+    model, step, rows = make_model(dtype=torch.float64), PrefixCache.step, []
+    together = draw(model)
+
+    def hungry(self, token, *args, limit):
+        rows.append(len(token))
+        if len(token) > limit:
+            raise torch.OutOfMemoryError
+        return step(self, token, *args)
+
+    monkeypatch.setattr(PrefixCache, "step", partialmethod(hungry, limit=20))
+    assert torch.equal(draw(model).tokens, together.tokens)
+    assert max(rows) > 40 and rows[-1] <= 20
+    monkeypatch.setattr(PrefixCache, "step", partialmethod(hungry, limit=0))
+    with pytest.raises(ValueError, match="out of GPU memory"):
+        draw(model)
 
 
 def test_more_samples_or_longer_responses_extend_a_draw():

@@ -1,0 +1,48 @@
+"""A GPU: which one, what fits its memory, who visits it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+Result = TypeVar("Result")
+
+
+def resolve_device(name: str) -> torch.device:
+    """auto (CUDA if there is one), cpu, or cuda[:INDEX]. Raises ValueError if there is no such device."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name != "cpu" and not (name.startswith("cuda") and torch.cuda.is_available()):
+        raise ValueError(f"--device {name}: no such device is to be seen here; use cpu or auto")
+    return torch.device(name)
+
+
+def halving(size: int, work: Callable[[int], Result]) -> tuple[Result, int]:
+    """(work(size), size), with half the size as long as it runs out of GPU memory. Raises ValueError where 1 doesn't fit."""
+    while True:
+        try:
+            return work(size), size
+        except torch.OutOfMemoryError:
+            if size == 1:
+                raise ValueError("out of GPU memory with one response at a time: use a smaller model, or shorter "
+                                 "prompts and responses") from None
+            size //= 2
+
+
+@contextmanager
+def resident(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """The model on its device while it is used; then back on the CPU if it leaves a GPU less than half its memory."""
+    try:
+        model.to(device)
+    except torch.OutOfMemoryError:
+        raise ValueError(f"out of GPU memory for {model.name_or_path}: use a smaller scorer, or --device cpu") from None
+    yield
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        if free < total / 2:
+            model.to("cpu")
+            torch.cuda.empty_cache()
