@@ -21,6 +21,12 @@ def resolve_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def free_memory(device: torch.device) -> int:
+    """Bytes of a GPU that are free: what nobody holds, and what torch holds for later."""
+    held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + held
+
+
 def halving(size: int, work: Callable[[int], Result]) -> tuple[Result, int]:
     """(work(size), size), with half the size as long as it runs out of GPU memory. Raises ValueError where 1 doesn't fit."""
     while True:
@@ -41,8 +47,6 @@ def resident(model: nn.Module, device: torch.device) -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise ValueError(f"out of GPU memory for {model.name_or_path}: use a smaller scorer, or --device cpu") from None
     yield
-    if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-        if free < total / 2:
-            model.to("cpu")
-            torch.cuda.empty_cache()
+    if device.type == "cuda" and free_memory(device) < torch.cuda.mem_get_info(device)[1] / 2:
+        model.to("cpu")
+        torch.cuda.empty_cache()

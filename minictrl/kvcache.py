@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface, Cache, DynamicCache
 
+from minictrl.device import free_memory
+
 # Families whose attention is softmax(q k / sqrt(d)) v through transformers' attention interface, and whose logits are
 # the output embedding of the last hidden state, with nothing in between (no soft cap, sink, bias or scale).
 SHARED_PREFIX = {"gpt2", "gpt_neox", "llama", "mistral", "qwen2", "qwen3", "olmo2", "smollm3", "phi3"}
@@ -212,5 +214,5 @@ def fitting_rows(model, T: int) -> int:
     heads = getattr(c, "num_key_value_heads", None) or c.num_attention_heads
     width = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
     row = 2 * c.num_hidden_layers * heads * width * columns(T) * weight.element_size()
-    memory = torch.cuda.mem_get_info(weight.device)[0] // 3 if weight.is_cuda else 2**29
+    memory = free_memory(weight.device) // 3 if weight.is_cuda else 2**29
     return min(2048, max(32, memory // row))

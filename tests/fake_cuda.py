@@ -120,6 +120,8 @@ def install(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "fake")
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (2**33, 2**34))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda *_: 2**31)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda *_: 2**30)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
     monkeypatch.setattr(torch.cuda, "graph", FakeRecording)

@@ -10,6 +10,7 @@ from test_sampling import draw, make_model
 import evaluate
 import train
 from minictrl import sampling
+from minictrl.device import resident
 from minictrl.kvcache import SHARED_PREFIX
 
 SMALL = ("--device cuda --prompts 12 --K 8 --steps 7 --batch 6 --G 4 --minibatch 12 --max-new-tokens 8").split()
@@ -62,3 +63,17 @@ def test_a_step_that_cannot_be_recorded_is_launched(monkeypatch):
     with pytest.warns(UserWarning, match="can't be recorded"):
         sampling._repeat(step, 5, recorded=True)
     assert steps == 5
+
+
+@pytest.mark.parametrize("free, stays", [(3, False), (4, True)])
+def test_a_scorer_stays_on_the_gpu_if_half_of_it_is_free(free, stays, monkeypatch):
+    """Of 16 GB, `free` are nobody's and 4 are held by torch, unused."""
+    install(monkeypatch)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (free * 2**30, 16 * 2**30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda *_: 6 * 2**30)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda *_: 2 * 2**30)
+    with FakeCuda():
+        scorer = torch.nn.Linear(2, 1)
+        with resident(scorer, torch.device("cuda")):
+            assert scorer.weight.is_cuda
+        assert scorer.weight.is_cuda == stays
