@@ -222,10 +222,13 @@ def _repeat(step: Callable[[], None], count: int, *, recorded: bool) -> None:
         try:
             with torch.cuda.graph(graph):
                 step()
-            step = graph.replay
         except RuntimeError as error:
             torch.cuda.set_stream(stream)  # the context doesn't do so if it fails
             warnings.warn(f"a decode step can't be recorded ({first_line(error)}); it is launched anew each time", stacklevel=2)
+        else:
+            for _ in range(count):
+                graph.replay()
+            return stream.synchronize()  # before the graph goes
     for _ in range(count):
         step()
 
