@@ -80,7 +80,7 @@ class Config:
     batch: int = setting(64, "prompts a step")
     G: int = setting(8, "samples of a prompt in a step")
     minibatch: int = setting(256, "responses an optimizer step")
-    micro_batch: int = setting(128, "responses a forward and backward pass; halved when a GPU runs out of memory")
+    micro_batch: int = setting(64, "responses a forward and backward pass; halved when a GPU runs out of memory")
     ppo_epochs: int = setting(1, "passes over a rollout")
     lr: float | None = setting(None, "learning rate of the policy (default: the task's)")
     clip: float = setting(.2, "PPO's clipping range of the ratio")
