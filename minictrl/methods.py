@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -157,8 +156,8 @@ def beta_for(config: Config, kl: float, r_ref: Tensor | None = None, Phi: transf
     """beta at which the optimum of the run's objective is `kl` nats from pi_ref, by the theory of what its method converges to.
 
     Raw rewards have no theory: theirs is that of r_ref (P, K), None without. GRPO's standardised reward is taken for a normal
-    one, of deviation 1: KL = 1 / (2 beta^2). Phi: that of a run that has begun. Its tilts get to `kl` with another beta than the
-    fixed point for `kl`, whose Phi is another: the one nearer to the run's first beta is taken, so that beta jumps less. Raises ValueError on a KL out of reach of the theory or of K samples.
+    one, of deviation 1: KL = 1 / (2 beta^2). Phi: that of a run that has begun: PPO stays on its tilts, where a fixed point would
+    be another for each beta. Raises ValueError on a KL out of reach of the theory or of K samples.
     """
     if config.method in ("grpo", "grpo_fixed"):
         return 1 / math.sqrt(2 * kl)
@@ -167,11 +166,8 @@ def beta_for(config: Config, kl: float, r_ref: Tensor | None = None, Phi: transf
     if kl >= math.log(config.K + 1):
         raise ValueError(f"--kl {kl:g} is out of reach of {config.K} samples, whose C_hat takes {config.K + 1} values: ask for "
                          f"less than {math.log(config.K + 1):.2f}, or take more samples (--K)")
-    beta_of = partial(theory.beta_for_kl, procedure=config.procedure, n=config.n)
-    beta = beta_of(config.transform, kl)
-    if Phi is not None and config.method == "ppo" and config.transform in theory.FIXED_POINTS:
-        start = beta_of(config.transform, config.kl)
-        beta = min(beta, beta_of(Phi, kl), key=lambda each: abs(math.log(each / start)))
+    transform = Phi if Phi is not None and config.method == "ppo" else config.transform
+    beta = theory.beta_for_kl(transform, kl, procedure=config.procedure, n=config.n)
     if config.method in ("bond", "bonbon") and best_of(beta) > config.K:
         raise ValueError(f"--kl {kl:g} is out of reach of {config.K} samples: it is Best-of-{best_of(beta)}'s; use a smaller "
                          "KL, or more samples (--K)")
