@@ -61,7 +61,7 @@ def main(argv=None):
     r_ref = reference.r_ref
 
     # 2. Transform.
-    beta_at = partial(methods.beta_for, config, r_ref=r_ref, Phi=Phi)
+    beta_at = partial(methods.beta_for, config, r_ref=r_ref)
     beta = beta or beta_at(config.kl)
     runs.describe(out, config, beta)
     rungs = partial(ladder, config.transform, Phi)  # r, r_ref -> C_hat, Phi(C_hat)

@@ -152,12 +152,11 @@ def best_of(beta: float) -> int:
     return max(2, round(1 / beta) + 1)
 
 
-def beta_for(config: Config, kl: float, r_ref: Tensor | None = None, Phi: transforms.Phi | None = None) -> float | None:
+def beta_for(config: Config, kl: float, r_ref: Tensor | None = None) -> float | None:
     """beta at which the optimum of the run's objective is `kl` nats from pi_ref, by the theory of what its method converges to.
 
     Raw rewards have no theory: theirs is that of r_ref (P, K), None without. GRPO's standardised reward is taken for a normal
-    one, of deviation 1: KL = 1 / (2 beta^2). Phi: that of a run that has begun: PPO stays on its tilts, where a fixed point would
-    be another for each beta. Raises ValueError on a KL out of reach of the theory or of K samples.
+    one, of deviation 1: KL = 1 / (2 beta^2). Raises ValueError on a KL out of reach of the theory or of K samples.
     """
     if config.method in ("grpo", "grpo_fixed"):
         return 1 / math.sqrt(2 * kl)
@@ -166,8 +165,7 @@ def beta_for(config: Config, kl: float, r_ref: Tensor | None = None, Phi: transf
     if kl >= math.log(config.K + 1):
         raise ValueError(f"--kl {kl:g} is out of reach of {config.K} samples, whose C_hat takes {config.K + 1} values: ask for "
                          f"less than {math.log(config.K + 1):.2f}, or take more samples (--K)")
-    transform = Phi if Phi is not None and config.method == "ppo" else config.transform
-    beta = theory.beta_for_kl(transform, kl, procedure=config.procedure, n=config.n)
+    beta = theory.beta_for_kl(config.transform, kl, procedure=config.procedure, n=config.n)
     if config.method in ("bond", "bonbon") and best_of(beta) > config.K:
         raise ValueError(f"--kl {kl:g} is out of reach of {config.K} samples: it is Best-of-{best_of(beta)}'s; use a smaller "
                          "KL, or more samples (--K)")

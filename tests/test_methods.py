@@ -7,7 +7,6 @@ import torch
 from minictrl import methods, theory
 from minictrl.config import Config
 from minictrl.reference import Reference
-from minictrl.transforms import get_transform
 
 
 def rollout(P=6, G=4, T=5, seed=0):
@@ -85,19 +84,6 @@ def test_a_budget_becomes_the_beta_of_what_the_method_converges_to():
     assert methods.beta_for(Config(method="grpo").resolved(), 1.) == pytest.approx(1 / math.sqrt(2))
     assert methods.beta_for(Config(transform="none").resolved(), 1.) is None
     assert methods.best_of(theory.beta_for_kl("log", math.log(8) - 7 / 8)) == 8
-
-
-@pytest.mark.parametrize("name, procedure", [("bon_fp", "bon"), ("won_fp", "won"), ("optimal", "rewind")])
-def test_a_fixed_point_keeps_its_Phi_while_beta_follows_the_budget(name, procedure):
-    config = Config(transform=name, procedure=procedure).resolved()
-    beta = methods.beta_for(config, .5)
-    Phi = get_transform(name, procedure=procedure, n=config.n, beta=beta)
-    assert methods.beta_for(config, .5, Phi=Phi) == pytest.approx(beta, rel=2e-3)  # there it is its own fixed point
-    for kl in (.3, .8):
-        tilted = methods.beta_for(config, kl, Phi=Phi)
-        assert theory.tradeoff(Phi, procedure, config.n, [tilted])[0] == pytest.approx(kl, rel=1e-5)
-    pkpo = Config(method="pkpo").resolved()  # whose objective is the win rate: no Phi
-    assert methods.beta_for(pkpo, .8, Phi=Phi) == methods.beta_for(pkpo, .8)
 
 
 def test_offline_rows_are_the_reference_samples():
