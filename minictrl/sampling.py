@@ -87,7 +87,7 @@ def sample(model, tokenizer, prompts: list[str], *, num_samples: int, max_new_to
             u, row, group = (torch.from_numpy(v).to(device)
                              for v in (_uniforms(seed, keys[x], m + first_sample, T), x * M + m, group))
             _decode(_Wave(cache, prompt_ids, prompt_mask, group, u, row, out, eos=eos, pad=pad, temperature=temperature,
-                          head_rows=head_rows), T)
+                          head_rows=head_rows))
 
     with torch.inference_mode(), decoding(model):
         halving(min(B * M, batch_size or fitting_rows(model, T)), in_waves)
@@ -203,15 +203,16 @@ class _Wave:
         return living
 
 
-def _decode(wave: _Wave, T: int) -> None:
+def _decode(wave: _Wave) -> None:
     """Up to T tokens of each row. A GPU has to be waited for to know who is alive, so there it is asked rarely."""
-    look = LOOK if wave.row.is_cuda else 1
+    T, on_gpu = wave.u.shape[1], wave.row.is_cuda
+    look = LOOK if on_gpu else 1
     for t in range(0, T - 1, look):
         if not wave.compact():
             return
         count = min(look, T - 1 - t)
         wave.cache.widen(t + count)
-        _repeat(wave.step, count, recorded=wave.row.is_cuda and isinstance(wave.cache, PrefixCache))
+        _repeat(wave.step, count, recorded=on_gpu and isinstance(wave.cache, PrefixCache))
 
 
 def _repeat(step: Callable[[], None], count: int, *, recorded: bool) -> None:
