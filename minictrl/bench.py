@@ -4,6 +4,7 @@
     python -m minictrl.bench --quick --json bench.json            # less work, noisier
     python -m minictrl.bench --policy DIR/FILE.gguf               # with another policy
     python -m minictrl.bench --growth DIR                         # time and memory against K, prompts, length, size
+    python -m minictrl.bench --rows presets                       # a GPU at each preset's shapes, random weights
     python -m minictrl.bench --paper                              # GPU hours at 7 B and 70 B, by arithmetic alone
 
 Both sides run in turn in this process, after a warm-up; a ratio is the median of the ratios of neighbours, so that a
@@ -29,6 +30,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForSequenceClassification
 
+from minictrl.bench_presets import preset_rows
 from minictrl.bench_scaling import EPOCHS, decode_roofline, growth, paper_table, seconds
 from minictrl.config import Config, run_script
 from minictrl.data import load_prompts
@@ -65,12 +67,12 @@ def main(argv: list[str] | None = None) -> None:
         if isinstance(row, str):
             print(f"{name} is left out: {row}", file=sys.stderr)
         else:
-            rows.append({"name": name} | row)
+            rows += [{"name": name} | each for each in (row if isinstance(row, list) else [row])]
+        if args.json:  # each row as soon as it is there
+            args.json.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
     print("| name | ours | theirs | ratio | unit | setting |\n|---|---|---|---|---|---|")
     for row in rows:
         print("| {name} | {ours:.4g} | {theirs:.4g} | {ratio:.2f} | {unit} | {setting} |".format(**row))
-    if args.json:
-        args.json.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
 
 
 def paired(ours: Callable[[], float], theirs: Callable[[], float], repeats: int) -> dict[str, float]:
@@ -257,7 +259,7 @@ def calibration_share(policy: str, device: torch.device, quick: bool) -> dict:
 
 ROWS = {"sample_vs_generate": sample_vs_generate, "ppo_step_vs_trl": partial(step_vs_trl, "ppo"),
         "rloo_step_vs_trl": partial(step_vs_trl, "rloo"), "calibration_share": calibration_share,
-        "decode_roofline": decode_roofline}
+        "decode_roofline": decode_roofline, "presets": lambda policy, device, quick: preset_rows(device, quick)}
 
 if __name__ == "__main__":
     run_script(main)
