@@ -66,10 +66,13 @@ def main(argv: list[str] | None = None) -> None:
         row = ROWS[name](args.policy, device, args.quick)
         if isinstance(row, str):
             print(f"{name} is left out: {row}", file=sys.stderr)
-        else:
-            rows += [{"name": name} | each for each in (row if isinstance(row, list) else [row])]
-        if args.json:  # each row as soon as it is there
-            args.json.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
+            row = []
+        for each in [row] if isinstance(row, dict) else row:
+            rows.append({"name": name} | each)
+            if args.json:  # what is measured is kept, whatever happens to the rows after it
+                args.json.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
+    if args.json:
+        args.json.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
     print("| name | ours | theirs | ratio | unit | setting |\n|---|---|---|---|---|---|")
     for row in rows:
         print("| {name} | {ours:.4g} | {theirs:.4g} | {ratio:.2f} | {unit} | {setting} |".format(**row))

@@ -6,6 +6,7 @@ generate; then one update of 64 responses in float32, as train.py makes it. `pyt
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 
 import torch
@@ -49,18 +50,20 @@ def neox(width: int, layers: int, heads: int, inner: int, V: int):
 # Name -> (the policy's architecture, prompt tokens, response tokens), the shapes of their published configs.
 SHAPES = {
     "SmolLM2-135M": (llama(LlamaConfig, 576, 30, 9, 3, 1536, 49152), 16, 24),
-    "helpful, Qwen2.5-0.5B": (llama(Qwen2Config, 896, 24, 14, 2, 4864, 151936), 128, 256),
-    "harmless, SmolLM2-360M": (llama(LlamaConfig, 960, 32, 15, 5, 2560, 49152), 128, 256),
+    "helpful, Qwen2.5-0.5B": (llama(Qwen2Config, 896, 24, 14, 2, 4864, 151936), 128, 64),
+    "harmless, SmolLM2-360M": (llama(LlamaConfig, 960, 32, 15, 5, 2560, 49152), 128, 64),
     "tldr, Pythia-1B": (neox(2048, 16, 8, 8192, 50304), 400, 53),
 }
 
 
-def preset_rows(device: torch.device, quick: bool) -> list[dict] | str:
-    """One row per shape: our response tokens per second against generate's, and the update's rate and memory."""
+def preset_rows(device: torch.device, quick: bool) -> Iterator[dict] | str:
+    """One row per shape, as soon as it is measured: response tokens per second of `sample` and of
+    `generate`, and the update's rate and memory. Responses are cut at 64 tokens, which keeps a
+    row under a minute."""
     if device.type != "cuda":
         return "needs a GPU"
     names = list(SHAPES)[:1] if quick else list(SHAPES)
-    return [one_shape(name, device) for name in names]
+    return (one_shape(name, device) for name in names)
 
 
 def one_shape(name: str, device: torch.device) -> dict:
@@ -116,8 +119,7 @@ def long_prompts(tokenizer, length: int) -> list[str]:
 
 
 def best_of_two(work) -> float:
-    """Seconds of the faster of two calls, after one that warms up."""
-    work()
+    """Seconds of the faster of two calls: the first warms up."""
     return min(seconds(work) for _ in range(2))
 
 
