@@ -91,6 +91,7 @@ def one_shape(name: str, device: torch.device) -> dict:
             pad_token_id=tokenizer.pad_token_id,
         )
 
+    torch.cuda.reset_peak_memory_stats(device)
     spent = [best_of_two(work) for work in (ours, theirs)]
     memory = torch.cuda.max_memory_allocated(device) / 1e9
     torch.cuda.reset_peak_memory_stats(device)
