@@ -12,8 +12,8 @@
 
 Departures from the papers:
 1. GRPO's KL goes into the return (k1, `ppo.token_rewards`), not into the loss as k3, whose optimum is another policy;
-   and its losses are not averaged over the tokens of a response. `ppo.k3` is there for the original.
-2. QRPO takes the partition function for finite K (`log_partition`), its loss is divided by beta^2.
+   and its losses are not averaged over the tokens of a response. `methods.grpo_fixed` is the original.
+2. QRPO takes the partition function of each prompt's own K samples, ties included; its loss is divided by beta^2.
 3. J-BOND's backward KL uses the calibrated reward of K samples; its own reward looks at two samples of the anchor.
 
 P prompts, K reference samples, G policy samples a prompt, B responses; N (in signatures `n`) samples at inference.

@@ -91,26 +91,36 @@ def online_loss(logprobs: Tensor, values: Tensor | None, rows: Rows, *, clip: fl
 
 
 def rollout_metrics(rows: Rows, r: Tensor, C_hat: Tensor, Phi: Tensor) -> dict[str, float]:
-    """Means over a rollout: rewards, KL(pi || pi_ref) in nats per response (k1), entropy in nats per token."""
-    kl = (rows["old_logprobs"] - rows["ref_logprobs"]).sum(1)  # (B,)
+    """Means over a rollout: rewards, KL(pi || pi_ref) in nats per response (k1), entropy in nats per token.
+
+    Responses to one prompt are not independent: the KL's standard error is that over prompts.
+    """
+    kl = (rows["old_logprobs"] - rows["ref_logprobs"]).sum(1)  # (B G,)
+    independent = kl.view(r.shape).mean(1) if len(r) > 1 else kl
+    kl_stderr = independent.std() / len(independent) ** 0.5
     metrics = {"reward": r.mean(), "C_hat": C_hat.mean(), "Phi": Phi.mean(), "kl_ref": kl.mean(),
-               "kl_ref_stderr": kl.std() / len(kl) ** .5, "entropy": -rows["old_logprobs"].sum() / rows["mask"].sum()}
+               "kl_ref_stderr": kl_stderr, "entropy": -rows["old_logprobs"].sum() / rows["mask"].sum()}
     return {name: float(value) for name, value in metrics.items()}
 
 
 # --- offline: (the reference samples, …) -> (rows, loss), the rows of one epoch ---
 
 def qrpo(reference: Reference, *, Phi, beta: float, **_) -> tuple[Rows, Loss]:
-    """QRPO: regression of log pi/pi_ref on Phi(C_hat)/beta - log Z, each reference sample against the other K - 1."""
+    """QRPO: regression of log pi/pi_ref on Phi(C_hat)/beta - log Z, each reference sample against the other K - 1.
+
+    Z is the mean of e^R over the prompt's own K samples, so that ties are in it; without ties it is `log_partition`.
+    """
     C_hat = baselines.leave_one_out_calibration(reference.r_ref)
 
     def R(u: Tensor) -> Tensor:
         return transforms.in_nats(Phi(u), Phi, beta)
-    rows = responses(reference) | {"R": R(C_hat).float().flatten()}
-    log_Z = baselines.log_partition(R, 1., C_hat.shape[1] - 1)
+    each = R(C_hat.double())  # (P, K)
+    log_Z = (each.logsumexp(1, keepdim=True) - math.log(each.shape[1])).expand_as(each)
+    rows = responses(reference) | {"R": each.float().flatten(), "log_Z": log_Z.float().flatten()}
 
     def loss(logprobs, values, rows):
-        return baselines.qrpo_loss(logprobs.sum(-1), rows["ref_logprobs"].sum(-1), rows["R"], log_Z), {}
+        target = rows["R"] - rows["log_Z"]
+        return baselines.qrpo_loss(logprobs.sum(-1), rows["ref_logprobs"].sum(-1), target, 0.0), {}
     return rows, loss
 
 
@@ -132,12 +142,15 @@ def bonbon(reference: Reference, *, beta: float, seed: int, **_) -> tuple[Rows, 
 
 def grpo_fixed(reference: Reference, *, beta: float, clip: float, **_) -> tuple[Rows, Loss]:
     """GRPO's first outer iteration, its rollouts pi_ref's K samples (the paper's controlled setting, App. E.1), with the loss
-    as published: the clipped surrogate on standardised rewards, plus k3."""
+    as published: the clipped surrogate on standardised rewards, plus k3, each response's mean over its tokens."""
     rows = responses(reference) | {"advantages": baselines.grpo_advantages(reference.r_ref).flatten() / beta}
 
     def loss(logprobs, values, rows):
-        surrogate, stats = ppo.policy_loss(logprobs, rows["ref_logprobs"], rows["advantages"][:, None], rows["mask"], clip)
-        k3 = ppo.k3(logprobs, rows["ref_logprobs"]).masked_fill(rows["mask"] == 0, 0).sum(1)
+        mask, ref_logprobs = rows["mask"], rows["ref_logprobs"]
+        lengths = mask.sum(1)  # (B,)
+        advantages = (rows["advantages"] / lengths)[:, None]
+        surrogate, stats = ppo.policy_loss(logprobs, ref_logprobs, advantages, mask, clip)
+        k3 = ppo.k3(logprobs, ref_logprobs).masked_fill(mask == 0, 0).sum(1) / lengths
         return surrogate + k3.mean(), stats
     return rows, loss
 

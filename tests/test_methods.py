@@ -121,3 +121,38 @@ def test_what_is_out_of_reach_of_the_samples_is_not_asked_for():
     config, r_ref = Config(transform="none", n=4), torch.randn(8, 20, generator=torch.Generator().manual_seed(0))
     beta_at = partial(methods.beta_for, config, r_ref=r_ref)
     assert methods.keep_to_budget(2.5, 0., 2.5, beta_at) == (2.5, beta_at(2.5))  # 4.3 is more than log 20
+
+
+@pytest.mark.parametrize("levels", [3, 10])
+def test_qrpos_log_Z_is_that_of_rewards_with_few_distinct_values(levels):
+    """R = u / beta. The j-th of `levels` equal groups of K = 30 draws has u = (j K / levels + (K / levels - 1) / 2) / (K - 1)."""
+    K, beta = 30, 0.1
+    of = torch.arange(levels).repeat_interleave(K // levels).float()
+    ref = Reference(of.expand(2, K).clone(), torch.zeros(2, K, 1).int(), torch.zeros(2, K, 1), torch.ones(2, K, 1).bool())
+    rows, loss = methods.qrpo(ref, Phi=lambda u: u, beta=beta, seed=0)
+    size = K / levels
+    u = [(j * size + (size - 1) / 2) / (K - 1) for j in range(levels)]
+    log_Z = math.log(sum(math.exp(x / beta) for x in u) / levels)
+    assert torch.allclose(rows["log_Z"], torch.full((2 * K,), log_Z), atol=1e-4)
+    # The tilt itself, e^R / Z, has no loss, and its probabilities add up to one.
+    at_optimum = (rows["R"] - rows["log_Z"])[:, None]
+    assert at_optimum.exp().mean() == pytest.approx(1, abs=1e-4)
+    assert loss(at_optimum, None, rows | {"ref_logprobs": torch.zeros(2 * K, 1)})[0] < 1e-10
+
+
+def test_each_response_weighs_the_same_in_grpo_on_fixed_rollouts():
+    mask = torch.tensor([[[1, 0, 0, 0], [1, 1, 1, 1]]]).bool()
+    ref = Reference(torch.tensor([[0.0, 1.0]]), torch.zeros(1, 2, 4).int(), -mask.float(), mask)
+    rows, loss = methods.grpo_fixed(ref, beta=0.5, clip=0.2)
+    logprobs = (-mask[0].float()).requires_grad_()
+    loss(logprobs, None, rows)[0].backward()
+    short, long = logprobs.grad.sum(1)
+    assert short == pytest.approx(-float(long))
+
+
+def test_the_standard_error_of_the_kl_is_that_over_prompts():
+    of_prompt = torch.tensor([0.1, 0.5, 0.9])
+    rows = {"old_logprobs": of_prompt.repeat_interleave(4)[:, None], "ref_logprobs": torch.zeros(12, 1), "mask": torch.ones(12, 1)}
+    ones = torch.ones(3, 4)
+    stats = methods.rollout_metrics(rows, ones, ones, ones)
+    assert stats["kl_ref_stderr"] == pytest.approx(0.4 / math.sqrt(3))
