@@ -132,7 +132,7 @@ def log_partition(Phi: Callable[[Tensor], Tensor], beta: float, K: int) -> float
 def qrpo_loss(logprobs: Tensor, ref_logprobs: Tensor, R: Tensor, log_Z: float | Tensor) -> Tensor:
     """(R - log Z - log pi/pi_ref)^2, mean over y ~ pi_ref (QRPO, Matrenok et al. 2025): the tilt by regression.
 
-    All (B,). R = Phi(C_hat) / beta, log_Z from `log_partition`: the loss of the paper divided by beta^2, so that one
+    All (B,). R = Phi(C_hat) / beta, log_Z that of the response's prompt: the loss of the paper divided by beta^2, so that one
     learning rate fits every transform. Offline: nothing is drawn from pi.
     """
     _check_shapes(logprobs=logprobs, ref_logprobs=ref_logprobs, R=R)

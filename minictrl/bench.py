@@ -31,8 +31,8 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from minictrl.bench_presets import preset_rows
-from minictrl.bench_scaling import EPOCHS, decode_roofline, growth, paper_table, seconds
-from minictrl.config import Config, run_script
+from minictrl.bench_scaling import EPOCHS, decode_roofline, generate, growth, paper_table, rate, seconds
+from minictrl.config import Config, run_script, write_json
 from minictrl.data import load_prompts
 from minictrl.device import resolve_device
 from minictrl.models import load_policy, render
@@ -62,6 +62,11 @@ def main(argv: list[str] | None = None) -> None:
         return print(paper_table())
     if args.growth:
         return growth(args.growth, device.type, args.quick)
+
+    def keep() -> None:  # what is measured, whatever happens to the rows after it
+        if args.json:
+            write_json(args.json, {"rows": rows})
+
     for name in args.rows:
         row = ROWS[name](args.policy, device, args.quick)
         if isinstance(row, str):
@@ -69,10 +74,8 @@ def main(argv: list[str] | None = None) -> None:
             row = []
         for each in [row] if isinstance(row, dict) else row:
             rows.append({"name": name} | each)
-            if args.json:  # what is measured is kept, whatever happens to the rows after it
-                args.json.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
-    if args.json:
-        args.json.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
+            keep()
+    keep()
     print("| name | ours | theirs | ratio | unit | setting |\n|---|---|---|---|---|---|")
     for row in rows:
         print("| {name} | {ours:.4g} | {theirs:.4g} | {ratio:.2f} | {unit} | {setting} |".format(**row))
@@ -83,13 +86,6 @@ def paired(ours: Callable[[], float], theirs: Callable[[], float], repeats: int)
     rates = [(ours(), theirs()) for _ in range(repeats)]
     return {"ours": statistics.median(a for a, _ in rates), "theirs": statistics.median(b for _, b in rates),
             "ratio": statistics.median(a / b for a, b in rates)}
-
-
-def rate(work: Callable[[], float]) -> float:
-    """Work a second; a call does the work and returns how much it was."""
-    amount = []
-    spent = seconds(lambda: amount.append(work()))
-    return amount[0] / spent
 
 
 # --- sampling ---
@@ -106,9 +102,10 @@ def sample_vs_generate(policy: str, device: torch.device, quick: bool) -> dict:
         texts = [render(tokenizer, [{"role": "user", "content": f"Continue this review: {text}"}]) for text in texts]
     settings = [(size, cache) for cache in ("dynamic", "static")[:1 if quick else 2] for size in (1, 4, 16)
                 if size <= count]
+    theirs = partial(generate, model, tokenizer, num_samples=K, max_new_tokens=T)
     speed = {}
     for size, cache in settings:
-        work = partial(generate, model, tokenizer, texts[:max(size, 4)], size, cache)
+        work = partial(theirs, texts[:max(size, 4)], size, cache)
         speed[size, cache] = max(rate(work) for _ in range(2))  # the first is a warm-up, too
     best = max(speed, key=speed.get)
 
@@ -116,30 +113,13 @@ def sample_vs_generate(policy: str, device: torch.device, quick: bool) -> dict:
         return float(sample(model, tokenizer, texts, num_samples=K, max_new_tokens=T, seed=0).mask.sum())
 
     ours()
-    result = paired(partial(rate, ours), partial(rate, partial(generate, model, tokenizer, texts, *best)), repeats)
+    result = paired(partial(rate, ours), partial(rate, partial(theirs, texts, *best)), repeats)
     length = statistics.mean(map(len, encode_prompts(tokenizer, texts)))
     tried = ", ".join(f"{size} {cache}" for size, cache in settings)
     return result | {"unit": "tokens/s", "setting": (
         f"{Path(policy).name}, {model.num_parameters() / 1e6:.3g} M parameters, {machine(device)}, {count} prompts of "
         f"{length:.0f} tokens, K = {K}, at most {T} new tokens; generate with {best[0]} prompts a call, {best[1]} "
         f"cache (best of {tried})")}
-
-
-def generate(model, tokenizer, texts: list[str], size: int, cache: str) -> int:
-    """Response tokens of transformers' generate, K samples a text from the same distribution, `size` texts a call."""
-    count, pad = 0, tokenizer.pad_token_id
-    for i in range(0, len(texts), size):
-        ids, mask = left_pad(encode_prompts(tokenizer, texts[i:i + size]), pad, model.device)
-        out = model.generate(input_ids=ids, attention_mask=mask, num_return_sequences=K, max_new_tokens=T,
-                             do_sample=True, top_k=0, top_p=1.0, temperature=1.0, repetition_penalty=1.0,
-                             pad_token_id=pad, eos_token_id=tokenizer.eos_token_id, cache_implementation=cache)
-        count += response_tokens(out[:, ids.shape[1]:], tokenizer.eos_token_id)
-    return count
-
-
-def response_tokens(tokens: torch.Tensor, eos: int) -> int:
-    ended = (tokens == eos).cumsum(1).clamp(max=1)
-    return int((1 - ended).sum() + ended.amax(1).sum())  # what comes before EOS, and EOS
 
 
 def machine(device: torch.device) -> str:

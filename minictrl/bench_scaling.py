@@ -1,7 +1,8 @@
 """How the cost of calibration grows, and what it is on paper: `python -m minictrl.bench --growth DIR`, `--paper`.
 
 A decode step moves every weight, and the keys and values of the rows, from memory once; it computes 2 FLOPs a parameter
-and token, an update 6. Whichever of the two takes longer is the time: the roofline.
+and token, an update 6. Whichever of the two takes longer is the time: the roofline. What the other benches measure with
+(`rate`, `generate`, `update_step`, the GPUs' rates) stands here too.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from minictrl.figures import panels, save
 from minictrl.methods import online_loss
 from minictrl.models import load_policy, load_scorer
 from minictrl.runs import score
-from minictrl.sampling import encode_prompts, sample
+from minictrl.sampling import encode_prompts, left_pad, sample
 from minictrl.update import make_learner, update
 
 # GPU: bytes/s of its memory, FLOP/s in bfloat16 (dense) and in float32 (NVIDIA's data sheets, SXM, 80 GB and more).
@@ -38,6 +39,52 @@ def seconds(work: Callable[[], object]) -> float:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter() - start
+
+
+def rate(work: Callable[[], float]) -> float:
+    """Work a second; a call does the work and returns how much it was."""
+    amount = []
+    spent = seconds(lambda: amount.append(work()))
+    return amount[0] / spent
+
+
+def generate(model, tokenizer, texts: list[str], size: int, cache: str, *, num_samples: int, max_new_tokens: int) -> int:
+    """Response tokens of transformers' generate, from the same distribution as `sample`, `size` texts a call."""
+    count, pad = 0, tokenizer.pad_token_id
+    for i in range(0, len(texts), size):
+        ids, mask = left_pad(encode_prompts(tokenizer, texts[i:i + size]), pad, model.device)
+        out = model.generate(input_ids=ids, attention_mask=mask, num_return_sequences=num_samples, max_new_tokens=max_new_tokens,
+                             do_sample=True, top_k=0, top_p=1.0, temperature=1.0, repetition_penalty=1.0,
+                             pad_token_id=pad, eos_token_id=tokenizer.eos_token_id, cache_implementation=cache)
+        count += response_tokens(out[:, ids.shape[1]:], tokenizer.eos_token_id)
+    return count
+
+
+def response_tokens(tokens: torch.Tensor, eos: int) -> int:
+    ended = (tokens == eos).cumsum(1).clamp(max=1)
+    return int((1 - ended).sum() + ended.amax(1).sum())  # what comes before EOS, and EOS
+
+
+def update_step(model, *, B: int, prompt: int, T: int, micro_batch: int) -> tuple[Callable[[], object], int]:
+    """(one optimizer step with a value head, as train.py's, on B random responses; the tokens that it reads)."""
+    device = model.device
+    ids, ones = torch.randint(model.config.vocab_size, (B, prompt + T), device=device), torch.ones(B, T, device=device)
+    rows = {"prompt": ids[:, :prompt], "prompt_mask": torch.ones_like(ids[:, :prompt]), "tokens": ids[:, prompt:],
+            "mask": ones, "old_logprobs": -ones, "advantages": ones, "returns": ones}
+    step = partial(update, make_learner(model, value_head=True), rows, partial(online_loss, clip=.2), lr=1e-6,
+                   minibatch=B, micro_batch=micro_batch, epochs=1, seed=0)
+    return step, ids.numel()
+
+
+def update_mfu(model, tokens: int, spent: float, flops: float) -> float:
+    """Share of the FLOP/s in an update of that many tokens and seconds: 6 FLOPs a parameter and token."""
+    return 6 * model.num_parameters() * tokens / spent / flops
+
+
+def known_rates(device: torch.device) -> tuple[str, tuple[float, float, float]] | None:
+    """(name, its entry in GPUS) of a GPU whose rates are known."""
+    known = [name for name in GPUS if device.type == "cuda" and name in torch.cuda.get_device_name(device)]
+    return (known[-1], GPUS[known[-1]]) if known else None
 
 
 def random_gpt2(depth: int, tokenizer):
@@ -132,14 +179,14 @@ def decode_bytes(weights: float, token: float, rows: int, prompts: float, prompt
 
 def decode_roofline(policy: str, device: torch.device, quick: bool) -> dict | str:
     """Decode's share of the memory's rate, and the update's of the FLOP/s, on a GPU whose rates are known."""
-    known = [name for name in GPUS if device.type == "cuda" and name in torch.cuda.get_device_name(device)]
-    if not known:
+    known = known_rates(device)
+    if known is None:
         return f"needs a GPU whose rates are known ({', '.join(GPUS)})"
-    bandwidth, _, flops = GPUS[known[-1]]
+    name, (bandwidth, _, flops) = known
     shares, mfu = roofline(device, bandwidth, flops, depth=28, prompts=(4,) if quick else (1, 4, 16))
     best = max(shares.values())
     return {"ours": 100 * best, "theirs": 100., "ratio": best, "unit": "% of the memory's rate", "setting": (
-        f"{known[-1]}, GPT-2 with 1.09 B random weights, bfloat16; rows decoded together: "
+        f"{name}, GPT-2 with 1.09 B random weights, bfloat16; rows decoded together: "
         + ", ".join(f"{rows} {100 * share:.0f} %" for rows, share in shares.items())
         + f"; an update in float32, as train.py's, at {100 * mfu:.0f} % of its FLOP/s")}
 
@@ -158,14 +205,9 @@ def roofline(device, bandwidth: float, flops: float, *, depth: int, prompts: tup
                                      batch_size=G * K)) for _ in range(3)) for T in lengths]
         must = decode_bytes(weights, cache_bytes(model.config), G * K, G, tokens, (short + long) / 2)
         shares[G * K] = must * (long - short) / (spent[1] - spent[0]) / bandwidth
-    B, L = 64, short
-    ids, ones = torch.randint(len(tokenizer), (B, 2 * L), device=device), torch.ones(B, L, device=device)
-    rows = {"prompt": ids[:, :L], "prompt_mask": ones.long(), "tokens": ids[:, L:], "mask": ones,
-            "old_logprobs": -ones, "advantages": ones, "returns": ones}
-    learner = make_learner(model.float(), value_head=True)
-    step = partial(update, learner, rows, partial(online_loss, clip=.2), lr=1e-6, minibatch=B, micro_batch=B // 2,
-                   epochs=1, seed=0)
-    return shares, 6 * model.num_parameters() * ids.numel() / min(seconds(step) for _ in range(3)) / flops
+    model.float()
+    step, read = update_step(model, B=64, prompt=short, T=short, micro_batch=32)
+    return shares, update_mfu(model, read, min(seconds(step) for _ in range(3)), flops)
 
 
 # --- on paper: GPU hours of a run on H100s ---

@@ -111,16 +111,13 @@ def qrpo(reference: Reference, *, Phi, beta: float, **_) -> tuple[Rows, Loss]:
     Z is the mean of e^R over the prompt's own K samples, so that ties are in it; without ties it is `log_partition`.
     """
     C_hat = baselines.leave_one_out_calibration(reference.r_ref)
-
-    def R(u: Tensor) -> Tensor:
-        return transforms.in_nats(Phi(u), Phi, beta)
-    each = R(C_hat.double())  # (P, K)
-    log_Z = (each.logsumexp(1, keepdim=True) - math.log(each.shape[1])).expand_as(each)
-    rows = responses(reference) | {"R": each.float().flatten(), "log_Z": log_Z.float().flatten()}
+    R = transforms.in_nats(Phi(C_hat.double()), Phi, beta)  # (P, K)
+    log_Z = (R.logsumexp(1, keepdim=True) - math.log(R.shape[1])).expand_as(R)
+    rows = responses(reference) | {"R": R.float().flatten(), "log_Z": log_Z.float().flatten()}
 
     def loss(logprobs, values, rows):
-        target = rows["R"] - rows["log_Z"]
-        return baselines.qrpo_loss(logprobs.sum(-1), rows["ref_logprobs"].sum(-1), target, 0.0), {}
+        sums = logprobs.sum(-1), rows["ref_logprobs"].sum(-1)
+        return baselines.qrpo_loss(*sums, rows["R"], rows["log_Z"]), {}
     return rows, loss
 
 

@@ -1,4 +1,5 @@
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,22 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # train.py and evaluate.p
 @pytest.fixture(autouse=True, scope="session")
 def one_thread():
     torch.set_num_threads(1)  # small tensors: more threads only wait for each other
+
+
+@pytest.fixture
+def stopped_after(monkeypatch):
+    """`with stopped_after(n, out):` the run of `out` is interrupted after its n-th step, as by Ctrl-C."""
+    from minictrl import runs
+
+    @contextmanager
+    def patched(n, out):
+        class Interrupted(runs.Interrupt):
+            asked = property(lambda self: len(runs.read_metrics(out)) >= n, lambda self, value: None)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(runs, "Interrupt", Interrupted)
+            yield
+    return patched
 
 
 @pytest.fixture(scope="session")

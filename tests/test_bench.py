@@ -26,16 +26,16 @@ def test_tokens_of_generate_count_up_to_eos():
         return torch.cat([input_ids.repeat(4, 1), responses], 1)
 
     stub = SimpleNamespace(device="cpu", generate=answer)
-    assert bench.generate(stub, tokenizer, ["this film is"], 1, "dynamic") == 9
+    assert bench.generate(stub, tokenizer, ["this film is"], 1, "dynamic", num_samples=4, max_new_tokens=3) == 9
 
 
-def test_generate_draws_from_the_same_distribution(monkeypatch):
+def test_generate_draws_from_the_same_distribution():
     """Mean length of 150 responses on both sides, within 4 standard errors of their difference; seeded."""
-    monkeypatch.setattr(bench, "K", 150)
     model, tokenizer = load_policy("reviews")
     torch.manual_seed(0)
-    theirs = bench.generate(model, tokenizer, ["this film is a"], 1, "dynamic") / 150
-    lengths = sample(model, tokenizer, ["this film is a"], num_samples=150, max_new_tokens=bench.T, seed=0).mask.sum(-1)
+    drawn = {"num_samples": 150, "max_new_tokens": bench.T}
+    theirs = bench.generate(model, tokenizer, ["this film is a"], 1, "dynamic", **drawn) / 150
+    lengths = sample(model, tokenizer, ["this film is a"], seed=0, **drawn).mask.sum(-1)
     assert abs(lengths.mean() - theirs) < 4 * lengths.std() * (2 / 150) ** 0.5
 
 

@@ -14,7 +14,7 @@ from transformers import GPT2ForSequenceClassification, GPT2LMHeadModel
 
 import evaluate
 import train
-from minictrl import device, runs, sampling, update
+from minictrl import device, sampling, update
 from minictrl.data import load_prompts
 from minictrl.judge import load_generative
 from minictrl.kvcache import SHARED_PREFIX
@@ -225,18 +225,14 @@ def test_scores_are_the_cpus():
         assert torch.allclose(score.cpu(), on_cpu(["The film is"] * 2, texts), atol=1e-4)
 
 
-def test_an_interrupted_run_resumes_bit_close_and_is_evaluated(tmp_path, monkeypatch):
+def test_an_interrupted_run_resumes_bit_close_and_is_evaluated(tmp_path, stopped_after):
     """Bit-close and not identical: sums on a card may be made in another order."""
     flags = ["--prompts", "16", "--K", "8", "--steps", "6", "--batch", "8", "--G", "4",
              "--device", DEVICE.type, "--cache", str(tmp_path / "cache")]
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     assert not train.main([*flags, "--out", str(whole)])
 
-    class InterruptedAtOnce(runs.Interrupt):
-        asked = property(lambda self: True, lambda self, value: None)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(runs, "Interrupt", InterruptedAtOnce)
+    with stopped_after(1, halves):
         assert train.main([*flags, "--out", str(halves)]) == 130
     assert [row["step"] for row in rows_of(halves / "metrics.jsonl")] == [1]
     assert not train.main(["--resume", "--out", str(halves)])

@@ -86,26 +86,13 @@ def test_every_row_of_the_table_is_consistent(short_run):
         assert row["theory"] == pytest.approx(theory.at_kl("exp10", row["kl"], row["procedure"], row["n"]), abs=1e-6)
 
 
-def test_a_resumed_run_is_bit_identical(tmp_path, short_run, monkeypatch):
+def test_a_resumed_run_is_bit_identical(tmp_path, short_run, stopped_after):
     """Stopped by an interrupt after step 6 of 8, when beta has moved, then resumed, against a run that was never stopped."""
     flags = ["--transform", "identity", "--prompts", "16", "--K", "8", "--steps", "8", "--batch", "8", "--G", "4", "--baseline",
              "value", "--max-new-tokens", "8", "--cache", str(tmp_path / "cache")]
     assert not train.main([*flags, "--out", str(tmp_path / "whole")])
 
-    class InterruptedAtStep6(runs.Interrupt):
-        looks = 0
-
-        @property
-        def asked(self):
-            self.looks += 1
-            return self.looks > 10  # looked at once or twice a step
-
-        @asked.setter
-        def asked(self, value):
-            pass
-
-    with monkeypatch.context() as patch:
-        patch.setattr(runs, "Interrupt", InterruptedAtStep6)
+    with stopped_after(6, tmp_path / "halves"):
         assert train.main([*flags, "--out", str(tmp_path / "halves")]) == 130
     assert not (tmp_path / "halves" / "policy").exists()
     assert 6 <= len(rows_of(tmp_path / "halves" / "metrics.jsonl")) < 8

@@ -6,7 +6,8 @@ LAYERS = [  # a module imports from lower layers only
     {"device"}, {"config", "hub", "cells", "calibration", "ppo", "baselines", "kvcache", "pretrain.ratings"},
     {"winrate", "procedures", "data", "sampling", "scorers", "reference"}, {"optimum"}, {"theory"},
     {"transforms", "scoring", "update"}, {"judge"}, {"models"}, {"runs", "methods"}, {"evaluation"}, {"figures", "trl"},
-    {"pretrain.policy", "pretrain.scorers", "pretrain.hub", "studies.sweep", "bench_scaling"}, {"pretrain.__main__", "bench_presets"},
+    {"pretrain.policy", "pretrain.scorers", "pretrain.hub", "studies.sweep", "bench_scaling"},
+    {"pretrain.__main__", "bench_presets"},
     {"studies.theory", "studies.proofs", "studies.runs", "studies.reward"}, {"studies.beyond"}, {"reproduce", "bench"},
     {"results"}]
 FOLDERS = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
