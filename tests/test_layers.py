@@ -3,15 +3,36 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "minictrl"
 LAYERS = [  # a module imports from lower layers only
-    {"device"}, {"config", "hub", "cells", "calibration", "ppo", "baselines", "kvcache", "pretrain.ratings"},
-    {"winrate", "procedures", "data", "sampling", "scorers", "reference"}, {"optimum"}, {"theory"},
-    {"transforms", "scoring", "update"}, {"judge"}, {"models"}, {"runs", "methods"}, {"evaluation"}, {"figures", "trl"},
+    {"device"},
+    {"config", "hub", "cells", "calibration", "ppo", "baselines", "kvcache", "pretrain.ratings"},
+    {"winrate", "procedures", "data", "sampling", "scorers", "reference"},
+    {"optimum"},
+    {"theory"},
+    {"transforms", "scoring", "update"},
+    {"judge"},
+    {"models"},
+    {"runs", "methods"},
+    {"evaluation"},
+    {"figures", "trl"},
     {"pretrain.policy", "pretrain.scorers", "pretrain.hub", "studies.sweep", "bench_scaling"},
     {"pretrain.__main__", "bench_presets"},
-    {"studies.theory", "studies.proofs", "studies.runs", "studies.reward"}, {"studies.beyond"}, {"reproduce", "bench"},
-    {"results"}]
+    {"studies.theory", "studies.proofs", "studies.runs", "studies.reward"},
+    {"studies.beyond"},
+    {"reproduce", "bench"},
+    {"results"},
+]
 FOLDERS = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
-MATH = {"theory", "transforms", "calibration", "winrate", "ppo", "baselines", "cells", "procedures", "optimum"}
+MATH = {
+    "theory",
+    "transforms",
+    "calibration",
+    "winrate",
+    "ppo",
+    "baselines",
+    "cells",
+    "procedures",
+    "optimum",
+}
 
 
 def imports(path: Path) -> set[str]:
@@ -19,8 +40,15 @@ def imports(path: Path) -> set[str]:
     found = set()
     for node in ast.parse(path.read_text()).body:
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "minictrl":
-            package, names = node.module.removeprefix("minictrl").strip("."), [alias.name for alias in node.names]
-            found |= {package} if package and package not in FOLDERS else {f"{package}.{name}".strip(".") for name in names}
+            package, names = (
+                node.module.removeprefix("minictrl").strip("."),
+                [alias.name for alias in node.names],
+            )
+            found |= (
+                {package}
+                if package and package not in FOLDERS
+                else {f"{package}.{name}".strip(".") for name in names}
+            )
     return found
 
 

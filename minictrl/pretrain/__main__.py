@@ -18,7 +18,7 @@ from minictrl.data import ASSETS
 from minictrl.pretrain.policy import encode, perplexity, train_policy
 from minictrl.pretrain.ratings import load_ratings, split_of
 from minictrl.pretrain.scorers import train_scorers
-from minictrl.scorers import NgramScorer
+from minictrl.scorers.ngram import NgramScorer
 
 
 def first_words(reviews: list[dict], split: str) -> list[str]:

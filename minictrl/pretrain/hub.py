@@ -22,10 +22,10 @@ from transformers import AutoModelForSequenceClassification
 
 from minictrl.config import TASKS
 from minictrl.data import Pair, load_pairs
-from minictrl.device import halving, resolve_device
+from minictrl.lm.device import halving, resolve_device
 from minictrl.models import load_policy, load_scorer, save_policy
 from minictrl.sampling import encode_prompts, left_pad, sequence_logprobs
-from minictrl.scoring import render, scorer_tokenizer, token_ids, written
+from minictrl.scorers.text import render, scorer_tokenizer, token_ids, written
 
 
 def train_pairs_task(task: str, out: Path, *, policy: str | None = None, epochs: int = 1, batch: int = 64,

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minictrl.pretrain.ratings import halves, load_ratings, split_of
-from minictrl.scorers import GROUPS, NgramScorer, bradley_terry_loss, pair_accuracy
+from minictrl.scorers.ngram import GROUPS, NgramScorer, bradley_terry_loss, pair_accuracy
 
 SIZES = {"reward": dict(buckets=1 << 18, characters=(2, 5)),
          "judge": dict(buckets=1 << 19, characters=(2, 6))}

@@ -1,4 +1,6 @@
-"""The optimum of any procedure (Theorem 1): mirror ascent on the win rate, and its Phi as a function on [0, 1]."""
+"""The optimum of any procedure (Theorem 1): mirror ascent on the win rate, and its Phi as a
+function on [0, 1].
+"""
 
 from collections.abc import Callable
 from functools import lru_cache
@@ -7,14 +9,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from minictrl import cells
-from minictrl.cells import cdf
-from minictrl.procedures import PROCEDURES, Procedure, get_procedure, mass_win_rate
+from minictrl.procedures import PROCEDURES, Procedure, cells, get_procedure, mass_win_rate
+from minictrl.procedures.cells import cdf
 
-COARSE = 4_000  # cells of the solver, which visits them a hundred times: KL to 1e-5, win rate to 1e-6
+# cells of the solver, which visits them a hundred times: KL to 1e-5, win rate to 1e-6
+COARSE = 4_000
 MAX_STEPS = 1000  # up to N = 256 and down to beta = .005 it takes at most 150
 CONVERGED = 1e-5  # nats; the solver stops at 1e-8, or where rounding stops it, and fails above this
-FIXED_POINTS = {"bon_fp": "bon", "won_fp": "won", "optimal": None}  # -> what it is for; None: the procedure at hand
+# -> what it is for; None: the procedure at hand
+FIXED_POINTS = {"bon_fp": "bon", "won_fp": "won", "optimal": None}
 
 
 class Optimum(NamedTuple):
@@ -27,13 +30,20 @@ class Optimum(NamedTuple):
 
 
 def ascend(
-    procedure: str | Procedure, n: int, ref: Tensor, *, beta: float | None = None, kl: float | None = None
+    procedure: str | Procedure,
+    n: int,
+    ref: Tensor,
+    *,
+    beta: float | None = None,
+    kl: float | None = None,
 ) -> Optimum:
-    """Maximises W^T - beta KL, or W^T at a given KL, by mirror ascent with backtracking: Theorem 1's EM, damped.
+    """Maximises W^T - beta KL, or W^T at a given KL, by mirror ascent with backtracking: Theorem
+    1's EM, damped.
 
-    log f <- (1 - eta) log f + eta Phi_f / beta, renormalised; Phi_f, the derivative of the win rate, is autograd's.
-    eta = 1 is the paper's iteration, which oscillates for Best-of-N: here a step that lowers the objective is halved.
-    Given `kl`, 1/beta is what keeps the step at that KL. ref: (G,) mass of pi_ref. ValueError if it does not converge.
+    log f <- (1 - eta) log f + eta Phi_f / beta, renormalised; Phi_f, the derivative of the win
+    rate, is autograd's. eta = 1 is the paper's iteration, which oscillates for Best-of-N: here a
+    step that lowers the objective is halved. Given `kl`, 1/beta is what keeps the step at that KL.
+    ref: (G,) mass of pi_ref. ValueError if it does not converge.
     """
     T = get_procedure(procedure)
 
@@ -47,13 +57,16 @@ def ascend(
         log_ratio, scale = torch.zeros_like(ref), 1 / beta
         mass, Phi, win = evaluate(log_ratio)
     else:
-        log_ratio, _ = cells.tilt_to_kl(cells.centres(ref), kl, ref)  # from the optimum of the standard win rate
+        # from the optimum of the standard win rate
+        log_ratio, _ = cells.tilt_to_kl(cells.centres(ref), kl, ref)
         mass, Phi, win = evaluate(log_ratio)
         rise = mass * (Phi - (mass * Phi).sum())
-        scale = ((rise * log_ratio).sum() / (rise * Phi).sum()).item()  # least squares for log f = scale Phi + const
+        # least squares for log f = scale Phi + const
+        scale = ((rise * log_ratio).sum() / (rise * Phi).sum()).item()
     eta = 1.0
     for _ in range(MAX_STEPS):
-        # Weighed by where the policy is and where it should be: one that has collapsed is 0 off by its own measure.
+        # Weighed by where the policy is and where it should be: one that has collapsed is 0 off by
+        # its own measure.
         weight = (mass + ref * cells.tilt(Phi, scale, ref).exp()) / 2
         gap = scale * Phi - log_ratio
         gap = gap - (weight * gap).sum()
@@ -73,8 +86,10 @@ def ascend(
             gain = ((trial_mass - mass) * (slope - (mass * slope).sum())).sum().item() / 2
         if gain >= 0:
             trial_gap = trial_scale * trial_Phi - trial
-            left = (weight * gap * trial_gap).sum().item() / residual**2  # share of the gap; gap has weighted mean 0
-            eta = min(1.0, eta / max(0.1, 1 - left))  # the step that, by the last one, would have left no gap
+            # share of the gap; gap has weighted mean 0
+            left = (weight * gap * trial_gap).sum().item() / residual**2
+            # the step that, by the last one, would have left no gap
+            eta = min(1.0, eta / max(0.1, 1 - left))
             log_ratio, scale, mass, Phi, win = trial, trial_scale, trial_mass, trial_Phi, trial_win
         else:
             eta /= 2
@@ -90,14 +105,20 @@ def ascend(
 @lru_cache(maxsize=512)
 def solve(T: Procedure, n: int, beta: float | None = None, kl: float | None = None) -> Optimum:
     best = ascend(T, n, cells.grid(COARSE), beta=beta, kl=kl)
-    rise = max(best.log_ratio[0] - best.log_ratio[1], best.log_ratio[-1] - best.log_ratio[-2]).item()
+    rise = max(
+        best.log_ratio[0] - best.log_ratio[1], best.log_ratio[-1] - best.log_ratio[-2]
+    ).item()
     if beta is not None and rise > 0.05:  # the density should be flat across a cell of 2e-9
-        raise ValueError(f"beta {beta:g}, n {n}: the optimum is a spike narrower than 1e-9; use a larger beta")
+        raise ValueError(
+            f"beta {beta:g}, n {n}: the optimum is a spike narrower than 1e-9; use a larger beta"
+        )
     return best
 
 
 def frontier(T: Procedure, n: int, kl: float) -> Optimum:
-    """The optimum at this KL, or at less where that wins already: for large N nothing is left to solve for beyond."""
+    """The optimum at this KL, or at less where that wins already: for large N nothing is left to
+    solve for beyond.
+    """
     try:
         return solve(T, n, kl=kl)
     except ValueError:
@@ -114,7 +135,8 @@ def solved_for(name: str, T: Procedure) -> Procedure:
 def interpolated(best: Optimum) -> Callable[[Tensor], Tensor]:
     """Phi between the cells' centres."""
     ref = cells.grid(COARSE)
-    edges, centres = cdf(ref) - 1e-13, cells.centres(ref)  # rewind's u = .85 belongs to the cell above
+    # rewind's u = .85 belongs to the cell above
+    edges, centres = cdf(ref) - 1e-13, cells.centres(ref)
     slope = cells.slopes(best.Phi, centres)
 
     def Phi(u: Tensor) -> Tensor:
