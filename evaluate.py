@@ -11,7 +11,7 @@ Draws M responses a prompt from pi and from pi_ref. The reward model selects (Be
 import argparse
 from pathlib import Path
 
-from minictrl.config import Parser, run_script
+from minictrl.cli import Parser, run_script
 
 SIZES = (1, 2, 4, 8, 32)  # N of the table
 
@@ -47,8 +47,8 @@ def main(argv=None):
 
     # all are checked before anything is drawn
     configs = [runs.load_finished(run) for run in args.runs]
-    for run, config in zip(args.runs, configs):
-        table, shown = evaluation.evaluate(
+    for run, config in zip(args.runs, configs, strict=True):
+        table = evaluation.evaluate(
             run,
             config,
             split=args.split,
@@ -57,7 +57,6 @@ def main(argv=None):
             sizes=SIZES,
             device=args.device or config.device,
         )
-        evaluation.write(run, args.split, table, shown)
         first = table[0]
         print(
             f"\n{run}: {first['prompts']} {args.split} prompts, {first['samples']} responses each, "

@@ -70,7 +70,7 @@ def win_rates(run: Path, split: str, table: list[dict]):
             procedure,
             n,
             by="scorer",
-            expected={} if curve is None else {"theory": curve},
+            expected={"theory": curve} if curve.calibrated else {},
         )
         axis.legend(loc="lower right")
     prompts = f"{table[0]['prompts']} {'held-out' if split == 'test' else 'training'} prompts"

@@ -12,7 +12,8 @@ import time
 from pathlib import Path
 
 from minictrl import figures
-from minictrl.config import Parser, write_csv
+from minictrl.cli import Parser
+from minictrl.files import write_csv
 from minictrl.studies import beyond, curves, proofs, reward, sweep, trained
 
 STUDIES = {

@@ -30,12 +30,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from minictrl import methods, runs
+from minictrl import runs
 from minictrl.config import TASKS, Config
 from minictrl.data import Prompt
 from minictrl.lm.device import resident
+from minictrl.methods import get_method
+from minictrl.models import render
 from minictrl.reference import CHUNK, Reference
-from minictrl.transforms import get_transform, in_nats, ladder
+from minictrl.rollout import reference_key, reference_samples, sample_and_score
+from minictrl.task import Task, load_task
 
 SEED = 0  # the calibration's, as train.py's, whose cache is shared
 
@@ -48,8 +51,9 @@ def ctrl_reward(
     beta: float | None = None,
     **settings,
 ) -> Callable[..., list[float]]:
-    """reward(prompts, completions, **kwargs) -> list of Phi(C_hat) / beta, C_hat by Eq. 12 from K
-    samples of pi_ref, with `in_nats`' floor.
+    """reward(prompts, completions, **kwargs) -> list of Phi(C_hat) / beta, with its floor.
+
+    C_hat is Eq. 12's, from K samples of pi_ref.
 
     task_or_run: a task, a .jsonl file of prompts, or a run directory, whose settings and reference
     rewards are used. transform: default identity, or the run's. kl: beta is the theory's for it
@@ -59,41 +63,31 @@ def ctrl_reward(
     train.py does.
     """
     config = settings_of(task_or_run, {"transform": transform, "kl": kl, "beta": beta} | settings)
-    beta = config.beta or methods.beta_for(config, config.kl)
-    Phi = get_transform(
-        config.transform, procedure=config.procedure, n=config.n, beta=beta, K=config.K
-    )
-    task = runs.load_task(config, "train")
+    method = get_method("ppo")(config)
+    task = load_task(config, "train")
     device = task.policy.device
     r_ref = calibrate(task, config, Path(task_or_run))
     task.policy.cpu()  # the GPU is the trainer's now
-    beta = beta or methods.beta_for(config, config.kl, r_ref)
-    known = dict(zip(map(key, task.prompts), r_ref))  # prompt -> (K,)
+    beta = method.beta or method.beta_for(config.kl, r_ref)
+    known = dict(zip(map(key, task.prompts), r_ref, strict=True))  # prompt -> (K,)
 
     def reward(prompts: list[Prompt], completions: list, **_) -> list[float]:
         new = list({key(prompt): prompt for prompt in prompts if key(prompt) not in known}.values())
         if new:
-            texts = [runs.render(task.tokenizer, prompt) for prompt in new]
+            texts = [render(task.tokenizer, prompt) for prompt in new]
             with resident(task.policy, device):
-                _, drawn = runs.rollout(
+                _, drawn = sample_and_score(
                     replace(task, prompts=new, texts=texts),
                     task.policy,
                     range(len(new)),
                     num_samples=config.K,
                     seed=SEED,
                 )
-            known.update(zip(map(key, new), drawn))
-        # (B,)
-        r = task.reward(
-            prompts, [y if isinstance(y, str) else y[-1]["content"] for y in completions]
-        )
-        _, Phi_C = ladder(
-            config.transform,
-            Phi,
-            r[:, None],
-            torch.stack([known[key(prompt)] for prompt in prompts]),
-        )
-        return in_nats(Phi_C[:, 0], Phi, beta).tolist()
+            known.update(zip(map(key, new), drawn, strict=True))
+        texts = [y if isinstance(y, str) else y[-1]["content"] for y in completions]
+        r = task.reward(prompts, texts)[:, None]  # (B, 1)
+        Phi_C = method.Phi.of(r, torch.stack([known[key(prompt)] for prompt in prompts]))
+        return method.Phi.in_nats(Phi_C[:, 0], beta).tolist()
 
     reward.__name__ = f"ctrl_{config.transform}"  # what TRL logs it under
     return reward
@@ -116,35 +110,30 @@ def settings_of(task_or_run: str | Path, given: dict) -> Config:
     return replace(stored, **{"method": "ppo"} | given)
 
 
-def calibrate(task: runs.Task, config: Config, run: Path) -> Tensor:
-    """r_ref (P, K) of the task's prompts: the run's, if it is a run, or from the cache, or drawn, a
-    share a process.
+def calibrate(task: Task, config: Config, run: Path) -> Tensor:
+    """r_ref (P, K) of the task's prompts.
+
+    The run's, if it is a run, or from the cache, or drawn, where every process draws a share.
     """
-    stored = (
-        Reference.load(run / "reference.safetensors", runs.reference_key(task, SEED, task.texts))
-        if run.is_dir()
-        else None
-    )
-    if (
-        stored is not None
-        and stored.r_ref.shape[0] == len(task.prompts)
-        and stored.r_ref.shape[1] >= config.K
-    ):
-        return stored.r_ref[:, : config.K]
+    P, K = len(task.prompts), config.K
+    if run.is_dir():
+        digest = reference_key(task, SEED, task.texts)
+        stored = Reference.load(run / "reference.safetensors", digest)
+        if stored is not None and len(stored.r_ref) == P and stored.r_ref.shape[1] >= K:
+            return stored.r_ref[:, :K]
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world > 1:
         from accelerate import PartialState
 
-        mine = share(len(task.prompts), rank, world)
+        mine = share(P, rank, world)
         if mine:
             part = replace(
                 task, prompts=[task.prompts[i] for i in mine], texts=[task.texts[i] for i in mine]
             )
-            runs.reference_samples(
-                part, config, config.K, seed=SEED, name=f"calibrate {rank + 1}/{world}"
-            )
+            name = f"calibrate {rank + 1}/{world}"
+            reference_samples(part, K, seed=SEED, cache=config.cache, name=name)
         PartialState().wait_for_everyone()
-    return runs.reference_samples(task, config, config.K, seed=SEED, name="calibrate").r_ref
+    return reference_samples(task, K, seed=SEED, cache=config.cache, name="calibrate").r_ref
 
 
 def share(P: int, rank: int, world: int) -> list[int]:

@@ -7,9 +7,6 @@ import math
 
 import pytest
 import torch
-from scipy.special import exp1, expi
-
-from minictrl import theory
 from minictrl.methods.baselines import (
     best_and_worst,
     bonbon_beta,
@@ -23,6 +20,9 @@ from minictrl.methods.baselines import (
     min_at_n_advantages,
     qrpo_loss,
 )
+from scipy.special import exp1, expi
+
+from minictrl import theory
 from minictrl.ppo import loo_advantages, policy_loss
 from minictrl.transforms import get_transform
 

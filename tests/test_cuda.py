@@ -18,8 +18,10 @@ from minictrl import sampling, update
 from minictrl.data import load_prompts
 from minictrl.lm import device
 from minictrl.lm.kvcache import SHARED_PREFIX
+from minictrl.lm.logprobs import sequence_logprobs
+from minictrl.lm.prompts import encode_prompts, left_pad
 from minictrl.models import load_classifier, load_policy, load_scorer
-from minictrl.sampling import encode_prompts, left_pad, sample, sequence_logprobs
+from minictrl.sampling import sample
 from minictrl.scorers.generative import load_generative
 
 DEVICE = torch.device("cuda")

@@ -5,7 +5,7 @@ import csv
 import pytest
 
 from minictrl import figures, reproduce, theory
-from minictrl.procedures import mass_win_rate
+from minictrl.procedures.masses import mass_win_rate
 from minictrl.procedures.optimum import ascend
 from minictrl.studies import curves as studies_theory
 from minictrl.studies import proofs

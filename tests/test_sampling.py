@@ -15,7 +15,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from minictrl.lm.kvcache import SHARED_PREFIX, PrefixCache
-from minictrl.sampling import encode_prompts, left_pad, sample, sequence_logprobs
+from minictrl.lm.logprobs import sequence_logprobs
+from minictrl.lm.prompts import encode_prompts, left_pad
+from minictrl.sampling import sample
 
 V, EOS = 12, 1
 PROMPTS = ["a b c d e", "f", "g h a", "a b"]

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from minictrl import theory
-from minictrl.procedures import PROCEDURES, cells, mass_win_rate
+from minictrl.procedures import PROCEDURES, cells
+from minictrl.procedures.masses import mass_win_rate
 from minictrl.procedures.optimum import ascend
 
 TRANSFORMS = ["identity", "log", "exp5", "exp10", "exp-5", "exp-10"]

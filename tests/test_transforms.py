@@ -5,7 +5,7 @@ import torch
 
 from minictrl import theory
 from minictrl.procedures import cells
-from minictrl.transforms import FLOOR, get_transform, in_nats
+from minictrl.transforms import FLOOR, get_transform
 
 u = torch.linspace(0, 1, 201)  # the values of C_hat at K = 100
 
@@ -64,7 +64,7 @@ def test_rewinds_optimum_jumps_down_at_its_threshold():
 def test_the_floor_bounds_the_objective_and_leaves_its_optimum_where_it_is(name):
     beta, grid = theory.beta_for_kl(name, 1.0), cells.midpoints(100_000)
     Phi = get_transform(name, beta=beta)
-    free, floored = Phi(grid) / beta, in_nats(Phi(grid), Phi, beta)
+    free, floored = Phi(grid) / beta, Phi.in_nats(Phi(grid), beta)
     assert floored.max() - floored.min() <= FLOOR * 1.001
     assert (free.softmax(0) - floored.softmax(0)).abs().sum() / 2 < 1e-4  # total variation
     if name == "exp-10":
@@ -72,11 +72,15 @@ def test_the_floor_bounds_the_objective_and_leaves_its_optimum_where_it_is(name)
     if name == "exp10":
         assert torch.equal(free, floored)  # spans less than the floor
     raw = torch.tensor([-1e3, 2.0])
-    assert torch.equal(in_nats(raw, None, beta), raw / beta)
+    assert torch.equal(get_transform("none").in_nats(raw, beta), raw / beta)
 
 
-def test_none_has_no_transform():
-    assert get_transform("none") is None
+def test_none_is_the_raw_reward_and_no_function_of_the_calibrated_one():
+    r = torch.tensor([[3.0, -1e4]])
+    none = get_transform("none")
+    assert torch.equal(none.of(r, torch.zeros(1, 5)), r) and not none.calibrated
+    with pytest.raises(ValueError, match="has no theory"):
+        none(torch.rand(3))
 
 
 @pytest.mark.parametrize(

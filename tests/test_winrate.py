@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from minictrl import theory
-from minictrl.winrate import WEIGHTS, rewind_threshold, win_rate
+from minictrl.procedures import PROCEDURES, get_procedure
+from minictrl.procedures.rewind import threshold_of
+from minictrl.winrate import win_rate
 
 
 def scores(*shape, seed=0, levels=4):
@@ -30,7 +32,7 @@ def test_win_rate_is_the_mean_over_all_subsets(procedure, n):
     draw = permutations if procedure == "rewind" else combinations
     wins = []
     for x in range(3):
-        threshold = rewind_threshold(select_ref)[x]
+        threshold = threshold_of(select_ref)[x]
         ours = [kept(select[x], drawn, procedure, threshold) for drawn in draw(range(6), n)]
         theirs = [kept(select_ref[x], drawn, procedure, threshold) for drawn in draw(range(6), n)]
         p, q = (
@@ -84,10 +86,10 @@ def test_standard_error_is_the_bootstraps_over_prompts():
     assert win_rate(a, a, b, b, "bon", 2)[1] == pytest.approx(bootstrap.item(), rel=0.064)
 
 
-@pytest.mark.parametrize("procedure", WEIGHTS)
+@pytest.mark.parametrize("procedure", PROCEDURES)
 def test_weights_are_a_distribution(procedure):
     select = scores(5, 12)
-    weights = WEIGHTS[procedure](
+    weights = get_procedure(procedure).weights(
         select.double(), 4, torch.tensor([-1.0, 0, 2, 3, 9], dtype=torch.float64)
     )
     assert weights.sum(1).tolist() == pytest.approx([1] * 5) and (weights >= 0).all()
@@ -103,7 +105,7 @@ def test_selection_and_judge_may_disagree():
 @pytest.mark.parametrize(
     "change, procedure, n, message",
     [
-        ({}, "bon", 7, "n 7 with 6 samples a prompt.*draw 7 or more"),
+        ({}, "bon", 7, "n 7 with 6 samples per prompt.*draw 7 or more"),
         ({}, "beam", 2, "unknown procedure 'beam'; known: standard, bon, won, rewind"),
         ({}, "won", 0, "n 0"),
         ({"judge": torch.zeros(3, 5)}, "bon", 2, r"judge \(3, 5\)"),

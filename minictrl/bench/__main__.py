@@ -42,13 +42,17 @@ from minictrl.bench.scaling import (
     response_tokens,
     seconds,
 )
-from minictrl.config import Config, run_script, write_json
+from minictrl.cli import run_script
+from minictrl.config import Config
 from minictrl.data import load_prompts
+from minictrl.files import write_json
 from minictrl.lm.device import resolve_device
+from minictrl.lm.prompts import encode_prompts
 from minictrl.models import load_policy, render
-from minictrl.runs import load_task, read_metrics, rollout
-from minictrl.sampling import encode_prompts, sample
+from minictrl.runs import read_metrics, rollout
+from minictrl.sampling import sample
 from minictrl.studies.sweep import script
+from minictrl.task import load_task
 from minictrl.update import freeze
 
 K, T = 100, 24  # samples a prompt, as in calibration; the longest response

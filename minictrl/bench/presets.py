@@ -14,8 +14,9 @@ from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, Qwen2
 
 from minictrl.bench.scaling import generate, known_rates, rate, seconds, update_mfu, update_step
 from minictrl.data import load_prompts
+from minictrl.lm.prompts import encode_prompts
 from minictrl.models import load_policy
-from minictrl.sampling import encode_prompts, sample
+from minictrl.sampling import sample
 from minictrl.update import freeze
 
 K = 100  # samples per prompt

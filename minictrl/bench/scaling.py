@@ -22,13 +22,14 @@ import numpy as np
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from minictrl.config import write_csv
 from minictrl.data import load_prompts
 from minictrl.figures import panels, save
+from minictrl.files import write_csv
+from minictrl.lm.prompts import encode_prompts, left_pad
 from minictrl.methods import online_loss
 from minictrl.models import load_policy, load_scorer
-from minictrl.runs import score
-from minictrl.sampling import encode_prompts, left_pad, sample
+from minictrl.rollout import score
+from minictrl.sampling import sample
 from minictrl.update import make_learner, update
 
 # GPU: bytes/s of its memory, FLOP/s in bfloat16 (dense) and in float32 (NVIDIA's data sheets, SXM,

@@ -13,7 +13,8 @@ import math
 from collections import Counter
 from pathlib import Path
 
-from minictrl.config import Parser, run_script, write_json
+from minictrl.cli import Parser, run_script
+from minictrl.files import write_json
 from minictrl.data import ASSETS
 from minictrl.pretrain.policy import encode, perplexity, train_policy
 from minictrl.pretrain.ratings import load_ratings, split_of

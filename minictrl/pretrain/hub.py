@@ -24,7 +24,8 @@ from minictrl.config import TASKS
 from minictrl.data import Pair, load_pairs
 from minictrl.lm.device import halving, resolve_device
 from minictrl.models import load_policy, load_scorer, save_policy
-from minictrl.sampling import encode_prompts, left_pad, sequence_logprobs
+from minictrl.lm.prompts import encode_prompts, left_pad
+from minictrl.lm.logprobs import sequence_logprobs
 from minictrl.scorers.text import render, scorer_tokenizer, token_ids, written
 
 

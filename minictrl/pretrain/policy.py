@@ -20,7 +20,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from tqdm import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from minictrl.sampling import encode_prompts, sample
+from minictrl.lm.prompts import encode_prompts
+from minictrl.sampling import sample
 
 BOS = {"reviews": "<|review|>", "editorials": "<|editorial|>", "tweets": "<|tweet|>"}
 RATINGS = [f"<|rating {i}|>" for i in range(6)]  # of the mean rating, in sixths of the texts

@@ -9,8 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from minictrl.procedures import PROCEDURES, Procedure, cells, get_procedure, mass_win_rate
+from minictrl.procedures import cells
 from minictrl.procedures.cells import cdf
+from minictrl.procedures.masses import MassMap, at_least_1, mass_map, mass_win_rate, positive
 
 # cells of the solver, which visits them a hundred times: KL to 1e-5, win rate to 1e-6
 COARSE = 4_000
@@ -29,81 +30,110 @@ class Optimum(NamedTuple):
     residual: float  # standard deviation of log pi/pi_ref - Phi/beta, nats: 0 at the fixed point
 
 
+class _State(NamedTuple):
+    """A policy on the way, and what the win rate says of it."""
+
+    log_ratio: Tensor  # (G,)
+    scale: float  # 1 / beta
+    mass: Tensor  # (G,)
+    Phi: Tensor  # (G,)
+    win_rate: float
+
+    def gap(self, ref: Tensor) -> tuple[Tensor, Tensor, float]:
+        """(gap (G,), weight (G,), residual): log pi/pi_ref of the fixed point minus the policy's.
+
+        Weighed by where the policy is and where it should be, because one that has collapsed is 0
+        off by its own measure. residual: the weighed standard deviation of the gap, in nats.
+        """
+        target = ref * cells.tilt(self.Phi, self.scale, ref).exp()
+        weight = (self.mass + target) / 2
+        gap = self.scale * self.Phi - self.log_ratio
+        gap = gap - (weight * gap).sum()
+        return gap, weight, (weight * gap**2).sum().sqrt().item()
+
+    def gain(self, trial: "_State", ref: Tensor) -> float:
+        """What the objective gains by a step to `trial`."""
+        more_kl = cells.kl(trial.log_ratio, ref) - cells.kl(self.log_ratio, ref)
+        gain = trial.win_rate - self.win_rate - more_kl / trial.scale
+        if abs(gain) >= 1e-9:
+            return gain
+        # lost in rounding; the trapezoid rule along the step is exact there
+        slope = self.Phi + trial.Phi - (self.log_ratio + trial.log_ratio) / trial.scale
+        slope = slope - (self.mass * slope).sum()
+        return ((trial.mass - self.mass) * slope).sum().item() / 2
+
+
 def ascend(
-    procedure: str | Procedure,
+    procedure: str | MassMap,
     n: int,
     ref: Tensor,
     *,
     beta: float | None = None,
     kl: float | None = None,
 ) -> Optimum:
-    """Maximises W^T - beta KL, or W^T at a given KL, by mirror ascent with backtracking: Theorem
-    1's EM, damped.
+    """Maximises W^T - beta KL, or W^T at a given KL, by mirror ascent: Theorem 1's EM, damped.
 
     log f <- (1 - eta) log f + eta Phi_f / beta, renormalised; Phi_f, the derivative of the win
     rate, is autograd's. eta = 1 is the paper's iteration, which oscillates for Best-of-N: here a
     step that lowers the objective is halved. Given `kl`, 1/beta is what keeps the step at that KL.
-    ref: (G,) mass of pi_ref. ValueError if it does not converge.
+    ref: (G,) mass of pi_ref. Raises ValueError if it does not converge.
     """
-    T = get_procedure(procedure)
-
-    def evaluate(log_ratio: Tensor) -> tuple[Tensor, Tensor, float]:
-        mass = (ref * log_ratio.exp()).requires_grad_()
-        win = mass_win_rate(mass, ref, T, n)
-        (Phi,) = torch.autograd.grad(win, mass)
-        return mass.detach(), Phi - Phi[-1], win.item()
-
-    if kl is None:
-        log_ratio, scale = torch.zeros_like(ref), 1 / beta
-        mass, Phi, win = evaluate(log_ratio)
-    else:
-        # from the optimum of the standard win rate
-        log_ratio, _ = cells.tilt_to_kl(cells.centres(ref), kl, ref)
-        mass, Phi, win = evaluate(log_ratio)
-        rise = mass * (Phi - (mass * Phi).sum())
-        # least squares for log f = scale Phi + const
-        scale = ((rise * log_ratio).sum() / (rise * Phi).sum()).item()
+    T = mass_map(procedure)
+    state = _at_beta(T, n, ref, beta) if kl is None else _at_kl(T, n, ref, kl)
     eta = 1.0
     for _ in range(MAX_STEPS):
-        # Weighed by where the policy is and where it should be: one that has collapsed is 0 off by
-        # its own measure.
-        weight = (mass + ref * cells.tilt(Phi, scale, ref).exp()) / 2
-        gap = scale * Phi - log_ratio
-        gap = gap - (weight * gap).sum()
-        residual = (weight * gap**2).sum().sqrt().item()
-        nothing_left = kl is not None and win > 1 - 1e-6  # any such policy at this KL will do
+        gap, weight, residual = state.gap(ref)
+        nothing_left = kl is not None and state.win_rate > 1 - 1e-6  # any such policy will do
         if residual < 1e-8 or eta < 1e-10 or nothing_left:
             break
+        base, step = (1 - eta) * state.log_ratio, eta * state.scale
         if kl is None:
-            trial, trial_scale = cells.tilt(Phi, eta * scale, ref, (1 - eta) * log_ratio), scale
+            log_ratio, scale = cells.tilt(state.Phi, step, ref, base), state.scale
         else:
-            trial, trial_scale = cells.tilt_to_kl(Phi, kl, ref, (1 - eta) * log_ratio, eta * scale)
-            trial_scale /= eta
-        trial_mass, trial_Phi, trial_win = evaluate(trial)
-        gain = trial_win - win - (cells.kl(trial, ref) - cells.kl(log_ratio, ref)) / trial_scale
-        if abs(gain) < 1e-9:  # lost in rounding; the trapezoid rule along the step is exact there
-            slope = Phi + trial_Phi - (log_ratio + trial) / trial_scale
-            gain = ((trial_mass - mass) * (slope - (mass * slope).sum())).sum().item() / 2
-        if gain >= 0:
-            trial_gap = trial_scale * trial_Phi - trial
-            # share of the gap; gap has weighted mean 0
-            left = (weight * gap * trial_gap).sum().item() / residual**2
-            # the step that, by the last one, would have left no gap
+            log_ratio, scale = cells.tilt_to_kl(state.Phi, kl, ref, base, step)
+            scale /= eta
+        trial = _evaluate(T, n, ref, log_ratio, scale)
+        if state.gain(trial, ref) >= 0:
+            # the share of the gap that is left says which step would have left nothing
+            left = (weight * gap * (scale * trial.Phi - log_ratio)).sum().item() / residual**2
             eta = min(1.0, eta / max(0.1, 1 - left))
-            log_ratio, scale, mass, Phi, win = trial, trial_scale, trial_mass, trial_Phi, trial_win
+            state = trial
         else:
             eta /= 2
     if not (residual < CONVERGED or nothing_left):
         at = f"beta {beta:g}" if kl is None else f"kl {kl:g}"
         raise ValueError(
-            f"{at}, n {n}: no fixed point found, the best is {residual:.0e} nats off (at most {CONVERGED:g} is); "
-            "use a larger beta or a smaller KL"
+            f"{at}, n {n}: no fixed point found, the best is {residual:.0e} nats off "
+            f"(at most {CONVERGED:g} is); use a larger beta or a smaller KL"
         )
-    return Optimum(log_ratio, Phi, 1 / scale, cells.kl(log_ratio, ref), win, residual)
+    KL = cells.kl(state.log_ratio, ref)
+    return Optimum(state.log_ratio, state.Phi, 1 / state.scale, KL, state.win_rate, residual)
+
+
+def _evaluate(T: MassMap, n: int, ref: Tensor, log_ratio: Tensor, scale: float) -> _State:
+    mass = (ref * log_ratio.exp()).requires_grad_()
+    win = mass_win_rate(mass, ref, T, n)
+    (Phi,) = torch.autograd.grad(win, mass)
+    return _State(log_ratio, scale, mass.detach(), Phi - Phi[-1], win.item())
+
+
+def _at_beta(T: MassMap, n: int, ref: Tensor, beta: float) -> _State:
+    """pi_ref, where the ascent at a given beta begins."""
+    return _evaluate(T, n, ref, torch.zeros_like(ref), 1 / beta)
+
+
+def _at_kl(T: MassMap, n: int, ref: Tensor, kl: float) -> _State:
+    """The optimum of the standard win rate at this KL, where the ascent at a given KL begins."""
+    log_ratio, _ = cells.tilt_to_kl(cells.centres(ref), kl, ref)
+    state = _evaluate(T, n, ref, log_ratio, 1.0)
+    rise = state.mass * (state.Phi - (state.mass * state.Phi).sum())
+    # least squares for log f = scale Phi + const
+    scale = ((rise * log_ratio).sum() / (rise * state.Phi).sum()).item()
+    return state._replace(scale=scale)
 
 
 @lru_cache(maxsize=512)
-def solve(T: Procedure, n: int, beta: float | None = None, kl: float | None = None) -> Optimum:
+def solve(T: MassMap, n: int, beta: float | None = None, kl: float | None = None) -> Optimum:
     best = ascend(T, n, cells.grid(COARSE), beta=beta, kl=kl)
     rise = max(
         best.log_ratio[0] - best.log_ratio[1], best.log_ratio[-1] - best.log_ratio[-2]
@@ -115,7 +145,7 @@ def solve(T: Procedure, n: int, beta: float | None = None, kl: float | None = No
     return best
 
 
-def frontier(T: Procedure, n: int, kl: float) -> Optimum:
+def frontier(T: MassMap, n: int, kl: float) -> Optimum:
     """The optimum at this KL, or at less where that wins already: for large N nothing is left to
     solve for beyond.
     """
@@ -128,8 +158,17 @@ def frontier(T: Procedure, n: int, kl: float) -> Optimum:
         return less
 
 
-def solved_for(name: str, T: Procedure) -> Procedure:
-    return PROCEDURES[FIXED_POINTS[name]] if FIXED_POINTS[name] else T
+def solved_for(name: str, procedure: str | MassMap) -> MassMap:
+    """What the fixed point of a name is solved for."""
+    return mass_map(FIXED_POINTS[name] or procedure)
+
+
+def fixed_point(
+    name: str, procedure: str | MassMap, n: int, beta: float
+) -> Callable[[Tensor], Tensor]:
+    """Phi of bon_fp, won_fp or optimal at this N and beta, as a function on tensors in [0, 1]."""
+    T = solved_for(name, procedure)
+    return interpolated(solve(T, at_least_1("n", n), beta=positive("beta", beta)))
 
 
 def interpolated(best: Optimum) -> Callable[[Tensor], Tensor]:

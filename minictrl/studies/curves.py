@@ -12,7 +12,9 @@ from torch import Tensor
 
 from minictrl import theory
 from minictrl.figures import COLORS, KL, WIN_RATE, panels, title
-from minictrl.procedures import bon, cells, mass_win_rate
+from minictrl.procedures import cells
+from minictrl.procedures.bon import mass_after as bon
+from minictrl.procedures.masses import mass_win_rate
 from minictrl.transforms import get_transform
 
 CLOSED = ["identity", "log", "exp5", "exp10", "exp-5", "exp-10"]

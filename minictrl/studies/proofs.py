@@ -16,7 +16,8 @@ from torch import Tensor
 from minictrl import theory
 from minictrl.calibration import calibrated_reward
 from minictrl.figures import panels, title
-from minictrl.procedures import PROCEDURES, cells, mass_win_rate
+from minictrl.procedures import cells
+from minictrl.procedures.masses import mass_map, mass_win_rate
 from minictrl.procedures.optimum import ascend
 from minictrl.transforms import get_transform
 
@@ -231,7 +232,7 @@ def lemmas_4_and_5(responses: int, N: int = 4) -> list[dict]:
         computed = "sup over u of |P(C <= u) - u|, at most the largest pi_ref(y)"
         rows.append(check(f"Lemma 4, {kind}", computed, (F[1:] - C).abs().max().item(), grain))
         for procedure, share in (("bon", C), ("won", 1 - C)):
-            claimed, exact = N * ref * share ** (N - 1), PROCEDURES[procedure](ref, F, N)
+            claimed, exact = N * ref * share ** (N - 1), mass_map(procedure)(ref, F, N)
             distance = (claimed - exact).abs().sum().item() / 2
             computed = f"total variation of {procedure}'s law to the claimed one, N = {N}"
             rows.append(check(f"Lemma 5, {kind}", computed, distance, grain))

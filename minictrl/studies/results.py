@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from minictrl.config import Parser, run_script
+from minictrl.cli import Parser, run_script
 from minictrl.figures import title
 from minictrl.reproduce import STUDIES
 from minictrl.studies.sweep import AWARE, SCORERS, at_kl, common_kl, grouped, near

@@ -20,6 +20,7 @@ from minictrl import evaluation, runs, theory, winrate
 from minictrl.config import Config
 from minictrl.figures import KL, WIN_RATE, errorbars, panels, title, tradeoff
 from minictrl.models import load_scorer
+from minictrl.procedures import get_procedure, rewind
 from minictrl.studies.sweep import (
     AWARE,
     METHODS,
@@ -141,7 +142,7 @@ def best_of(out: Path, quick: bool) -> list[dict]:
     for size, (procedure, n) in product((2, 4, 8), (("standard", 1), ("bon", 4), ("won", 4))):
         kl = math.log(size) - (size - 1) / size
         weight = best_of_weights(select, size, procedure, n)
-        weight_ref = winrate.WEIGHTS[procedure](select_ref, n, torch.empty(0))
+        weight_ref = get_procedure(procedure).weights(select_ref, n, torch.empty(0))
         for scorer, x in both.items():
             # (P,)
             wins = (weight * winrate.beaten(x[:, M:].double(), x[:, :M].double(), weight_ref)).sum(
@@ -272,7 +273,7 @@ def fig12(out: Path, quick: bool):
     rows, (figure, axes) = [], panels(1, 3)
     for row in {row["run"]: row for row in sweep(out, quick, methods)}.values():
         s, best = scores(Path(row["run"])), theory.optimal_win_rate(row["kl"], "rewind", 32)
-        draws = mean_draws(s["reward"], winrate.rewind_threshold(s["reward_ref"]), 32)
+        draws = mean_draws(s["reward"], rewind.threshold_of(s["reward_ref"]), 32)
         for scorer in SCORERS:
             win, stderr = winrate.win_rate(
                 s["reward"], s[scorer], s["reward_ref"], s[f"{scorer}_ref"], "rewind", 32
