@@ -34,7 +34,7 @@ def rollout(task: Task, index: Tensor, *, num_samples: int, seed: int) -> tuple[
 def batch_of(task: Task, index: Tensor, samples: Samples) -> Batch:
     """Samples (P, G, T) as B = P G rows with their prompts, those of an index (P,)."""
     batch = Batch(
-        of=index.repeat_interleave(samples.tokens.shape[1]),
+        of=index.repeat_interleave(samples.tokens.shape[1]).to(samples.tokens.device),
         tokens=samples.tokens.flatten(0, 1),
         mask=samples.mask.flatten(0, 1),
         old_logprobs=samples.logprobs.flatten(0, 1),

@@ -15,8 +15,9 @@ from transformers import GPT2ForSequenceClassification, GPT2LMHeadModel
 import evaluate
 import train
 from minictrl import sampling, update
+from minictrl.batch import Batch
 from minictrl.data import load_prompts
-from minictrl.lm import device
+from minictrl.lm import decode, device
 from minictrl.lm.kvcache import SHARED_PREFIX
 from minictrl.lm.logprobs import sequence_logprobs
 from minictrl.lm.prompts import encode_prompts, left_pad
@@ -70,9 +71,9 @@ def test_a_batch_of_another_size_draws_the_same():
 
 def launch_all(monkeypatch):
     """From here on no step is recorded."""
-    repeat = sampling._repeat
+    repeat = decode._repeat
     monkeypatch.setattr(
-        sampling, "_repeat", lambda step, count, recorded: repeat(step, count, recorded=False)
+        decode, "_repeat", lambda step, count, recorded: repeat(step, count, recorded=False)
     )
 
 
@@ -86,7 +87,7 @@ def test_recorded_steps_draw_what_launched_ones_do(monkeypatch):
 @pytest.mark.parametrize("family", sorted(SHARED_PREFIX))
 def test_a_familys_recorded_steps_draw_what_launched_ones_and_the_cpu_do(family, monkeypatch):
     """float64: no draw is within its rounding of a boundary. Two recordings, and rows that end."""
-    model, repeat, asked = make_model(family, torch.float64), sampling._repeat, []
+    model, repeat, asked = make_model(family, torch.float64), decode._repeat, []
     options = {"num_samples": 30, "max_new_tokens": 40}
     on_cpu = draw(model, **options)
     model.to(DEVICE)
@@ -95,7 +96,7 @@ def test_a_familys_recorded_steps_draw_what_launched_ones_and_the_cpu_do(family,
         asked.append(recorded)
         repeat(step, count, recorded=recorded)
 
-    monkeypatch.setattr(sampling, "_repeat", spy)
+    monkeypatch.setattr(decode, "_repeat", spy)
     recorded = draw(model, **options)
     assert asked and all(asked)
     launch_all(monkeypatch)
@@ -111,7 +112,7 @@ def test_neither_batch_size_nor_compaction_changes_a_token(family, monkeypatch):
     together = draw(model, **options)
     for batch_size in (7, 40):
         assert torch.equal(draw(model, batch_size=batch_size, **options).tokens, together.tokens)
-    monkeypatch.setattr(sampling, "COMPACT", 0.0)  # never
+    monkeypatch.setattr(decode, "COMPACT", 0.0)  # never
     assert torch.equal(draw(model, **options).tokens, together.tokens)
 
 
@@ -196,14 +197,15 @@ def test_out_of_memory_halves_the_updates_rows_and_not_the_gradient(sizes):
     model, tokenizer, texts, samples = drawn(DEVICE, prompts=8)
     padded = left_pad(encode_prompts(tokenizer, texts), tokenizer.pad_token_id, DEVICE)
     ids, mask = (x.repeat_interleave(100, 0) for x in padded)
-    batch = {
-        "prompt": ids,
-        "prompt_mask": mask,
-        "tokens": samples.tokens.flatten(0, 1),
-        "mask": samples.mask.flatten(0, 1),
-        "old_logprobs": samples.logprobs.flatten(0, 1),
-    }
-    batch["advantages"] = torch.linspace(-1, 1, 800, device=DEVICE)[:, None]
+    batch = Batch(
+        of=torch.arange(800, device=DEVICE),
+        prompt=ids,
+        prompt_mask=mask,
+        tokens=samples.tokens.flatten(0, 1),
+        mask=samples.mask.flatten(0, 1),
+        old_logprobs=samples.logprobs.flatten(0, 1),
+        advantages=torch.linspace(-1, 1, 800, device=DEVICE)[:, None],
+    )
     (whole, _), (halved, _) = in_half_the_memory(
         lambda: stepped(model, batch, DEVICE, minibatch=800, micro_batch=800)
     )

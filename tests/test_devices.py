@@ -11,7 +11,7 @@ from test_sampling import draw, make_model
 
 import evaluate
 import train
-from minictrl import sampling
+from minictrl.lm import decode
 from minictrl.lm.device import resident
 from minictrl.lm.kvcache import SHARED_PREFIX
 
@@ -67,7 +67,7 @@ def test_recorded_steps_draw_the_same_tokens(family, monkeypatch):
     model, recorded = make_model(family, torch.float64), []
     install(monkeypatch)
     eager = draw(model, num_samples=30, max_new_tokens=40)
-    monkeypatch.setattr(sampling, "COMPACT", 0.99)
+    monkeypatch.setattr(decode, "COMPACT", 0.99)
     monkeypatch.setattr(
         FakeGraph, "__init__", lambda self: recorded.append(self) or setattr(self, "calls", [])
     )
@@ -90,7 +90,7 @@ def test_a_step_that_cannot_be_recorded_is_launched(monkeypatch):
         steps.add_(1)
 
     with pytest.warns(UserWarning, match="can't be recorded"):
-        sampling._repeat(step, 5, recorded=True)
+        decode._repeat(step, 5, recorded=True)
     assert steps == 5
 
 

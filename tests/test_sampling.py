@@ -14,10 +14,12 @@ from scipy.stats import chi2
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from minictrl.lm.draw import draw as draw_tokens
+from minictrl.lm.draw import uniforms
 from minictrl.lm.kvcache import SHARED_PREFIX, PrefixCache
 from minictrl.lm.logprobs import sequence_logprobs
 from minictrl.lm.prompts import encode_prompts, left_pad
-from minictrl.sampling import sample
+from minictrl.sampling import sample, sample_plainly
 
 V, EOS = 12, 1
 PROMPTS = ["a b c d e", "f", "g h a", "a b"]
@@ -196,17 +198,24 @@ def test_tokens_and_pairs_follow_the_models_distribution(family):
             assert statistic < chi2.ppf(1 - 1e-4, int(kept.sum()) - 1)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_fast_sampler_draws_what_the_plain_one_does(family):
+    model = make_model(family, torch.float64)
+    options = dict(num_samples=5, max_new_tokens=12, seed=3, temperature=0.8)
+    fast, plain = (f(model, TOKENIZER, PROMPTS, **options) for f in (sample, sample_plainly))
+    assert torch.equal(fast.tokens, plain.tokens) and torch.equal(fast.mask, plain.mask)
+    assert (fast.logprobs - plain.logprobs).abs().max() < 1e-5 and fast.texts == plain.texts
+
+
 def test_the_draw_is_exact_over_blocks_of_a_larger_vocabulary():
     """200 tokens (4 blocks, the last one padded), 100,000 draws: chi-square below its 1 - 1e-4
     quantile; seeded.
     """
-    from minictrl.sampling import _draw, _uniforms
-
     torch.manual_seed(0)
     logits = torch.randn(200) * 2
     keys, samples = np.repeat(np.arange(4, dtype=np.uint64), 25_000), np.tile(np.arange(25_000), 4)
-    u = torch.from_numpy(_uniforms(3, keys, samples, 1))[:, 0]
-    token, logprob = _draw([logits.expand(40_000, -1), logits.expand(60_000, -1)], u)
+    u = torch.from_numpy(uniforms(3, keys, samples, 1))[:, 0]
+    token, logprob = draw_tokens([logits.expand(40_000, -1), logits.expand(60_000, -1)], u)
     expected = logits.softmax(-1).double() * len(u)
     assert ((token.bincount(minlength=200) - expected) ** 2 / expected).sum() < chi2.ppf(
         1 - 1e-4, 199

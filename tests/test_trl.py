@@ -9,8 +9,10 @@ import torch
 from minictrl import runs
 from minictrl.calibration import calibrated_reward
 from minictrl.config import Config
-from minictrl.models import load_scorer
+from minictrl.models import load_policy, load_scorer
 from minictrl.reference import Reference
+from minictrl.rollout import reference_key, reference_samples
+from minictrl.task import load_task
 from minictrl.theory import beta_for_kl
 from minictrl.transforms import FLOOR
 from minictrl.trl import calibrate, ctrl_reward, share
@@ -24,7 +26,7 @@ def small(tmp_path_factory):
     config = Config(task="reviews", transform="exp10", cache=cache, **SMALL).resolved()
     return (
         config,
-        runs.load_task(config, "train"),
+        load_task(config, "train"),
         ctrl_reward("reviews", "exp10", cache=cache, **SMALL),
     )
 
@@ -35,7 +37,9 @@ def test_the_reward_is_phi_of_the_calibrated_reward_over_beta(small):
         [task.prompts[3], task.prompts[0], task.prompts[3]],
         [" a joy.", " a bore.", " dull."],
     )
-    r_ref = runs.reference_samples(task, config, 16, seed=0, name="")[torch.tensor([3, 0, 3])].r_ref
+    r_ref = reference_samples(task, 16, seed=0, cache=config.cache, name="")[
+        torch.tensor([3, 0, 3])
+    ].r_ref
     C_hat = calibrated_reward(load_scorer("reviews", "reward")(prompts, texts), r_ref)
     expected = (10 * C_hat).exp() / beta_for_kl("exp10", 1.0)
     got = reward(prompts, texts, completion_ids=[[1]] * 3, trainer_state=None)
@@ -81,7 +85,7 @@ def test_a_standardised_reward_is_that_of_training(small):
     got = torch.tensor(
         ctrl_reward("reviews", "standardised", cache=config.cache, **SMALL)(prompts, texts)
     )
-    r_ref = runs.reference_samples(task, config, 16, seed=0, name="").r_ref[index]
+    r_ref = reference_samples(task, 16, seed=0, cache=config.cache, name="").r_ref[index]
     z = (load_scorer("reviews", "reward")(prompts, texts) - r_ref.mean(1)) / r_ref.std(1)
     assert torch.allclose(got / z, (got / z)[0].expand(3), rtol=1e-4) and got[0] / z[0] > 0
 
@@ -97,7 +101,7 @@ def test_shares_of_the_prompts_fill_the_cache_of_a_single_process(small, tmp_pat
         part = replace(
             many, prompts=[many.prompts[i] for i in mine], texts=[many.texts[i] for i in mine]
         )
-        runs.reference_samples(part, config, 2, seed=0, name="")
+        reference_samples(part, 2, seed=0, cache=config.cache, name="")
     files = {path.name: path.stat().st_mtime_ns for path in Path(tmp_path).iterdir()}
     assert calibrate(many, config, tmp_path / "no-run").shape == (160, 2)
     # nothing was drawn again
@@ -107,8 +111,8 @@ def test_shares_of_the_prompts_fill_the_cache_of_a_single_process(small, tmp_pat
 def test_a_run_brings_its_settings_and_its_reference_rewards(small, tmp_path):
     config, task, reward = small
     runs.create(tmp_path / "run", replace(config, cache=str(tmp_path / "unused")))
-    reference = runs.reference_samples(task, config, 16, seed=0, name="")
-    reference.save(tmp_path / "run/reference.safetensors", runs.reference_key(task, 0, task.texts))
+    reference = reference_samples(task, 16, seed=0, cache=config.cache, name="")
+    reference.save(tmp_path / "run/reference.safetensors", reference_key(task, 0, task.texts))
     assert Reference.load(tmp_path / "run/reference.safetensors") is not None
     again = ctrl_reward(tmp_path / "run")
     assert again(task.prompts[:2], [" fun.", " bad."]) == reward(
@@ -144,7 +148,7 @@ def test_trl_trains_with_it(small, tmp_path):
         logging_steps=1,
         report_to=[],
     )
-    policy, tokenizer = runs.load_policy("reviews")
+    policy, tokenizer = load_policy("reviews")
     trainer = trl.RLOOTrainer(
         policy,
         reward,

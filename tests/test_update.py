@@ -5,16 +5,8 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from minictrl import ppo
-from minictrl.update import (
-    Learner,
-    by_length,
-    cut,
-    forward,
-    forward_all,
-    freeze,
-    make_learner,
-    update,
-)
+from minictrl.batch import Batch
+from minictrl.update import Learner, forward, forward_all, freeze, make_learner, update
 
 
 @pytest.fixture
@@ -41,20 +33,21 @@ def rows(model):
         torch.randint(1, 6, (24,), generator=generator),
     )
     mask = (torch.arange(8) < lengths[:, None]).float()
-    rows = {
-        "prompt": torch.randint(31, (24, 5), generator=generator),
-        "prompt_mask": (torch.arange(5) >= 5 - prompts[:, None]).long(),
-        "tokens": torch.randint(31, (24, 8), generator=generator),
-        "mask": mask,
-        "advantages": torch.randn(24, 8, generator=generator),
-        "returns": torch.randn(24, 8, generator=generator) * mask,
-    }
-    rows["old_logprobs"], _ = forward_all(model, None, rows, 24)
+    rows = Batch(
+        of=torch.arange(24),
+        prompt=torch.randint(31, (24, 5), generator=generator),
+        prompt_mask=(torch.arange(5) >= 5 - prompts[:, None]).long(),
+        tokens=torch.randint(31, (24, 8), generator=generator),
+        mask=mask,
+        advantages=torch.randn(24, 8, generator=generator),
+        returns=torch.randn(24, 8, generator=generator) * mask,
+    )
+    rows.old_logprobs, _ = forward_all(model, None, rows, 24)
     return rows
 
 
 def loss(logprobs, values, rows):
-    return ppo.policy_loss(logprobs, rows["old_logprobs"], rows["advantages"], rows["mask"])
+    return ppo.policy_loss(logprobs, rows.old_logprobs, rows.advantages, rows.mask)
 
 
 def sgd(model):
@@ -63,7 +56,7 @@ def sgd(model):
 
 def test_the_ratio_is_exactly_one_on_the_first_minibatch(model, rows):
     logprobs, _ = forward(model, None, rows)
-    assert torch.equal(logprobs, rows["old_logprobs"])
+    assert torch.equal(logprobs, rows.old_logprobs)
 
 
 def test_micro_batches_of_any_size_give_the_gradient_of_the_minibatch(model, rows):
@@ -79,23 +72,24 @@ def test_micro_batches_of_any_size_give_the_gradient_of_the_minibatch(model, row
 
 def test_padding_and_order_do_not_change_log_probabilities(model, rows):
     whole, _ = forward(model, None, rows)
-    for piece in by_length(rows, torch.randperm(24), 5):
-        part, _ = forward(model, None, cut(rows, piece))
+    for piece in rows.pieces(torch.randperm(24), 5):
+        part, _ = forward(model, None, rows[piece].cut())
         assert (part - whole[piece][:, : part.shape[1]]).abs().max() < 1e-5
 
 
 def test_a_pair_of_responses_in_a_row_is_two_rows(model, rows):
-    pairs = {
-        "prompt": rows["prompt"][:12],
-        "prompt_mask": rows["prompt_mask"][:12],
-        "tokens": torch.stack([rows["tokens"][:12], rows["tokens"][12:]], 1),
-        "mask": torch.stack([rows["mask"][:12], rows["mask"][12:]], 1),
-    }
+    pairs = Batch(
+        of=torch.arange(12),
+        prompt=rows.prompt[:12],
+        prompt_mask=rows.prompt_mask[:12],
+        tokens=torch.stack([rows.tokens[:12], rows.tokens[12:]], 1),
+        mask=torch.stack([rows.mask[:12], rows.mask[12:]], 1),
+    )
     logprobs, _ = forward(model, None, pairs)
-    assert (logprobs[:, 0] - rows["old_logprobs"][:12]).abs().max() < 1e-5
+    assert (logprobs[:, 0] - rows.old_logprobs[:12]).abs().max() < 1e-5
 
 
-def test_the_value_head_starts_at_the_mean_return_of_what_it_is_given(model, rows):
+def test_the_value_head_starts_at_zero(model, rows):
     learner = make_learner(model, value_head=True)
     _, values = forward_all(model, learner.value_head, rows, 24)
     assert torch.equal(values, torch.zeros_like(values))
@@ -103,9 +97,7 @@ def test_the_value_head_starts_at_the_mean_return_of_what_it_is_given(model, row
 
 def test_the_learner_is_restored_with_critic_and_moments(model, rows):
     def value_loss(logprobs, values, rows):
-        return loss(logprobs, values, rows)[0] + ppo.value_loss(
-            values, rows["returns"], rows["mask"]
-        ), {}
+        return loss(logprobs, values, rows)[0] + ppo.value_loss(values, rows.returns, rows.mask), {}
 
     def step(learner, seed):
         update(learner, rows, value_loss, lr=1e-2, minibatch=8, micro_batch=8, epochs=1, seed=seed)

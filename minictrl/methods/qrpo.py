@@ -30,13 +30,17 @@ class Method(Offline):
     def rows(self, reference: Reference, beta: float) -> Batch:
         C_hat = leave_one_out_calibration(reference.r_ref)
         R = self.Phi.in_nats(self.Phi(C_hat.double()), beta)  # (P, K)
-        log_Z = R.logsumexp(1, keepdim=True) - math.log(R.shape[1])
-        log_Z = log_Z.expand_as(R).float().flatten()
+        log_Z = log_partition(R).expand_as(R).float().flatten()
         return replace(responses(reference), R=R.float().flatten(), log_Z=log_Z)
 
     def loss(self, logprobs: Tensor, values: None, batch: Batch) -> tuple[Tensor, dict]:
         sums = logprobs.sum(-1), batch.ref_logprobs.sum(-1)
         return qrpo_loss(*sums, batch.R, batch.log_Z), {}
+
+
+def log_partition(R: Tensor) -> Tensor:
+    """(P, 1) nats: log Z of each prompt, the mean of e^R over its K samples of pi_ref (P, K)."""
+    return R.logsumexp(1, keepdim=True) - math.log(R.shape[1])
 
 
 def qrpo_loss(logprobs: Tensor, ref_logprobs: Tensor, R: Tensor, log_Z: float | Tensor) -> Tensor:
