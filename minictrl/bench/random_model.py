@@ -1,0 +1,27 @@
+"""Policies with random weights: any shape, and nothing to download."""
+
+from __future__ import annotations
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+
+def random_model(family: str, width: int, layers: int, heads: int, vocabulary: int, **others):
+    """A causal LM in eval mode. It almost never draws EOS: responses have the full length."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        family,
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        vocab_size=vocabulary,
+        **others,
+    )
+    model = AutoModelForCausalLM.from_config(config).eval()
+    model.generation_config.eos_token_id = None
+    return model
+
+
+def random_gpt2(depth: int, tokenizer):
+    """A GPT-2 of width 64 depth that reads the tokenizer's tokens."""
+    return random_model("gpt2", 64 * depth, depth, depth, len(tokenizer))
