@@ -9,8 +9,6 @@ Both sides run in turn in this process, after a warm-up. `ratio` is ours over th
 better (but for calibration_share).
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from pathlib import Path

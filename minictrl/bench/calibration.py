@@ -1,15 +1,14 @@
 """What calibration costs: its share of the time of a run, in %."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from tempfile import TemporaryDirectory
 
 import torch
 
-from minictrl.bench.sampling import K, T, review_prompts
+from minictrl.bench.sampling import K, T
 from minictrl.bench.step import PROMPTS, G, train
 from minictrl.bench.timing import describe, seconds
+from minictrl.data import load_prompts
 from minictrl.models import load_policy, load_scorer
 from minictrl.rollout import score
 from minictrl.sampling import sample
@@ -26,7 +25,7 @@ def calibration_share(policy: str, device: torch.device, quick: bool) -> Iterato
     model, tokenizer = load_policy(policy)
     model.to(device)
     reward = load_scorer("reviews", "reward", device=device)
-    prompts = review_prompts(tokenizer, 32 if quick else 128)
+    prompts = load_prompts("reviews")[: 32 if quick else 128]
 
     def calibrate(M: int) -> None:
         samples = sample(model, tokenizer, prompts, num_samples=M, max_new_tokens=T, seed=0)
@@ -35,7 +34,8 @@ def calibration_share(policy: str, device: torch.device, quick: bool) -> Iterato
     calibrate(2)  # a warm-up
     calibration = seconds(lambda: calibrate(K)) / len(prompts)
     with TemporaryDirectory() as folder:
-        metrics = train(folder, policy, device, K=2, steps=2 if quick else 6)
+        shape = {"batch": PROMPTS, "G": G}
+        metrics = train(folder, policy, device, 2 if quick else 6, shape)
     spent = [row["seconds"] for row in metrics]
     step = (spent[-1] - spent[0]) / (len(spent) - 1)  # without the first step, a warm-up
     training = EPOCHS * step / (PROMPTS * G)

@@ -1,7 +1,5 @@
 """Policies with random weights: any shape, and nothing to download."""
 
-from __future__ import annotations
-
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -20,8 +18,3 @@ def random_model(family: str, width: int, layers: int, heads: int, vocabulary: i
     model = AutoModelForCausalLM.from_config(config).eval()
     model.generation_config.eos_token_id = None
     return model
-
-
-def random_gpt2(depth: int, tokenizer):
-    """A GPT-2 of width 64 depth that reads the tokenizer's tokens."""
-    return random_model("gpt2", 64 * depth, depth, depth, len(tokenizer))

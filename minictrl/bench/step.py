@@ -3,10 +3,9 @@
 Both sides have the same policy, prompts and reward model, a classifier of the policy's size with
 random weights. They make the same optimizer steps: one epoch over minibatches, in float32, without
 dropout, all blocks trained and no embedding. TRL's value model is a model of its own, train.py's a
-head on the policy's trunk. Unit: response tokens per second.
+head on the policy's trunk. Unit: responses per second; they are of the
+same lengths on both sides, drawn from the same policy.
 """
-
-from __future__ import annotations
 
 import contextlib
 import copy
@@ -20,8 +19,7 @@ from tempfile import TemporaryDirectory
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from minictrl.bench.sampling import response_tokens
-from minictrl.bench.timing import LeftOut, compare, describe, rate
+from minictrl.bench.timing import LeftOut, compare, describe, seconds
 from minictrl.data import load_prompts
 from minictrl.lm.prompts import encode_prompts
 from minictrl.models import load_policy
@@ -40,49 +38,50 @@ def ppo_step_vs_trl(policy: str, device: torch.device, quick: bool) -> Iterator[
     steps, repeats = (1, 1) if quick else (2, 3)
     model, tokenizer = load_policy(policy)
     model.to(device)
-    freeze(model, None)  # trains all blocks; train.py is asked for that by --layers
-    flags = {"layers": model.config.num_hidden_layers, "steps": steps, "K": 2}
+    freeze(model, None)  # trains all blocks, as --layers below asks train.py to
+    same = {
+        "baseline": "value",
+        "prompts": PROMPTS,
+        "batch": PROMPTS,
+        "G": G,
+        "minibatch": MINIBATCH,
+        "ppo-epochs": 1,
+        "max-new-tokens": T,
+        "lr": LR,
+        "layers": model.config.num_hidden_layers,
+    }
     with TemporaryDirectory() as folder:
         scorer = random_classifier(model, tokenizer)
-        scorer.save_pretrained(f"{folder}/reward")
-        tokenizer.save_pretrained(f"{folder}/reward")
-        counts = count_tokens(model, tokenizer)
+        same["reward"] = f"{folder}/reward"
+        scorer.save_pretrained(same["reward"])
+        tokenizer.save_pretrained(same["reward"])
         trainer = ppo_trainer(model, tokenizer, scorer, steps, folder)
 
         def ours() -> float:
-            last = train(folder, policy, device, reward=f"{folder}/reward", **flags)[-1]
-            return last["tokens"] / last["seconds"]
+            return PROMPTS * G * steps / train(folder, policy, device, steps, same)[-1]["seconds"]
 
-        def theirs() -> int:
-            counts.clear()
+        def theirs() -> float:
             with contextlib.redirect_stdout(io.StringIO()):
-                trainer.train()
-            return sum(counts)
+                return PROMPTS * G * steps / seconds(trainer.train)
 
-        compare(ours, lambda: rate(theirs), 1)  # a warm-up
-        result = compare(ours, lambda: rate(theirs), repeats)
+        compare(ours, theirs, 1)  # a warm-up
+        result = compare(ours, theirs, repeats)
     setting = (
         f"{describe(policy, model)}; a whole step: {PROMPTS} prompts x {G} responses of at most "
         f"{T} tokens, scored by a classifier of the policy's size, one epoch, minibatches of "
         f"{MINIBATCH}, float32, no dropout, no embedding trained; a value head on the policy's "
         "trunk against TRL's separate value model; trl 1.12.0"
     )
-    yield result | {"unit": "tokens/s", "setting": setting}
+    yield result | {"unit": "responses/s", "setting": setting}
 
 
-def train(folder: str, policy: str, device: torch.device, **flags) -> list[dict]:
-    """Runs train.py with a value head; returns its metrics.jsonl, whose seconds are the steps'."""
-    flags |= {
+def train(folder: str, policy: str, device: torch.device, steps: int, others: dict) -> list[dict]:
+    """Runs train.py; returns the rows of its metrics.jsonl, whose seconds hold no calibration."""
+    flags = others | {
         "policy": policy,
         "device": device.type,
-        "baseline": "value",
-        "batch": PROMPTS,
-        "prompts": PROMPTS,
-        "G": G,
-        "minibatch": MINIBATCH,
-        "ppo-epochs": 1,
-        "max-new-tokens": T,
-        "lr": LR,
+        "K": 2,
+        "steps": steps,
         "out": f"{folder}/run",
         "cache": f"{folder}/cache",
     }
@@ -96,20 +95,6 @@ def random_classifier(policy, tokenizer):
     config = copy.deepcopy(policy.config)
     config.num_labels, config.pad_token_id = 1, tokenizer.pad_token_id
     return AutoModelForSequenceClassification.from_config(config).eval()
-
-
-def count_tokens(model, tokenizer) -> list[int]:
-    """From now on each call of the model's generate adds its response tokens to this list."""
-    generate, counts = model.generate, []
-
-    def counting(*args, **settings):
-        out = generate(*args, **settings)
-        tokens = getattr(out, "sequences", out)[:, settings["input_ids"].shape[1] :]
-        counts.append(response_tokens(tokens, tokenizer.eos_token_id))
-        return out
-
-    model.generate = counting
-    return counts
 
 
 def ppo_trainer(model, tokenizer, scorer, steps: int, folder: str):

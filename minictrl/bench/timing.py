@@ -1,7 +1,5 @@
 """How a row is timed and told."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from statistics import median
