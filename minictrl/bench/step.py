@@ -3,8 +3,8 @@
 Both sides have the same policy, prompts and reward model, a classifier of the policy's size with
 random weights. They make the same optimizer steps: one epoch over minibatches, in float32, without
 dropout, all blocks trained and no embedding. TRL's value model is a model of its own, train.py's a
-head on the policy's trunk. Unit: responses per second; they are of the
-same lengths on both sides, drawn from the same policy.
+head on the policy's trunk. Unit: responses per second, because both sides draw from one policy, so
+that their responses are alike in length.
 """
 
 import contextlib
