@@ -3,6 +3,7 @@ from dataclasses import asdict
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import evaluate
@@ -55,7 +56,7 @@ def test_a_run_directory_holds_what_the_contract_says(short_run):
 
 
 def test_training_prompts_are_those_that_the_run_has_seen(short_run):
-    table, shown = evaluation.evaluate(
+    table = evaluation.evaluate(
         short_run,
         runs.load_finished(short_run),
         split="train",
@@ -64,7 +65,14 @@ def test_training_prompts_are_those_that_the_run_has_seen(short_run):
         sizes=(1, 2),
         device="cpu",
     )
-    assert table[0]["prompts"] == len(shown) == 48
+    assert table[0]["prompts"] == len(rows_of(short_run / "samples-train.jsonl")) == 48
+
+
+def test_the_win_rate_of_each_prompt_is_kept(short_run):
+    wins = load_file(short_run / "wins.safetensors")
+    for row in json.loads((short_run / "eval.json").read_text())["rows"]:
+        each = wins[f"{row['procedure']}-{row['n']}-{row['scorer']}"]
+        assert each.shape == (32,) and each.mean().item() == pytest.approx(row["win_rate"])
 
 
 def test_the_picture_of_training_prompts_is_another_file(short_run):

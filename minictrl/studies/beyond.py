@@ -10,10 +10,12 @@ from pathlib import Path
 
 from minictrl import runs, theory
 from minictrl.figures import WIN_RATE, errorbars, panels, title
-from minictrl.methods import ONLINE
+from minictrl.methods import get_method
+from minictrl.rollout import score
 from minictrl.sampling import sample
 from minictrl.studies.sweep import METHODS, SCALES, SCORERS, at_kl, common_kl, points, sweep
 from minictrl.studies.trained import over_n
+from minictrl.task import load_task
 
 
 def summary(out: Path, quick: bool):
@@ -163,7 +165,7 @@ def cost(run: Path) -> dict[str, float]:
     prefix, one a token.
     """
     config, _ = runs.load_config(run)
-    last, online = runs.read_metrics(run)[-1], config.method in ONLINE
+    last, online = runs.read_metrics(run)[-1], get_method(config.method).online
     calls = config.prompts * config.K + online * config.steps * config.batch * config.G
     calls += last["tokens"] * (online and config.baseline == "prefix")
     return {"calls": calls, "tokens": last["tokens"], "seconds": last["seconds"]}
@@ -182,11 +184,7 @@ def overhead(out: Path, quick: bool):
     budget = min(SCALES[quick]["budgets"], key=lambda kl: abs(kl - 1))
     run = Path(sweep(out, quick, {"exp10": METHODS["exp10"]}, budgets=(budget,), seeds=1)[0]["run"])
     config, _ = runs.load_config(run)
-    task, part, start = (
-        runs.load_task(config, "train"),
-        min(32, config.prompts),
-        time.perf_counter(),
-    )
+    task, part, start = (load_task(config, "train"), min(32, config.prompts), time.perf_counter())
     samples = sample(
         task.policy,
         task.tokenizer,
@@ -196,7 +194,7 @@ def overhead(out: Path, quick: bool):
         seed=0,
     )
     drawn = time.perf_counter()
-    runs.score(task.reward, task.prompts[:part], samples.texts)
+    score(task.reward, task.prompts[:part], samples.texts)
     scored, scale, total = time.perf_counter(), config.prompts / part, cost(run)
     tokens = int(samples.mask.sum()) * scale
     names = ["reward_calls", "tokens", "forward_passes", "seconds"]

@@ -15,13 +15,13 @@ from statistics import fmean
 import torch
 from torch import Tensor
 
-from minictrl import runs
 from minictrl.calibration import calibrated_reward
 from minictrl.config import Config
 from minictrl.figures import KL, WIN_RATE, errorbars, panels
 from minictrl.models import load_scorer
 from minictrl.pretrain.ratings import halves, load_ratings, split_of
 from minictrl.pretrain.scorers import SIZES, fit
+from minictrl.rollout import score
 from minictrl.scorers.ngram import NgramScorer
 from minictrl.studies.sweep import grouped, pi_ref, points, shown, sweep
 
@@ -134,7 +134,7 @@ def accuracies(
     prompts, texts = zip(*((x, row) for x, row in zip(task.prompts, texts) if x in reviews))
     labels = torch.tensor([reviews[prompt][1] for prompt in prompts])
     better = (
-        runs.score(load_scorer("reviews", "judge"), prompts, [row[:2] for row in texts])
+        score(load_scorer("reviews", "judge"), prompts, [row[:2] for row in texts])
         .argmax(1)
         .tolist()
     )
@@ -146,8 +146,8 @@ def accuracies(
     for model, folder in folders.items():
         scorer = load_scorer(folder, "reward")
         r, r_ref = (
-            runs.score(scorer, prompts, sides),
-            runs.score(scorer, prompts, [row[2:] for row in texts]),
+            score(scorer, prompts, sides),
+            score(scorer, prompts, [row[2:] for row in texts]),
         )
         for reward, x in (("raw", r), ("calibrated", calibrated_reward(r, r_ref))):
             right = [beats(x[:, 2], x[:, 3]), beats(x[:, 2], x[:, 4])]

@@ -28,6 +28,8 @@ import minictrl
 from minictrl import evaluation, runs, theory
 from minictrl.config import Config
 from minictrl.models import load_policy, load_scorer
+from minictrl.rollout import sample_and_score, score
+from minictrl.task import Task, load_task
 
 # Settings of train.py beside --kl and --seed. CTRL's are those with a transform of the calibrated
 # reward.
@@ -203,12 +205,12 @@ def shown(run: str) -> list[dict]:
     return [json.loads(line) for line in (Path(run) / "samples.jsonl").read_text().splitlines()]
 
 
-def pi_ref(config: Config, M: int) -> tuple[runs.Task, Tensor, list[list[str]]]:
+def pi_ref(config: Config, M: int) -> tuple[Task, Tensor, list[list[str]]]:
     """The held-out prompts of a run, and M fresh samples of pi_ref for each: their rewards and
     their texts (P, M).
     """
-    task = runs.load_task(config, "test")
-    return task, *evaluation.pi_ref(task, config, M)
+    task = load_task(config, "test")
+    return task, *evaluation.draw_reference(task, config, M)
 
 
 def scores(folder: Path) -> dict[str, Tensor]:
@@ -222,14 +224,14 @@ def scores(folder: Path) -> dict[str, Tensor]:
         load_scorer(config.judge, "judge"),
         load_policy(str(folder / "policy"))[0].to(task.ids.device),
     )
-    samples, r = runs.rollout(
+    samples, r = sample_and_score(
         task, policy, range(len(task.prompts)), num_samples=M, seed=evaluation.POLICY_SEED
     )
     return {
         "reward": r,
-        "judge": runs.score(judge, task.prompts, samples.texts),
+        "judge": score(judge, task.prompts, samples.texts),
         "reward_ref": r_ref,
-        "judge_ref": runs.score(judge, task.prompts, texts_ref),
+        "judge_ref": score(judge, task.prompts, texts_ref),
     }
 
 

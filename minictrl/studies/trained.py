@@ -16,11 +16,12 @@ from statistics import fmean
 import torch
 from torch import Tensor
 
-from minictrl import evaluation, runs, theory, winrate
+from minictrl import theory, winrate
 from minictrl.config import Config
 from minictrl.figures import KL, WIN_RATE, errorbars, panels, title, tradeoff
 from minictrl.models import load_scorer
-from minictrl.procedures import get_procedure, rewind
+from minictrl.procedures import bon, get_procedure, rewind
+from minictrl.rollout import score
 from minictrl.studies.sweep import (
     AWARE,
     METHODS,
@@ -38,6 +39,11 @@ from minictrl.studies.sweep import (
 )
 
 # --- win rate against KL ---
+
+FIELDS = (
+    "procedure", "n", "scorer", "win_rate", "stderr", "kl", "kl_stderr", "theory", "optimal",
+    "prompts", "samples",
+)  # fmt: skip
 
 
 def curves(axis, table: list[dict], methods, procedure: str, n: int, scorer: str):
@@ -65,7 +71,7 @@ def against_kl(
     for axis, (scorer, (procedure, n)) in zip(axes, product(SCORERS, cases)):
         drawn = methods or dict.fromkeys([*AWARE[procedure], "identity", *OTHERS])
         curves(axis, table, drawn, procedure, n, scorer)
-    kept = ("method", "budget", "seed", *evaluation.FIELDS)
+    kept = ("method", "budget", "seed", *FIELDS)
     return [
         {name: row.get(name) for name in kept}
         for row in rows
@@ -134,10 +140,7 @@ def best_of(out: Path, quick: bool) -> list[dict]:
     P, M, fresh = (24, 32, 64) if quick else (200, 64, 256)
     config = Config(prompts=P, cache=str(out / "cache")).resolved()
     task, r, texts = pi_ref(config, M + fresh)
-    both = {
-        "reward": r,
-        "judge": runs.score(load_scorer(config.judge, "judge"), task.prompts, texts),
-    }
+    both = {"reward": r, "judge": score(load_scorer(config.judge, "judge"), task.prompts, texts)}
     select_ref, select, rows = r[:, :M].double(), r[:, M:], []
     for size, (procedure, n) in product((2, 4, 8), (("standard", 1), ("bon", 4), ("won", 4))):
         kl = math.log(size) - (size - 1) / size
@@ -181,7 +184,7 @@ def best_of_weights(select: Tensor, size: int, procedure: str, n: int) -> Tensor
             f"{M} samples a prompt: {procedure} {n} of Best-of-{size} needs {n * size}; draw more"
         )
     if procedure != "won":
-        return winrate.bon(select.double(), n * size, torch.empty(0))
+        return bon.weights(select.double(), n * size, torch.empty(0))
     below = [
         [Fraction(math.comb(m, j * size), math.comb(M, j * size)) for j in range(n + 1)]
         for m in range(M + 1)
@@ -189,7 +192,7 @@ def best_of_weights(select: Tensor, size: int, procedure: str, n: int) -> Tensor
     cdf = [
         float(1 - sum((-1) ** j * math.comb(n, j) * p for j, p in enumerate(row))) for row in below
     ]
-    return winrate.by_rank(select.double(), cdf)
+    return bon.by_rank(select.double(), cdf)
 
 
 # --- other pictures of the sweep ---
