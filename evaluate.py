@@ -60,7 +60,8 @@ def main(argv=None):
         first = table[0]
         print(
             f"\n{run}: {first['prompts']} {args.split} prompts, {first['samples']} responses each, "
-            f"KL {first['kl']:.3f} ± {first['kl_stderr']:.3f} nats\n\n{evaluation.markdown(table)}\n"
+            f"KL {first['kl']:.3f} ± {first['kl_stderr']:.3f} "
+            f"nats\n\n{evaluation.markdown(table)}\n"
         )
         print(figures.draw(run, args.split, table))
 

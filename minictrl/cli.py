@@ -24,7 +24,8 @@ def run_script(main):
         sys.exit(2)
     except KeyboardInterrupt:
         print(
-            f"{Path(sys.argv[0]).name}: stopped; the same command (train.py: with --resume) goes on",
+            f"{Path(sys.argv[0]).name}: stopped; the same command (train.py: with --resume) goes "
+            "on",
             file=sys.stderr,
         )
         sys.exit(130)

@@ -33,7 +33,8 @@ def load_prompts(task_or_file: str, split: str = "train") -> list[Prompt]:
         prompts = unique(convert(read_jsonl(Path(task_or_file)), prompt_of))
         if len(prompts) < 10:
             raise ValueError(
-                f"{task_or_file} has {len(prompts)} prompts: give at least 10, every tenth for evaluation"
+                f"{task_or_file} has {len(prompts)} prompts: give at least 10, every tenth for "
+                "evaluation"
             )
         return [prompt for i, prompt in enumerate(prompts) if (i % 10 == 9) == (split == "test")]
     source = task(task_or_file).get("data")
@@ -164,8 +165,8 @@ def prompt_of(row) -> Prompt:
     if is_prompt(prompt):
         return prompt
     raise ValueError(
-        'give "prompt", a text that is not empty, or "messages", a list of {"role": system, user or '
-        f'assistant, "content": …}} that ends with the user\'s; it holds {str(row)[:80]}'
+        'give "prompt", a text that is not empty, or "messages", a list of {"role": system, user '
+        f'or assistant, "content": …}} that ends with the user\'s; it holds {str(row)[:80]}'
     )
 
 
@@ -188,7 +189,8 @@ def pair_of(row) -> Pair:
                 answer = " " + answer.strip()  # what continues a text is set off by a space
         if not isinstance(answer, str) or not answer.strip():
             raise ValueError(
-                f'"{side}" is missing or empty: give both sides, or leave such rows out (skip_bad=True)'
+                f'"{side}" is missing or empty: give both sides, or leave such rows out '
+                "(skip_bad=True)"
             )
         sides.append(answer)
     return prompt, *sides

@@ -66,7 +66,8 @@ def load_policy(
     )
     if eos is None:
         raise ValueError(
-            f"policy {name}: neither tokenizer nor config has an EOS token, so no response could end; "
+            f"policy {name}: neither tokenizer nor config has an EOS token, so no response could "
+            "end; "
             "set eos_token in its tokenizer_config.json"
         )
     tokenizer.eos_token = tokenizer.convert_ids_to_tokens(eos[0] if isinstance(eos, list) else eos)
@@ -137,7 +138,8 @@ def load_classifier(name: str, role: str, label: str, device: torch.device):
     labels = [model.config.id2label[i] for i in range(model.config.num_labels)]
     if label not in (labels if len(labels) > 1 else ["", *labels]):
         raise ValueError(
-            f"{role} model {name}: has {len(labels)} labels ({', '.join(labels)}), not one score; give "
+            f"{role} model {name}: has {len(labels)} labels ({', '.join(labels)}), not one score; "
+            "give "
             f"{name}#{labels[-1]} for the log-odds of a label, or another model"
         )
     head = getattr(model, "score", None)  # of a causal model, read at the last token
@@ -176,6 +178,7 @@ def finite(scores: Tensor, name: str, role: str) -> Tensor:
     bad = int((~scores.isfinite()).sum())
     if bad:
         raise ValueError(
-            f"{role} model {name} gave {bad} of {scores.numel()} scores that are not finite: use another"
+            f"{role} model {name} gave {bad} of {scores.numel()} scores that are not finite: use "
+            "another"
         )
     return scores.float().cpu()

@@ -56,7 +56,8 @@ def token_rewards(R: Tensor, logprobs: Tensor, ref_logprobs: Tensor, mask: Tenso
     mask = _check(mask, logprobs=logprobs, ref_logprobs=ref_logprobs)
     if R.shape != mask.shape[:1]:
         raise ValueError(
-            f"R is {tuple(R.shape)}: must be ({len(mask)},), one Phi(C_hat) / beta for each response"
+            f"R is {tuple(R.shape)}: must be ({len(mask)},), one Phi(C_hat) / beta for each "
+            "response"
         )
     rewards = (ref_logprobs - logprobs).masked_fill(~mask, 0)
     last = mask.sum(1, keepdim=True) - 1

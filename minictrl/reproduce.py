@@ -71,7 +71,8 @@ def main(argv: list[str] | None = None):
                 figures.save(figure, args.out / f"{name}.png")
             write_csv(args.out / f"{name}.csv", rows)
             print(
-                f"{args.out / name}.csv, .png: {len(rows)} rows, {time.perf_counter() - start:.1f} s",
+                f"{args.out / name}.csv, .png: {len(rows)} rows, {time.perf_counter() - start:.1f} "
+                "s",
                 flush=True,
             )
     except ImportError as error:

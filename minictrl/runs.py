@@ -50,7 +50,8 @@ def check(out: Path, settings: dict, config: Config, *, resume: bool, overwrite:
         for name, value in settings.items():
             if name != "out" and value != getattr(stored, name):
                 raise ValueError(
-                    f"--{name.replace('_', '-')} {value}: {out} was started with {getattr(stored, name)}; "
+                    f"--{name.replace('_', '-')} {value}: {out} was started with "
+                    f"{getattr(stored, name)}; "
                     "leave it out to resume, or give another --out"
                 )
         return stored
@@ -59,7 +60,8 @@ def check(out: Path, settings: dict, config: Config, *, resume: bool, overwrite:
             raise ValueError(f"--out {out}: holds something that is no run; give another --out")
         if not overwrite:
             raise ValueError(
-                f"--out {out}: holds a run already; add --resume or --overwrite, or give another --out"
+                f"--out {out}: holds a run already; add --resume or --overwrite, or give another "
+                "--out"
             )
     return config
 

@@ -65,7 +65,8 @@ class FakeCuda(TorchFunctionMode):
             places = {on_gpu(x) for x in tensors if x.dim()}
             if len(places) > 1:
                 raise RuntimeError(
-                    f"{name}: tensors on two devices: {[(tuple(x.shape), on_gpu(x)) for x in tensors]}"
+                    f"{name}: tensors on two devices: "
+                    f"{[(tuple(x.shape), on_gpu(x)) for x in tensors]}"
                 )
             gpu = places.pop() if places else any(map(on_gpu, tensors))
             if name == "numpy" and gpu:
@@ -105,7 +106,7 @@ class FakeGraph:
     def replay(self):
         now = {}  # id of a recorded result -> what it is in this replay
         for func, args, kwargs, out in self.calls:
-            args, kwargs = tree_map(lambda x: now.get(id(x), x), (args, kwargs))
+            args, kwargs = tree_map(lambda x, now=now: now.get(id(x), x), (args, kwargs))
             with torch._C.DisableTorchFunction():  # FakeCuda looks at what is called from Python
                 now |= {
                     id(x): y for x, y in zip(tree_leaves(out), tree_leaves(func(*args, **kwargs)))

@@ -16,7 +16,7 @@ def test_raw_rewards_get_the_beta_of_their_own_tilt():
 
 
 @pytest.mark.parametrize("transform, share", [("identity", 0.8), ("exp10", 0.5), ("exp-10", 2.0)])
-def test_a_policy_that_falls_short_of_the_theorys_kl_or_beyond_and_lags_behind_is_brought_to_its_budget(
+def test_a_policy_that_lags_behind_and_misses_the_theorys_kl_is_brought_to_its_budget(
     transform, share
 ):
     settings = dict(procedure="bon", n=4, K=100)

@@ -43,7 +43,8 @@ def test_a_run_directory_holds_what_the_contract_says(short_run):
     assert more["beta"] == pytest.approx(theory.beta_for_kl("exp10", 1.0))
     row = rows_of(short_run / "metrics.jsonl")[0]
     for name in (
-        "step tokens seconds reward C_hat Phi kl_ref kl_ref_stderr beta approx_kl clipfrac entropy value_loss "
+        "step tokens seconds reward C_hat Phi kl_ref kl_ref_stderr beta approx_kl clipfrac entropy "
+        "value_loss "
         "explained_variance lr tok_per_s"
     ).split():
         assert name in row

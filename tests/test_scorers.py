@@ -88,7 +88,8 @@ def test_score_does_not_depend_on_the_batch_or_the_process():
     scores = random_scorer().score(texts)
     torch.testing.assert_close(scores, torch.cat([random_scorer().score([text]) for text in texts]))
     code = (
-        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); from test_scorers import *; "
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); from test_scorers import "
+        "*; "
         "print(*random_scorer().score(GOOD + BAD).tolist())"
     )
     out = subprocess.run(

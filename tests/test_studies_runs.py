@@ -113,7 +113,7 @@ def test_a_run_with_other_settings_is_not_taken_for_this_one(tmp_path, scripts):
         sweep.run(tmp_path / "run", settings | {"kl": 2.0}, prompts=8, samples=8)
 
 
-def test_at_equal_kl_the_share_of_the_optimum_is_regressed_on_log_kl_with_the_error_of_least_squares():
+def test_at_equal_kl_the_share_of_the_optimum_is_regressed_with_the_error_of_least_squares():
     kls, noise = (0.6, 0.9, 1.0, 1.3, 1.9), (0.01, -0.02, 0.0, 0.02, -0.01)
     share = lambda kl: 0.8 + 0.1 * math.log(kl)  # noqa: E731
     runs_of = lambda noise: [  # noqa: E731

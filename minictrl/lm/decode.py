@@ -108,7 +108,8 @@ def _repeat(step: Callable[[], None], count: int, *, recorded: bool) -> None:
         except RuntimeError as error:
             torch.cuda.set_stream(stream)  # the context doesn't do so if it fails
             warnings.warn(
-                f"a decode step can't be recorded ({first_line(error)}); it is launched anew each time",
+                f"a decode step can't be recorded ({first_line(error)}); it is launched anew each "
+                "time",
                 stacklevel=2,
             )
         else:

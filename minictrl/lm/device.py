@@ -39,7 +39,8 @@ def halving(size: int, work: Callable[[int], Result]) -> tuple[Result, int]:
         except torch.OutOfMemoryError:
             if size == 1:
                 raise ValueError(
-                    "out of GPU memory with one response at a time: use a smaller model, or shorter "
+                    "out of GPU memory with one response at a time: use a smaller model, or "
+                    "shorter "
                     "prompts and responses"
                 ) from None
             size //= 2

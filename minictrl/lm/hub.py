@@ -45,9 +45,13 @@ def unreachable(kind: str, name: str, error: Exception) -> str:
     if Path(name).exists():
         return f"{kind} {name}: can't be read ({why}); give a directory in the hub's layout"
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
-        return f"{kind} {name}: there is no such file or directory; give a hub name or a path that exists"
+        return (
+            f"{kind} {name}: there is no such file or directory; give a hub name or a path that "
+            "exists"
+        )
     return (
-        f"{kind} {name}: not in the hub's cache here, and the hub can't be reached or has none of that name "
+        f"{kind} {name}: not in the hub's cache here, and the hub can't be reached or has none of "
+        "that name "
         f"({why}); put its files into ./{name}, or into $MINICTRL_HUB/{name}, or give a directory"
     )
 
@@ -80,7 +84,8 @@ def from_hub(loader, kind: str, name: str, **options):
     ) as error:
         if "gguf_file" in options:
             raise ValueError(
-                f"{kind} {name}/{options['gguf_file']}: can't be read ({first_line(error)}); a .gguf file "
+                f"{kind} {name}/{options['gguf_file']}: can't be read ({first_line(error)}); a "
+                ".gguf file "
                 "needs pip install -e '.[gguf]'"
             ) from None
         raise ValueError(unreachable(kind, name, error)) from None
@@ -90,13 +95,15 @@ def from_hub(loader, kind: str, name: str, **options):
             and not loaded("a", add_special_tokens=False)["input_ids"]
         ):
             raise ValueError(
-                f"{kind} {name}: there are no tokenizer files; put its tokenizer.json beside the weights"
+                f"{kind} {name}: there are no tokenizer files; put its tokenizer.json beside the "
+                "weights"
             )
         return loaded
     missing = sorted(loaded[1]["missing_keys"])
     if missing:
         raise ValueError(
-            f"{kind} {name}: has no weights for {', '.join(missing[:3])}{' …' * (len(missing) > 3)}; give "
+            f"{kind} {name}: has no weights for "
+            f"{', '.join(missing[:3])}{' …' * (len(missing) > 3)}; give "
             f"a model saved as {loader.__name__.removeprefix('AutoModelFor')}"
         )
     return loaded[0]

@@ -29,7 +29,8 @@ class BestOf(Base):
         beta, K = super().beta_for(kl), self.config.K
         if self.best_of(beta) > K:
             raise ValueError(
-                f"--kl {kl:g} is out of reach of {K} samples: it is Best-of-{self.best_of(beta)}'s; "
+                f"--kl {kl:g} is out of reach of {K} samples: it is "
+                f"Best-of-{self.best_of(beta)}'s; "
                 "use a smaller KL, or more samples (--K)"
             )
         return beta

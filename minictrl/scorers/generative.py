@@ -70,7 +70,8 @@ def log_odds(
         )
     if this == other:
         raise ValueError(
-            f"judge {tokenizer.name_or_path}: {' and '.join(answers)} begin with one token; use another"
+            f"judge {tokenizer.name_or_path}: {' and '.join(answers)} begin with one token; use "
+            "another"
         )
     head = model.get_output_embeddings()
 

@@ -53,7 +53,8 @@ class NgramScorer(nn.Module):
         super().__init__()
         if buckets < 1 or not 1 <= characters[0] <= characters[1]:
             raise ValueError(
-                f"buckets {buckets}, characters {characters}: use buckets >= 1 and 1 <= shortest <= longest"
+                f"buckets {buckets}, characters {characters}: use buckets >= 1 and 1 <= shortest "
+                "<= longest"
             )
         self.config = {"buckets": buckets, "characters": list(characters)}
         self.value = nn.Parameter(torch.zeros(buckets))
@@ -112,7 +113,8 @@ class NgramScorer(nn.Module):
         path = Path(folder) / "scorer.safetensors"
         if not path.is_file():
             raise ValueError(
-                f"{folder} holds no scorer.safetensors: name a directory that NgramScorer.save wrote"
+                f"{folder} holds no scorer.safetensors: name a directory that NgramScorer.save "
+                "wrote"
             )
         with safe_open(path, "pt") as file:
             scorer = cls(**json.loads(file.metadata()["config"]))
@@ -149,7 +151,8 @@ def pair_accuracy(
     """
     if scores.shape != labels.shape or scores.dim() != 1 or not scores.isfinite().all():
         raise ValueError(
-            f"scores {tuple(scores.shape)}, labels {tuple(labels.shape)}: both must be (B,), scores finite"
+            f"scores {tuple(scores.shape)}, labels {tuple(labels.shape)}: both must be (B,), "
+            "scores finite"
         )
     counts = (labels[:, None] > labels).double()
     right = (

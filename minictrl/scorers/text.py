@@ -46,7 +46,8 @@ def chat(tokenizer, messages: list[dict], **options) -> str:
     except (TemplateError, ValueError, TypeError, KeyError) as error:
         roles = ", ".join(m["role"] for m in messages)
         raise ValueError(
-            f"the chat template of {tokenizer.name_or_path} fails on messages of {roles} ({error}): "
+            f"the chat template of {tokenizer.name_or_path} fails on messages of {roles} "
+            f"({error}): "
             "change the messages, or take the template out of its tokenizer_config.json"
         ) from None
 
@@ -84,7 +85,8 @@ def scorer_tokenizer(model: nn.Module, name: str, role: str):
         or tokenizer.pad_token_id >= model.get_input_embeddings().num_embeddings
     ):
         raise ValueError(
-            f"{role} model {name}: its tokenizer has no pad, UNK or EOS token that the model knows; set "
+            f"{role} model {name}: its tokenizer has no pad, UNK or EOS token that the model "
+            "knows; set "
             "pad_token in its tokenizer_config.json"
         )
     # a causal classifier reads the last token that isn't it
@@ -100,7 +102,8 @@ def in_batches(
     ids = token_ids(tokenizer, texts) if texts else []
     if any(len(row) >= tokenizer.model_max_length for row in ids):
         warnings.warn(
-            f"{tokenizer.name_or_path}: texts of more than {tokenizer.model_max_length} tokens lose their "
+            f"{tokenizer.name_or_path}: texts of more than {tokenizer.model_max_length} tokens "
+            "lose their "
             "beginning",
             stacklevel=2,
         )
@@ -122,7 +125,8 @@ def in_batches(
             except torch.OutOfMemoryError:
                 if len(part) == 1:
                     raise ValueError(
-                        f"out of GPU memory with one text of {tokenizer.name_or_path}: use a smaller "
+                        f"out of GPU memory with one text of {tokenizer.name_or_path}: use a "
+                        "smaller "
                         "scorer, or --device cpu"
                     ) from None
                 budget //= 2

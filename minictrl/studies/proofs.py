@@ -83,7 +83,7 @@ def maximise(objective, start: Tensor) -> Tensor:
             line_search_fn="strong_wolfe",
         )
 
-        def loss():
+        def loss(optimizer=optimizer):
             optimizer.zero_grad()
             negative = -objective(x)
             negative.backward()

@@ -89,7 +89,8 @@ def script(name: str):
     path = Path(minictrl.__file__).parent.parent / f"{name}.py"
     if not path.is_file():
         raise ValueError(
-            f"{path} is missing: a study that trains needs a clone of the repository, pip install -e ."
+            f"{path} is missing: a study that trains needs a clone of the repository, pip install "
+            "-e ."
         )
     module = importlib.util.module_from_spec(
         spec := importlib.util.spec_from_file_location(name, path)
@@ -190,7 +191,8 @@ def sweep(
             bar.update(folder in missing)
     if not rows:
         raise ValueError(
-            f"{out / scale['folder']} has no finished run of {', '.join(methods)}: leave --done out to train them"
+            f"{out / scale['folder']} has no finished run of {', '.join(methods)}: leave --done "
+            "out to train them"
         )
     return rows
 
