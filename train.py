@@ -52,22 +52,33 @@ def main(argv=None):
     config = Config(**settings)  # --help and a mistyped value cost no import of torch
 
     from minictrl import runs
+
+    config = config.resolved()
+    with runs.hold(Path(config.out)):
+        config = runs.check(Path(config.out), settings, config, resume=resume, overwrite=overwrite)
+        return train(config, resume)
+
+
+def train(config: Config, resume: bool):
+    from minictrl import runs
     from minictrl.budget import Budget
     from minictrl.methods import get_method
-    from minictrl.models import save_policy
+    from minictrl.models import load_scorer, save_policy
     from minictrl.rollout import reference_key, reference_samples
     from minictrl.task import load_task
     from minictrl.update import freeze, make_learner
 
     # Whatever can be wrong with the input is found here, before the first sample is drawn.
-    start, config = time.time(), config.resolved()
-    out = Path(config.out)
-    config = runs.check(out, settings, config, resume=resume, overwrite=overwrite)
+    start, out = time.time(), Path(config.out)
     method = get_method(config.method)(config)  # its Phi, its beta, its loss
     task = load_task(config, "train")
+    judge = load_scorer(config.judge, "judge", device=config.device)  # evaluate.py's
+    made_from = runs.digests_of(config, task, judge)
     freeze(task.policy, config.layers)
-    if not resume:
-        runs.create(out, config)
+    if resume:
+        runs.check_made_from(out, config, made_from)
+    else:
+        runs.create(out, config, made_from)
 
     # 1. Calibrate: K samples per prompt from pi_ref with their rewards. Every seed shares them.
     reference = reference_samples(task, config.K, seed=0, cache=config.cache, name="calibrate")
@@ -76,7 +87,7 @@ def main(argv=None):
     # 2. Transform: Phi is the method's, and beta follows from the KL budget.
     beta_at = partial(method.beta_for, r_ref=reference.r_ref)
     budget = Budget(config.kl, beta_at, beta=method.beta)
-    runs.describe(out, config, budget.beta)
+    runs.describe(out, config, budget.beta, made_from)
 
     # 3. Maximise E[Phi(C_hat)] - beta KL(pi || pi_ref).
     learner = make_learner(task.policy, value_head=method.online and config.baseline == "value")

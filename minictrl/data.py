@@ -213,8 +213,8 @@ def parse_hh(text: str) -> list[dict]:
         or not all(contents[:-1])
     ):
         raise ValueError(
-            'no transcript of "\\n\\nHuman: …" and "\\n\\nAssistant: …" in turns, the assistant last; '
-            f"it holds {text[:60]!r}…"
+            'no transcript of "\\n\\nHuman: …" and "\\n\\nAssistant: …" in turns, the assistant '
+            f"last; it holds {text[:60]!r}…"
         )
     return [{"role": role, "content": content} for role, content in zip(roles, contents)]
 

@@ -64,6 +64,7 @@ def evaluate(
     config = replace(config, prompts=prompts, device=device)
     task = load_task(config, split)
     judge = load_scorer(config.judge, "judge", device=device)
+    runs.check_made_from(run, config, runs.digests_of(config, task, judge))
     policy, _ = load_policy(str(run / "policy"))
     policy.to(task.ids.device)
     reward_ref, texts_ref = draw_reference(task, config, M)

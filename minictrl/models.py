@@ -25,6 +25,7 @@ from minictrl.config import TASKS
 from minictrl.data import ASSETS, Prompt
 from minictrl.lm.device import resolve_device
 from minictrl.lm.hub import from_hub
+from minictrl.lm.identity import config_of, tokenizer_of
 from minictrl.reference import digest
 from minictrl.scorers.generative import QUESTION, load_generative
 from minictrl.scorers.ngram import NgramScorer
@@ -101,19 +102,21 @@ def load_scorer(
     role: "reward" or "judge". name_or_path: a task's, a hub name or a directory, of a sequence
     classifier with one label (NAME#LABEL: the log-odds of one label of several), or of a causal LM,
     whose score is the log-odds of Yes against No as the next token after judge.QUESTION. Prompts
-    may be chat messages; the scorer's own chat template is used if it has one. A reward model's
-    `score.digest` names its weights. Raises ValueError on an unknown role or model; `score` does on
-    a score that isn't finite.
+    may be chat messages; the scorer's own chat template is used if it has one. `score.digest`
+    names all that a score depends on. Raises ValueError on an unknown role or model; `score` does
+    on a score that isn't finite.
     """
     if role not in ("reward", "judge"):
         raise ValueError(f"unknown role {role!r}: use reward or judge")
     name = TASKS[name_or_path][role] if name_or_path in TASKS else str(name_or_path)
     path = ASSETS / role if name == "reviews" else Path(name)
     if (path / "scorer.safetensors").is_file() or name == "reviews":
-        model, options = NgramScorer.load(path), ()
-        evaluate = lambda prompts, texts: model.score(
-            [plain(x) + y for x, y in zip(prompts, texts, strict=True)]
-        )
+        model = NgramScorer.load(path)
+        options = (model.config,)
+
+        def evaluate(prompts: list[Prompt], texts: list[str]) -> Tensor:
+            return model.score([plain(x) + y for x, y in zip(prompts, texts, strict=True)])
+
     else:
         device = resolve_device(device) if isinstance(device, str) else device
         name, _, label = name.partition("#")
@@ -121,13 +124,12 @@ def load_scorer(
         generative = (config.architectures or [""])[0].endswith(("ForCausalLM", "LMHeadModel"))
         load = load_generative if generative else load_classifier
         model, tokenizer, evaluate = load(name, role, label, device)
-        options = (tokenizer.chat_template, label, QUESTION)
+        options = (config_of(model), tokenizer_of(tokenizer), label, QUESTION)
 
     def score(prompts: list[Prompt], texts: list[str]) -> Tensor:
         return finite(evaluate(prompts, texts), name_or_path, role)
 
-    # what cached rewards depend on
-    score.digest = digest(model, *options) if role == "reward" else None
+    score.digest = digest(model, *options)  # of all that a score depends on
     return score
 
 

@@ -37,29 +37,41 @@ class Reference:
         return Reference(*(getattr(self, f.name)[index] for f in fields(self)))
 
     def save(self, path: Path, digest: str):
+        """Writes all tensors with their check sum and a digest of what they depend on."""
         temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # runs share a cache
-        save_file(
-            {f.name: getattr(self, f.name).contiguous() for f in fields(self)},
-            temporary,
-            {"digest": digest},
-        )
+        tensors = {f.name: getattr(self, f.name).contiguous() for f in fields(self)}
+        save_file(tensors, temporary, {"digest": digest, "sha256": check_sum(tensors)})
         os.replace(temporary, path)
 
     @classmethod
     def load(cls, path: Path, digest: str | None = None) -> Reference | None:
-        """What `save` wrote; None if there is no file, it has another digest, or it is damaged
-        (with a warning).
+        """What `save` wrote; None if there is no file, it has another digest, or it is damaged.
+
+        One that is damaged gives a warning.
         """
         if not path.exists():
             return None
         try:
             with safe_open(path, "pt") as file:
-                if digest not in (None, file.metadata()["digest"]):
+                metadata = file.metadata()
+                if digest not in (None, metadata["digest"]):
                     return None
-                return cls(*(file.get_tensor(f.name) for f in fields(cls)))
-        except (SafetensorError, OSError, KeyError, TypeError) as error:
+                tensors = {f.name: file.get_tensor(f.name) for f in fields(cls)}
+            if metadata["sha256"] != check_sum(tensors):
+                raise ValueError("its check sum is another")
+            return cls(**tensors)
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             warnings.warn(f"{path} is damaged ({error}); its samples are drawn again", stacklevel=2)
             return None
+
+
+def check_sum(tensors: dict[str, Tensor]) -> str:
+    """SHA-256 of tensors by name, in hex."""
+    sha = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        sha.update(name.encode())
+        sha.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return sha.hexdigest()
 
 
 def digest(*parts) -> str:
@@ -67,11 +79,9 @@ def digest(*parts) -> str:
     sha = hashlib.sha256()
     for part in parts:
         if isinstance(part, torch.nn.Module):
-            for name, tensor in part.state_dict().items():
-                sha.update(name.encode())
-                sha.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+            sha.update(check_sum(part.state_dict()).encode())
         else:
-            sha.update(json.dumps(part, sort_keys=True).encode())
+            sha.update(json.dumps(part, sort_keys=True, default=str).encode())
         sha.update(b"|")
     return sha.hexdigest()[:16]
 

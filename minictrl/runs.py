@@ -5,6 +5,7 @@ Files are written under a temporary name and renamed.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import pickle
@@ -13,7 +14,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -26,9 +27,14 @@ import minictrl
 from minictrl.batch import Batch
 from minictrl.budget import Budget
 from minictrl.config import Config, is_run
+from minictrl.data import load_prompts
 from minictrl.files import write_json
+from minictrl.reference import digest
+from minictrl.rollout import policy_digest
+from minictrl.task import Task
 from minictrl.update import Learner
 
+MARKER = ".minictrl"  # the file that says that a directory is ours to delete
 CHECKPOINT = 20  # seconds between checkpoints, at least; 20 times what one takes, if that is more
 
 # The columns of metrics.jsonl; None where a method has no such number.
@@ -39,11 +45,28 @@ METRICS = (
 )  # fmt: skip
 
 
+def hold(out: Path):
+    """An open file that keeps every other run away from `out` until it is closed, or the run ends.
+
+    It lies beside `out`, because a new run deletes what is in there. Raises ValueError if another
+    run is at work.
+    """
+    out = out.absolute()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    lock = open(out.parent / f".{out.name}.lock", "w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"--out {out}: another run is at work there; give another --out") from None
+    return lock
+
+
 def check(out: Path, settings: dict, config: Config, *, resume: bool, overwrite: bool) -> Config:
     """The settings to run with: those given, or with `resume` those of the run that `out` holds.
 
     Raises ValueError where `out` must not be touched: it holds another run and neither was asked
-    for, or no run to resume, or other settings were given than the run to resume has.
+    for, or no run to resume, or other settings were given than the run to resume has, or what the
+    new run reads would be deleted with the old one.
     """
     if resume:
         stored, _ = load_config(out)
@@ -51,30 +74,34 @@ def check(out: Path, settings: dict, config: Config, *, resume: bool, overwrite:
             if name != "out" and value != getattr(stored, name):
                 raise ValueError(
                     f"--{name.replace('_', '-')} {value}: {out} was started with "
-                    f"{getattr(stored, name)}; "
-                    "leave it out to resume, or give another --out"
+                    f"{getattr(stored, name)}; leave it out to resume, or give another --out"
                 )
         return stored
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        if not holds_run(out):
-            raise ValueError(f"--out {out}: holds something that is no run; give another --out")
-        if not overwrite:
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return config
+    if not holds_run(out):
+        raise ValueError(f"--out {out}: holds something that is no run; give another --out")
+    if not overwrite:
+        raise ValueError(
+            f"--out {out}: holds a run already; add --resume or --overwrite, or give another --out"
+        )
+    for name in ("task", "policy", "reward", "judge", "cache"):
+        path = Path(getattr(config, name).partition("#")[0])
+        if path.exists() and path.resolve().is_relative_to(out.resolve()):
             raise ValueError(
-                f"--out {out}: holds a run already; add --resume or --overwrite, or give another "
-                "--out"
+                f"--{name} {path}: lies in {out}, which --overwrite deletes; give another --out"
             )
     return config
 
 
 def holds_run(out: Path) -> bool:
-    """Whether a directory is a run's, be it damaged."""
-    try:
-        stored = json.loads((out / "config.json").read_text())
-    except (OSError, UnicodeDecodeError):
-        return False
-    except ValueError:
+    """Whether a directory is a run's, be it damaged: it has our marker, or a run's config.json."""
+    if (out / MARKER).is_file():
         return True
-    return is_run(stored)
+    try:
+        return is_run(json.loads((out / "config.json").read_text()))
+    except (OSError, ValueError):
+        return False
 
 
 def load_config(run: Path) -> tuple[Config, dict]:
@@ -104,42 +131,52 @@ def load_finished(run: Path) -> Config:
     return config
 
 
-def create(out: Path, config: Config):
-    """An empty run directory with its config.json; what was there is deleted (`check` has
-    asked).
-    """
+def create(out: Path, config: Config, made_from: dict[str, str]):
+    """An empty run directory with its config.json; what was there is deleted: `check` has asked."""
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
-    write_json(out / "config.json", asdict(config))
+    (out / MARKER).write_text("a run of train.py, which --overwrite may delete\n")
+    write_json(out / "config.json", asdict(config) | {"made_from": made_from})
 
 
-def describe(out: Path, config: Config, beta: float):
-    """config.json: every setting, with the beta that a KL budget came to, and what else a number
-    may depend on.
-    """
-    commit = (
-        subprocess.run(
-            ["git", "-C", str(Path(minictrl.__file__).parent), "rev-parse", "HEAD"],
-            capture_output=True,
-            text=True,
-        ).stdout.strip()
-        if shutil.which("git")
-        else ""
-    )
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    write_json(
-        out / "config.json",
-        asdict(config)
-        | {
-            "beta": beta,
-            "commit": commit or None,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "gpu": gpu,
-            "threads": torch.get_num_threads(),
-        },
-    )
+def describe(out: Path, config: Config, beta: float, made_from: dict[str, str]):
+    """config.json: every setting, the beta that a KL budget came to, and what else matters."""
+    here = str(Path(minictrl.__file__).parent)
+    commit = ""
+    if shutil.which("git"):
+        command = ["git", "-C", here, "rev-parse", "HEAD"]
+        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    versions = {
+        "commit": commit or None,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "threads": torch.get_num_threads(),
+    }
+    settings = asdict(config) | {"beta": beta, "made_from": made_from}
+    write_json(out / "config.json", settings | versions)
+
+
+def digests_of(config: Config, task: Task, judge: Callable) -> dict[str, str]:
+    """What a run's numbers depend on: a digest each of policy, reward model, judge and prompts."""
+    prompts = [load_prompts(config.task, split) for split in ("train", "test")]
+    return {
+        "policy": policy_digest(task),
+        "reward": task.reward.digest,
+        "judge": judge.digest,
+        "task": digest(*prompts),
+    }
+
+
+def check_made_from(run: Path, config: Config, made_from: dict[str, str]):
+    """Raises ValueError if a model or the prompts of a run have changed since it was started."""
+    for name, then in load_config(run)[1].get("made_from", {}).items():
+        if made_from[name] != then:
+            raise ValueError(
+                f"{run}: its --{name} {getattr(config, name)} has changed since the run was "
+                "started; put it back, or train again with --overwrite"
+            )
 
 
 # --- checkpoint and metrics ---

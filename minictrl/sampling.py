@@ -24,6 +24,8 @@ from minictrl.lm.draw import draw, prompt_keys, uniforms
 from minictrl.lm.kvcache import PrefixCache, RepeatedCache, decoding, fitting_rows, is_plain
 from minictrl.lm.prompts import check_lengths, encode_prompts, eos_ids, left_pad
 
+SAMPLER = 1  # its version: another one draws other samples from the same seed
+
 
 @dataclass(frozen=True)
 class Samples:

@@ -9,7 +9,7 @@ FOLDERS = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
 # which may import each other.
 LAYERS = [
     {"calibration", "files", "batch", "cli"},
-    {"procedures", "methods", "lm.device", "lm.hub", "lm.draw", "lm.prompts"},
+    {"procedures", "methods", "lm.device", "lm.hub", "lm.draw", "lm.prompts", "lm.identity"},
     {"config", "procedures.cells", "lm.kvcache"},
     {"procedures.standard", "procedures.bon", "procedures.rewind", "data", "lm.decode"},
     {"procedures.won", "procedures.masses", "lm.logprobs", "winrate"},
@@ -17,7 +17,8 @@ LAYERS = [
     {"transforms", "ppo", "update", "scorers.generative", "pretrain.ratings"},
     {"theory", "models"},
     {"budget", "task"},
-    {"methods.base", "rollout", "runs"},
+    {"methods.base", "rollout"},
+    {"runs"},
     {"methods.ppo", "methods.grpo", "methods.ipo", "methods.bond", "methods.qrpo", "methods.pkpo"},
     {"methods.grpo_fixed", "methods.bonbon", "baselines", "evaluation"},
     {"figures", "trl"},

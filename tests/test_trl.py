@@ -110,7 +110,7 @@ def test_shares_of_the_prompts_fill_the_cache_of_a_single_process(small, tmp_pat
 
 def test_a_run_brings_its_settings_and_its_reference_rewards(small, tmp_path):
     config, task, reward = small
-    runs.create(tmp_path / "run", replace(config, cache=str(tmp_path / "unused")))
+    runs.create(tmp_path / "run", replace(config, cache=str(tmp_path / "unused")), {})
     reference = reference_samples(task, 16, seed=0, cache=config.cache, name="")
     reference.save(tmp_path / "run/reference.safetensors", reference_key(task, 0, task.texts))
     assert Reference.load(tmp_path / "run/reference.safetensors") is not None

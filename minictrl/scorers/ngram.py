@@ -117,7 +117,10 @@ class NgramScorer(nn.Module):
                 "wrote"
             )
         with safe_open(path, "pt") as file:
-            scorer = cls(**json.loads(file.metadata()["config"]))
+            config = (file.metadata() or {}).get("config")
+            if config is None:
+                raise ValueError(f"{path} is damaged: it has no config; write it again")
+            scorer = cls(**json.loads(config))
             scorer.load_state_dict({name: file.get_tensor(name).float() for name in file.keys()})
         return scorer.eval().requires_grad_(False)
 
