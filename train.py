@@ -129,7 +129,7 @@ def online(training, config, task, method, reference):
         Phi_C = Phi.of(r, r_ref)  # Phi(C_hat)
         stats = rollout_stats(batch, r, C_hat, Phi_C)
         beta = budget.follow(stats["kl_ref"]) if step >= WARMUP else budget.beta
-        R = method.reward(r, C_hat, Phi_C, beta)  # Phi(C_hat) / beta
+        R = method.reward(r, r_ref, Phi_C, beta)  # Phi(C_hat) / beta
         batch.R = R.flatten().to(batch.mask)
         batch = with_advantages(batch, task=task, r_ref=r_ref, learner=learner, config=config)
         if batch.values is not None:

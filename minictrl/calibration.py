@@ -53,5 +53,6 @@ def _as_floats(**rewards: Tensor) -> list[Tensor]:
         if not each.isfinite().all():
             bad = int((~each.isfinite()).sum())
             raise ValueError(f"{name} has {bad} rewards that are not finite; drop or rescore them")
-        dtype = torch.promote_types(dtype, each.dtype)
+        exact = each.dtype if each.is_floating_point() else torch.float64
+        dtype = torch.promote_types(dtype, exact)
     return [each.to(dtype) for each in rewards.values()]

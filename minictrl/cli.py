@@ -17,6 +17,8 @@ class Parser(argparse.ArgumentParser):
 
 def run_script(main):
     """Run a script's main: bad input is one line on stderr and exit status 2, never a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # an ASCII locale has no "±"
     try:
         sys.exit(main())
     except (ValueError, OSError) as error:

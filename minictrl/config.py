@@ -163,6 +163,8 @@ class Config:
                 self._need(value >= least, f.name, f"use a whole number of at least {least}")
             if "positive" in f.metadata:
                 self._need(0 < value < float("inf"), f.name, "use a positive number")
+        self._need(self.transform != "", "transform", "give a name, or leave it out")
+        self._need(abs(self.seed) < 2**40, "seed", "use a number of at most 40 bits")
         known = ", ".join(TASKS)
         self._need(
             self.task in TASKS or self.task.endswith(".jsonl"),

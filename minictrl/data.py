@@ -29,6 +29,7 @@ def load_prompts(task_or_file: str, split: str = "train") -> list[Prompt]:
     read, and a bad line, naming its number.
     """
     check_split(split)
+    task_or_file = str(task_or_file)
     if task_or_file.endswith(".jsonl"):
         prompts = unique(convert(read_jsonl(Path(task_or_file)), prompt_of))
         if len(prompts) < 10:

@@ -30,7 +30,8 @@ from minictrl.task import Task, load_task
 from minictrl.transforms import Transform, get_transform
 from minictrl.winrate import win_rate, win_rates
 
-REFERENCE_SEED, POLICY_SEED = 1, 2  # the calibration's is 0: pi_ref's samples here are fresh ones
+# the calibration's is 0, those of training are positive: all samples here are fresh ones
+REFERENCE_SEED, POLICY_SEED = -1, -2
 KL_SAMPLES = 16  # responses per prompt for the KL, whose error is that over prompts
 
 

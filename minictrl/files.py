@@ -2,14 +2,24 @@
 
 import csv
 import json
+import math
 from pathlib import Path
 
 
 def write_json(path: Path, value):
-    """JSON in one step: a reader never sees half a file."""
+    """JSON in one step; a number that is not finite is null, because JSON has no NaN."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=1) + "\n")
+    temporary.write_text(json.dumps(finite(value), indent=1) + "\n")
     temporary.replace(path)
+
+
+def finite(value):
+    """The value with None in place of every number that is not finite."""
+    if isinstance(value, dict):
+        return {name: finite(x) for name, x in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(x) for x in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_csv(path: Path, rows: list[dict]):

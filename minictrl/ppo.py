@@ -74,6 +74,9 @@ def gae(
     (advantages, returns), returns = advantages + values being the value head's target, both 0
     behind the mask. lam = 1 gives the reward to go minus V: unbiased whatever V is.
     """
+    for name, value in (("gamma", gamma), ("lam", lam)):
+        if not 0 <= value <= 1:
+            raise ValueError(f"{name} is {value}: must be between 0 and 1")
     mask = _check(mask, token_rewards=token_rewards, values=values)
     token_rewards, values = token_rewards.masked_fill(~mask, 0), values.masked_fill(~mask, 0)
     advantages = torch.zeros_like(values)
@@ -92,24 +95,31 @@ def prefix_values(to_go: Tensor, C_hat_prefix: Tensor, mask: Tensor) -> Tensor:
     far, one for each t.
 
     to_go, C_hat_prefix: (B, T) sum of the token rewards from t on, and calibrated reward of the
-    prompt with y_<t. The cubic is the ridge regression of to_go on the batch itself, so nothing has
-    to be learned before it serves. It has four numbers for B samples: that V_t has seen its own
-    sample is an effect of order 1 / B. Returns (B, T), 0 behind the mask.
+    prompt with y_<t. The cubic is the ridge regression of to_go on the other responses of the
+    batch (leave-one-out, by the leverage h of each), so no value has seen its own sample. Where a
+    response is the only one left, it keeps its value of one token earlier. Returns (B, T), 0
+    behind the mask.
     """
     mask = _check(mask, to_go=to_go, C_hat_prefix=C_hat_prefix)
-    # (B, T, 3)
-    features = torch.stack([C_hat_prefix, C_hat_prefix**2, C_hat_prefix**3], -1).double()
+    cubic = [C_hat_prefix, C_hat_prefix**2, C_hat_prefix**3]
+    features = torch.stack(cubic, -1).double()  # (B, T, 3)
     values = torch.zeros_like(to_go)
     for t in range(mask.shape[1]):
-        of = mask[:, t]
-        if not of.any():
+        alive = mask[:, t]
+        count = int(alive.sum())
+        if count == 0:
             break
-        x, y = features[of, t], to_go[of, t].double()
+        if count == 1:
+            values[alive, t] = values[alive, t - 1] if t else 0.0
+            continue
+        x, y = features[alive, t], to_go[alive, t].double()
         # all 0 where nothing tells the prefixes apart
         x = (x - x.mean(0)) / x.std(0, correction=0).clamp_min(1e-6)
-        ridge = 0.02 * len(x) * torch.eye(3, dtype=x.dtype, device=x.device)
-        weights = torch.linalg.solve(x.T @ x + ridge, x.T @ (y - y.mean()))
-        values[of, t] = (y.mean() + x @ weights).to(values)
+        ridge = 0.02 * count * torch.eye(3, dtype=x.dtype, device=x.device)
+        inverse = torch.linalg.inv(x.T @ x + ridge)
+        fitted = y.mean() + x @ (inverse @ (x.T @ (y - y.mean())))
+        h = 1 / count + ((x @ inverse) * x).sum(1)  # (count,) share of its own y in each
+        values[alive, t] = ((fitted - h * y) / (1 - h)).to(values)
     return values
 
 
@@ -152,6 +162,12 @@ def policy_loss(
     hold for every token of a response. Stats, means over tokens: approx_kl (KL(pi_old || pi) in
     nats a token, by k3), clipfrac (share of ratios outside 1 +- clip).
     """
+    _check(mask, logprobs=logprobs, old_logprobs=old_logprobs)
+    if advantages.shape not in (mask.shape, (len(mask), 1)):
+        raise ValueError(
+            f"advantages is {tuple(advantages.shape)}, mask is {tuple(mask.shape)}: must be "
+            "(B, T), or (B, 1) for all tokens of a response"
+        )
     pad = ~mask.bool()
     # before exp: a NaN there would reach the gradient
     logratio = (logprobs - old_logprobs).masked_fill(pad, 0)
@@ -171,6 +187,7 @@ def value_loss(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
     T). No clipping.
     """
     # before the square: 0 times a NaN is one, in the gradient
+    _check(mask, values=values, returns=returns)
     error = (values - returns).masked_fill(~mask.bool(), 0)
     return masked_mean(error.square(), mask) / 2
 

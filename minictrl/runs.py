@@ -28,7 +28,7 @@ from minictrl.batch import Batch
 from minictrl.budget import Budget
 from minictrl.config import Config, is_run
 from minictrl.data import load_prompts
-from minictrl.files import write_json
+from minictrl.files import finite, write_json
 from minictrl.reference import digest
 from minictrl.rollout import policy_digest
 from minictrl.task import Task
@@ -141,13 +141,8 @@ def create(out: Path, config: Config, made_from: dict[str, str]):
 
 def describe(out: Path, config: Config, beta: float, made_from: dict[str, str]):
     """config.json: every setting, the beta that a KL budget came to, and what else matters."""
-    here = str(Path(minictrl.__file__).parent)
-    commit = ""
-    if shutil.which("git"):
-        command = ["git", "-C", here, "rev-parse", "HEAD"]
-        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
     versions = {
-        "commit": commit or None,
+        "commit": commit_of(Path(minictrl.__file__).parent.parent),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
@@ -156,6 +151,14 @@ def describe(out: Path, config: Config, beta: float, made_from: dict[str, str]):
     }
     settings = asdict(config) | {"beta": beta, "made_from": made_from}
     write_json(out / "config.json", settings | versions)
+
+
+def commit_of(folder: Path) -> str | None:
+    """The git commit of a folder that is a repository itself, not of one around it."""
+    if not shutil.which("git") or not (folder / ".git").exists():
+        return None
+    command = ["git", "-C", str(folder), "rev-parse", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
 
 
 def digests_of(config: Config, task: Task, judge: Callable) -> dict[str, str]:
@@ -255,7 +258,7 @@ class Training:
         row |= {"step": self.step + 1, "tokens": self.tokens, "seconds": round(self.seconds, 2)}
         row |= {"kl_asked": self.budget.target, "beta": self.budget.beta}
         row |= {"tok_per_s": round(tokens / seconds)}
-        self.metrics.write(json.dumps(row) + "\n")
+        self.metrics.write(json.dumps(finite(row)) + "\n")
         watched = [name for name in ("C_hat", "kl_ref") if row[name] is not None]
         shown = [f"{name} {row[name]:.3f}" for name in watched]
         self.bar.set_postfix_str(" ".join([*shown, f"tok/s {row['tok_per_s']}"]))
@@ -295,18 +298,22 @@ class Training:
 
 
 class Interrupt:
-    """Ctrl-C as a flag, so that a step ends before the checkpoint is written; the second Ctrl-C
-    stops at once.
+    """Ctrl-C and SIGTERM as a flag, so that a step ends before the checkpoint is written.
+
+    The second one stops at once.
     """
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
     def __enter__(self):
         self.asked = False
-        self.previous = signal.signal(signal.SIGINT, self._ask)
+        self.previous = {each: signal.signal(each, self._ask) for each in self.SIGNALS}
         return self
 
     def _ask(self, *_):
         self.asked = True
-        signal.signal(signal.SIGINT, self.previous)
+        self.__exit__()
 
     def __exit__(self, *_):
-        signal.signal(signal.SIGINT, self.previous)
+        for each, previous in self.previous.items():
+            signal.signal(each, previous)

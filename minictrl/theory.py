@@ -150,6 +150,8 @@ def policy_at_kl(
     (G,) each, or (prompts, G) with K. ref is also the cells' width. procedure, n: what a fixed
     point is solved for. Other arguments as in `at_kl`.
     """
+    if math.isnan(kl):
+        raise ValueError(f"kl {kl}: must be a number of nats")
     T, n, kl = mass_map(procedure), at_least_1("n", n), min(float(kl), MAX_KL)
     if kl < 1e-9:
         return cells.grid(COARSE), cells.grid(COARSE)

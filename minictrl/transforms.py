@@ -5,6 +5,7 @@ function in RAW. Chosen where the paper leaves it open: `log` bounds u below by 
 smallest positive C_hat, because an empirical C_hat of 0 has no logarithm.
 """
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from minictrl.procedures.optimum import FIXED_POINTS, fixed_point
 
 MAX_T = 80  # e^80 is still a float32
 FLOOR = 10.0  # nats
+GRID = 10_000  # midpoints of [0, 1]
 
 
 def identity(u: Tensor) -> Tensor:
@@ -67,14 +69,15 @@ class Transform:
         return self.Phi(calibrated_reward(r, r_ref))
 
     def in_nats(self, Phi_C: Tensor, beta: float) -> Tensor:
-        """R = Phi(C_hat) / beta, the objective in units of the KL, at most FLOOR below R(1).
+        """R = Phi(C_hat) / beta, the objective in units of the KL, at most FLOOR below log Z.
 
-        Where the optimum pi_ref e^R / Z has less than e^-FLOOR of pi_ref's mass, it doesn't matter
-        how much less: at 1 nat the floor costs exp-10 0.0002 of its Worst-of-4 win rate. Without it
-        R is -1,043 at C_hat = 0, and a few samples there are all of the gradient.
+        There the optimum pi_ref e^R / Z keeps e^-FLOOR of pi_ref's probability, and it doesn't
+        matter how much less it would keep. Without it R is -1,043 at C_hat = 0 for exp-10 at 1
+        nat, and a few samples there are all of the gradient. Z is that of C_hat's uniform law.
         """
-        top = float(self.Phi(torch.ones(1)))
-        return (Phi_C / beta).clamp(min=top / beta - FLOOR)
+        R = self.Phi((torch.arange(GRID, dtype=torch.float64) + 0.5) / GRID) / beta
+        log_Z = float(R.logsumexp(0)) - math.log(GRID)
+        return (Phi_C / beta).clamp(min=log_Z - FLOOR)
 
 
 @dataclass(frozen=True)

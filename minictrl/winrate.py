@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from minictrl.procedures import get_procedure, rewind
+from minictrl.procedures.masses import at_least_1
 
 
 def win_rate(
@@ -36,6 +37,7 @@ def win_rates(
     weigh = get_procedure(procedure).weights
     scores = {"select": select, "judge": judge, "select_ref": select_ref, "judge_ref": judge_ref}
     _validate(scores, procedure, n)
+    n = int(n)
     select, judge, select_ref, judge_ref = (each.double() for each in scores.values())
     threshold = rewind.threshold_of(select_ref)  # (P,)
     weight, weight_ref = weigh(select, n, threshold), weigh(select_ref, n, threshold)
@@ -66,8 +68,7 @@ def _validate(scores: dict[str, Tensor], procedure: str, n: int) -> None:
         if not each.isfinite().all():
             bad = int((~each.isfinite()).sum())
             raise ValueError(f"{name} has {bad} scores that are not finite; drop or rescore them")
-    if isinstance(n, bool) or not isinstance(n, int) or n < 1:
-        raise ValueError(f"n {n!r}: must be a whole number of at least 1; use 1 for a single draw")
+    at_least_1("n", n)
     M = min(scores["select"].shape[1], scores["select_ref"].shape[1])
     if M < (1 if procedure == "standard" else n):
         raise ValueError(f"n {n} with {M} samples per prompt: draw {n} or more, or lower n")

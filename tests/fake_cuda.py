@@ -157,6 +157,7 @@ class FakeRecording(TorchDispatchMode):
 def install(monkeypatch):
     """What torch.cuda is asked for, and parameters that keep their place, as C++ would have it."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "fake")
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (2**33, 2**34))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda *_: 2**31)

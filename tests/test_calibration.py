@@ -65,3 +65,8 @@ def test_callers_tensors_stay_and_integers_are_fine():
 def test_bad_rewards_are_named(r, r_ref, message):
     with pytest.raises(ValueError, match=message):
         calibrated_reward(r, r_ref)
+
+
+def test_large_whole_numbers_do_not_tie():
+    r, r_ref = torch.tensor([[2**24 + 1]]), torch.tensor([[2**24]])
+    assert calibrated_reward(r, r_ref).item() == 1.0

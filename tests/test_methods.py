@@ -1,3 +1,4 @@
+import itertools
 import math
 from dataclasses import replace
 
@@ -6,8 +7,10 @@ import torch
 
 from minictrl import baselines, theory
 from minictrl.batch import Batch
+from minictrl.calibration import calibrated_reward
 from minictrl.config import Config
 from minictrl.methods import get_method
+from minictrl.methods.pkpo import beats_best_of
 from minictrl.reference import Reference
 from minictrl.rollout import rollout_stats
 from minictrl.update import Learner
@@ -85,9 +88,20 @@ def test_the_prefix_gives_values_that_explain_the_reward_to_go(monkeypatch):
 
 
 def test_pkpo_for_best_of_1_is_the_calibrated_reward():
-    C_hat = torch.rand(6, 4, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    r, r_ref = (torch.randn(6, size, generator=generator).round() for size in (4, 20))
     pkpo = method("pkpo", procedure="bon", n=1, G=4)
-    assert torch.allclose(pkpo.reward(None, C_hat, None, 0.5), C_hat / 0.5)
+    assert torch.allclose(pkpo.reward(r, r_ref, None, 0.5), calibrated_reward(r, r_ref) / 0.5)
+
+
+@pytest.mark.parametrize("n", [1, 3, 6])
+def test_beating_the_best_of_n_is_counted_over_all_subsets_with_ties(n):
+    r, r_ref = torch.tensor([[-1.0, 0, 1, 2]]), torch.tensor([[0.0, 1, 1, -1, 2, 0]])
+    found = beats_best_of(r, r_ref, n)[0]
+    for y, estimate in zip(r[0], found, strict=True):
+        bests = [max(subset) for subset in itertools.combinations(r_ref[0].tolist(), n)]
+        wins = [float(y > best) + float(y == best) / 2 for best in bests]
+        assert float(estimate) == pytest.approx(sum(wins) / len(wins))
 
 
 def test_bond_puts_the_best_of_n_beside_each_response():

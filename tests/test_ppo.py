@@ -263,16 +263,26 @@ def test_ppo_on_a_one_token_bandit_reaches_the_tilted_reference(baseline):
     assert stats["approx_kl"] < 0.02
 
 
-def test_prefix_values_are_the_mean_where_prefixes_are_alike_and_never_read_behind_the_mask():
+def test_prefix_values_are_the_mean_of_the_others_where_prefixes_are_alike():
+    """And nothing is read behind the mask."""
     mask = (torch.arange(4) < torch.tensor([1, 2, 4, 4, 4])[:, None]).float()
-    to_go = torch.randn(5, 4, generator=torch.Generator().manual_seed(0)).masked_fill(
-        mask == 0, torch.nan
-    )
-    values = prefix_values(to_go, torch.full((5, 4), 0.3).masked_fill(mask == 0, torch.nan), mask)
-    assert torch.allclose(
-        values[2, 1:], to_go[1:, 1:].masked_fill(mask[1:, 1:] == 0, torch.nan).nanmean(0), atol=1e-6
-    )
+    to_go = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
+    hidden = to_go.masked_fill(mask == 0, torch.nan)
+    alike = torch.full((5, 4), 0.3).masked_fill(mask == 0, torch.nan)
+    values = prefix_values(hidden, alike, mask)
+    assert values[2, 2] == pytest.approx(float(to_go[3:, 2].mean()), abs=1e-6)
+    assert values[2, 0] == pytest.approx(float(to_go[[0, 1, 3, 4], 0].mean()), abs=1e-6)
     assert (values[mask == 0] == 0).all()
+
+
+@pytest.mark.parametrize("alive", [1, 2, 5, 16])
+def test_a_prefix_value_has_not_seen_its_own_sample(alive):
+    generator = torch.Generator().manual_seed(0)
+    to_go, C_hat = torch.rand(2, alive, 3, generator=generator)
+    mask = torch.ones(alive, 3)
+    before = prefix_values(to_go, C_hat, mask)
+    to_go[0] += 5.0
+    assert torch.allclose(prefix_values(to_go, C_hat, mask)[0], before[0], atol=1e-5)
 
 
 @pytest.mark.parametrize("mask", [torch.tensor([[0, 1], [1, 1]]), torch.tensor([[1, 1], [0, 0]])])

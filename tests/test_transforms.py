@@ -1,5 +1,7 @@
 """minictrl/transforms.py: a name becomes Phi."""
 
+import math
+
 import pytest
 import torch
 
@@ -65,7 +67,8 @@ def test_the_floor_bounds_the_objective_and_leaves_its_optimum_where_it_is(name)
     beta, grid = theory.beta_for_kl(name, 1.0), cells.midpoints(100_000)
     Phi = get_transform(name, beta=beta)
     free, floored = Phi(grid) / beta, Phi.in_nats(Phi(grid), beta)
-    assert floored.max() - floored.min() <= FLOOR * 1.001
+    log_Z = free.logsumexp(0) - math.log(len(grid))
+    assert floored.min() >= log_Z - FLOOR - 1e-3
     assert (free.softmax(0) - floored.softmax(0)).abs().sum() / 2 < 1e-4  # total variation
     if name == "exp-10":
         assert free.min() < -500
@@ -73,6 +76,16 @@ def test_the_floor_bounds_the_objective_and_leaves_its_optimum_where_it_is(name)
         assert torch.equal(free, floored)  # spans less than the floor
     raw = torch.tensor([-1e3, 2.0])
     assert torch.equal(get_transform("none").in_nats(raw, beta), raw / beta)
+
+
+@pytest.mark.parametrize("name, procedure", [("exp-10", "won"), ("log", "bon")])
+def test_the_floor_costs_nothing_far_from_pi_ref_either(name, procedure):
+    """At 4 nats; 10 nats below R(1) it cost Worst-of-4 half a point."""
+    beta = theory.beta_for_kl(name, 4.0, procedure=procedure)
+    Phi = get_transform(name, procedure=procedure, beta=beta)
+    free = theory.at_kl(name, 4.0, procedure, 4)
+    (_, (floored,)) = theory.tradeoff(lambda u: Phi.in_nats(Phi(u), beta), procedure, 4, [1.0])
+    assert abs(free - floored) < 5e-4
 
 
 def test_none_is_the_raw_reward_and_no_function_of_the_calibrated_one():

@@ -8,6 +8,8 @@ def encode_prompts(tokenizer, prompts: list[str]) -> list[list[int]]:
     """Token ids of each prompt, with the special tokens the tokenizer adds by itself (BOS), but
     never BOS twice: a prompt that a chat template has written already begins with it. Raises
     ValueError on no prompts, text or token."""
+    if isinstance(prompts, str):
+        raise ValueError(f"prompts is one text, {prompts[:40]!r}: give a list of texts")
     if not prompts:
         raise ValueError("no prompts: give a list of at least one string")
     for i, prompt in enumerate(prompts):

@@ -65,8 +65,11 @@ class Online(Method):
                 "those of the other prompts; use at least 2"
             )
 
-    def reward(self, r: Tensor, C_hat: Tensor, Phi_C: Tensor, beta: float) -> Tensor:
-        """R (P, G), the objective in nats, from rewards r, C_hat and Phi(C_hat), (P, G) each."""
+    def reward(self, r: Tensor, r_ref: Tensor, Phi_C: Tensor, beta: float) -> Tensor:
+        """R (P, G), the objective in nats.
+
+        r: (P, G) rewards. r_ref: (P, K) those of pi_ref. Phi_C: (P, G) Phi(C_hat).
+        """
         return self.Phi.in_nats(Phi_C, beta)
 
     def extended(self, batch: Batch, reference: Reference, beta: float) -> Batch:

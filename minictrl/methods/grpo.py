@@ -29,7 +29,7 @@ class Method(Online):
         """A standardised reward is taken for a normal one of deviation 1: KL = 1 / (2 beta^2)."""
         return 1 / math.sqrt(2 * kl)
 
-    def reward(self, r: Tensor, C_hat: Tensor, Phi_C: Tensor, beta: float) -> Tensor:
+    def reward(self, r: Tensor, r_ref: Tensor, Phi_C: Tensor, beta: float) -> Tensor:
         return grpo_advantages(r) / beta
 
 

@@ -1,7 +1,8 @@
 """PKPO (Walder & Karkhanis 2025): the win rate after the procedure itself, without a transform.
 
-Best-of-n's win rate is E[max of g over n draws], g = C_hat^n, Worst-of-n's E[min of g], g =
-1 - (1 - C_hat)^n. Their unbiased estimates from G draws give each draw its reward.
+Best-of-n's win rate is E[max of g over n draws of pi], g(y) the probability that y beats the best
+of n draws of pi_ref: C^n for a continuous reward. Worst-of-n's is E[min of g], g = 1 - (1 - C)^n. g is
+estimated without bias from the K reference samples, and its maximum from G draws of pi.
 """
 
 import math
@@ -20,19 +21,37 @@ class Method(Online):
     @classmethod
     def check(cls, config: Config) -> None:
         super().check(config)
-        if config.procedure == "rewind":
-            raise ValueError("--procedure rewind: pkpo has standard, bon and won")
+        if config.procedure not in ("standard", "bon", "won"):
+            raise ValueError(f"--procedure {config.procedure}: pkpo has standard, bon and won")
+        if config.procedure != "standard" and config.n > config.K:
+            raise ValueError(f"--n {config.n}: more than the --K {config.K} reference samples")
         if config.procedure != "standard" and config.n > config.G:
             raise ValueError(
                 f"--n {config.n}: pkpo looks for the best of n among the --G {config.G} samples of "
                 "a prompt; use a larger G or a smaller n"
             )
 
-    def reward(self, r: Tensor, C_hat: Tensor, Phi_C: Tensor, beta: float) -> Tensor:
+    def reward(self, r: Tensor, r_ref: Tensor, Phi_C: Tensor, beta: float) -> Tensor:
         n = 1 if self.config.procedure == "standard" else self.config.n
         if self.config.procedure == "won":
-            return min_at_n_advantages(1 - (1 - C_hat) ** n, n, baseline=n > 1) / beta
-        return max_at_n_advantages(C_hat**n, n, baseline=n > 1) / beta
+            g = 1 - beats_best_of(-r, -r_ref, n)
+            return min_at_n_advantages(g, n, baseline=n > 1) / beta
+        return max_at_n_advantages(beats_best_of(r, r_ref, n), n, baseline=n > 1) / beta
+
+
+def beats_best_of(r: Tensor, r_ref: Tensor, n: int) -> Tensor:
+    """(P, G) unbiased estimates of P(y beats the best of n draws of pi_ref), a tie counting half.
+
+    r: (P, G). r_ref: (P, K). The share of all n-subsets of the K samples: of L lower and E equal
+    ones, [C(L, n) + C(L + E, n)] / (2 C(K, n)). (C_hat^n is biased: +18 % at n = 32, K = 100.)
+    """
+    K = r_ref.shape[1]
+    ordered = r_ref.sort(1).values
+    lower = torch.searchsorted(ordered, r.contiguous())
+    up_to = torch.searchsorted(ordered, r.contiguous(), right=True)
+    shares = [math.comb(count, n) / math.comb(K, n) for count in range(K + 1)]
+    shares = torch.tensor(shares, dtype=torch.promote_types(r.dtype, torch.float32))
+    return (shares[lower] + shares[up_to]) / 2
 
 
 def max_at_n_advantages(g: Tensor, n: int, baseline: bool = True) -> Tensor:
