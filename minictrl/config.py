@@ -123,7 +123,8 @@ class Config:
         None, "hub name, directory or .gguf file of pi_ref (default: the task's)"
     )
     reward: str | None = setting(
-        None, "reward model: a task's, a hub name or a directory (default: the task's)"
+        None,
+        "reward model: a task's, a hub name, a directory or FILE.py:NAME (default: the task's)",
     )
     judge: str | None = setting(None, "judge model, likewise")
     prompts: int | None = setting(None, "training prompts (default: the task's)", least=1)

@@ -27,6 +27,7 @@ from minictrl.lm.device import resolve_device
 from minictrl.lm.hub import from_hub
 from minictrl.lm.identity import config_of, tokenizer_of
 from minictrl.reference import digest
+from minictrl.scorers.function import load_function
 from minictrl.scorers.generative import QUESTION, load_generative
 from minictrl.scorers.ngram import NgramScorer
 from minictrl.scorers.text import in_batches, plain, render, scorer_tokenizer, written
@@ -99,7 +100,8 @@ def load_scorer(
     """score(prompts, texts) -> Tensor (B,), float32 on the CPU, of a reward model or a judge;
     higher is better.
 
-    role: "reward" or "judge". name_or_path: a task's, a hub name or a directory, of a sequence
+    role: "reward" or "judge". name_or_path: a task's; FILE.py:NAME, a function
+    (prompts, texts) -> B numbers; or a hub name or a directory, of a sequence
     classifier with one label (NAME#LABEL: the log-odds of one label of several), or of a causal LM,
     whose score is the log-odds of Yes against No as the next token after judge.QUESTION. Prompts
     may be chat messages; the scorer's own chat template is used if it has one. `score.digest`
@@ -110,7 +112,10 @@ def load_scorer(
         raise ValueError(f"unknown role {role!r}: use reward or judge")
     name = TASKS[name_or_path][role] if name_or_path in TASKS else str(name_or_path)
     path = ASSETS / role if name == "reviews" else Path(name)
-    if (path / "scorer.safetensors").is_file() or name == "reviews":
+    if ".py:" in name:
+        model, evaluate = load_function(name, role)
+        options = ()
+    elif (path / "scorer.safetensors").is_file() or name == "reviews":
         model = NgramScorer.load(path)
         options = (model.config,)
 

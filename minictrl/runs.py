@@ -10,6 +10,7 @@ import json
 import os
 import pickle
 import platform
+import re
 import shutil
 import signal
 import subprocess
@@ -86,7 +87,7 @@ def check(out: Path, settings: dict, config: Config, *, resume: bool, overwrite:
             f"--out {out}: holds a run already; add --resume or --overwrite, or give another --out"
         )
     for name in ("task", "policy", "reward", "judge", "cache"):
-        path = Path(getattr(config, name).partition("#")[0])
+        path = Path(re.sub(r"(#|(?<=\.py):).*", "", getattr(config, name)))
         if path.exists() and path.resolve().is_relative_to(out.resolve()):
             raise ValueError(
                 f"--{name} {path}: lies in {out}, which --overwrite deletes; give another --out"

@@ -15,7 +15,7 @@ LAYERS = [
     {"procedures.won", "procedures.masses", "lm.logprobs"},
     {"winrate"},
     {"procedures.optimum", "sampling", "reference", "scorers.text", "scorers.ngram"},
-    {"transforms", "ppo", "update", "scorers.generative", "pretrain.ratings"},
+    {"transforms", "ppo", "update", "scorers.generative", "scorers.function", "pretrain.ratings"},
     {"theory", "models"},
     {"budget", "task"},
     {"methods.base", "rollout"},

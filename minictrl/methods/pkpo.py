@@ -1,8 +1,8 @@
 """PKPO (Walder & Karkhanis 2025): the win rate after the procedure itself, without a transform.
 
 Best-of-n's win rate is E[max of g over n draws of pi], g(y) the probability that y beats the best
-of n draws of pi_ref: C^n for a continuous reward. Worst-of-n's is E[min of g], g = 1 - (1 - C)^n. g is
-estimated without bias from the K reference samples, and its maximum from G draws of pi.
+of n draws of pi_ref: C^n for a continuous reward. Worst-of-n's is E[min of g], g = 1 - (1 - C)^n.
+g is estimated without bias from the K reference samples, and its maximum from G draws of pi.
 """
 
 import math

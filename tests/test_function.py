@@ -1,0 +1,69 @@
+"""A reward that is a function of the user's."""
+
+import json
+
+import pytest
+
+import evaluate
+import train
+from minictrl.models import load_scorer
+
+REWARD = '''
+def vowels(prompts, texts):
+    """The share of vowels: many ties."""
+    return [round(sum(c in "aeiou" for c in text) / max(1, len(text)), 1) for text in texts]
+
+def fails(prompts, texts):
+    return [1 / (len(text) - 3) for text in texts]
+
+def short(prompts, texts):
+    return [1.0]
+
+number = 3
+'''
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "reward.py"
+    path.write_text(REWARD)
+    return path
+
+
+def test_a_function_is_a_reward_and_a_judge_from_training_to_the_table(file, tmp_path):
+    out, cache = str(tmp_path / "run"), str(tmp_path / "cache")
+    flags = "--prompts 16 --K 8 --steps 2 --batch 8 --G 2 --max-new-tokens 4".split()
+    own = f"{file}:vowels"
+    assert not train.main([*flags, "--reward", own, "--judge", own, "--out", out, "--cache", cache])
+    assert not evaluate.main([out, "--prompts", "8", "--samples", "8"])
+    rows = json.loads((tmp_path / "run" / "eval.json").read_text())["rows"]
+    reward, judge = ([r["win_rate"] for r in rows if r["scorer"] == s] for s in ("reward", "judge"))
+    assert reward == judge
+
+
+def test_another_source_is_another_digest(file):
+    before = load_scorer(f"{file}:vowels", "reward").digest
+    file.write_text(REWARD.replace("aeiou", "aeiouy"))
+    assert load_scorer(f"{file}:vowels", "reward").digest != before
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("fails", "ZeroDivisionError.*on the prompt 'b' and the text 'abc'"),
+        ("short", r"gave \(1,\) for 2 texts: return one number per text"),
+        ("number", "has no function 'number'"),
+        ("missing", "has no function 'missing'"),
+    ],
+)
+def test_what_a_function_does_wrong_is_one_line(name, message, file):
+    with pytest.raises(ValueError, match=message):
+        load_scorer(f"{file}:{name}", "reward")(["a", "b"], ["abcd", "abc"])
+
+
+def test_a_file_that_is_not_there_or_does_not_run_is_one_line(tmp_path):
+    with pytest.raises(ValueError, match="there is no file"):
+        load_scorer(f"{tmp_path}/none.py:f", "reward")
+    (tmp_path / "bad.py").write_text("import nothing_of_this_name")
+    with pytest.raises(ValueError, match="bad.py fails with ModuleNotFoundError"):
+        load_scorer(f"{tmp_path}/bad.py:f", "reward")
