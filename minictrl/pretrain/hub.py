@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
+import time
 from collections.abc import Callable
 from pathlib import Path
 from zlib import crc32
@@ -63,16 +65,11 @@ def train_pairs_task(task: str, out: Path, *, policy: str | None = None, epochs:
 def sft(model: nn.Module, tokenizer, train: list[Pair], test: list[Pair], max_tokens: int, **options) -> float:
     """Fit the chosen answers in place; nats per token of the held-out ones afterwards, EOS included."""
     def rows(pairs: list[Pair]) -> list[tuple[list[int], list[int]]]:
-        prompts = encode_prompts(tokenizer, [render(tokenizer, prompt) for prompt, _, _ in pairs])
-        answers = tokenizer([chosen for _, chosen, _ in pairs], add_special_tokens=False)["input_ids"]
-        return short([(x, [*y, tokenizer.eos_token_id]) for x, y in zip(prompts, answers)], max_tokens)
+        answers = [(render(tokenizer, prompt), chosen) for prompt, chosen, _ in pairs]
+        return short(answer_rows(tokenizer, answers), max_tokens)
 
     def loss(part: list) -> Tensor:  # the mean over answers of a token's mean
-        mask = nn.utils.rnn.pad_sequence([torch.ones(len(y)) for _, y in part], batch_first=True).to(model.device)
-        tokens = nn.utils.rnn.pad_sequence([torch.tensor(y) for _, y in part], batch_first=True).to(model.device)
-        prompts = left_pad([x for x, _ in part], tokenizer.pad_token_id, model.device)
-        logprobs = sequence_logprobs(model, *prompts, tokens, mask)
-        return -(logprobs.sum(1) / mask.sum(1)).sum()
+        return -(answer_logprobs(model, tokenizer, part) / torch.tensor([len(y) for _, y in part]).to(model.device)).sum()
 
     held_out = rows(test)
     before = mean(loss, held_out, options["micro_batch"])
@@ -80,6 +77,21 @@ def sft(model: nn.Module, tokenizer, train: list[Pair], test: list[Pair], max_to
     after = mean(loss, held_out, options["micro_batch"])
     print(f"policy: {after:.3f} nats a token of {len(held_out)} held-out answers, {before:.3f} before")
     return after
+
+
+def answer_rows(tokenizer, pairs: list[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
+    """Token ids of (prompt, answer) pairs of texts; an answer ends with EOS."""
+    prompts = encode_prompts(tokenizer, [prompt for prompt, _ in pairs])
+    answers = tokenizer([answer for _, answer in pairs], add_special_tokens=False)["input_ids"]
+    return [(x, [*y, tokenizer.eos_token_id]) for x, y in zip(prompts, answers)]
+
+
+def answer_logprobs(model: nn.Module, tokenizer, rows: list[tuple[list[int], list[int]]]) -> Tensor:
+    """log pi(y | x) in nats of the rows of `answer_rows`, (B,)."""
+    mask, tokens = (nn.utils.rnn.pad_sequence(part, batch_first=True).to(model.device) for part in (
+        [torch.ones(len(y)) for _, y in rows], [torch.tensor(y) for _, y in rows]))
+    prompts = left_pad([x for x, _ in rows], tokenizer.pad_token_id, model.device)
+    return sequence_logprobs(model, *prompts, tokens, mask).sum(1)
 
 
 def bradley_terry(start: Path, out: Path, pairs: list[Pair], max_tokens: int, device: torch.device, **options):
@@ -100,10 +112,10 @@ def bradley_terry(start: Path, out: Path, pairs: list[Pair], max_tokens: int, de
 
 
 def fit(model: nn.Module, rows: list, loss: Callable[[list], Tensor], name: str, *, epochs: int, batch: int,
-        micro_batch: int, lr: float, seed: int):
+        micro_batch: int, lr: float, seed: int, checkpoint: Path | None = None):
     """AdamW on loss(rows), a sum over them, in random batches of similar length; bfloat16 autocast on a GPU.
 
-    Out of GPU memory, a batch is tried again in smaller micro-batches. Raises ValueError if one row alone doesn't fit.
+    checkpoint: a file that is written every 5 minutes, and from which an interrupted call goes on. Out of GPU memory, a batch is tried again in smaller micro-batches. Raises ValueError if one row alone doesn't fit.
     """
     gpu = model.device.type == "cuda"
     if gpu:
@@ -111,7 +123,13 @@ def fit(model: nn.Module, rows: list, loss: Callable[[list], Tensor], name: str,
     optimizer, rng = torch.optim.AdamW(model.parameters(), lr=lr, betas=(.9, .95), weight_decay=0.), random.Random(seed)
     schedule = [chunk for _ in range(epochs) for chunk in shuffled(rows, batch, rng)]
     model.train()
+    first, saved = resume(checkpoint, model, optimizer), time.monotonic()
     for step, chunk in enumerate(bar := tqdm(schedule, name, disable=None)):
+        if step < first:
+            continue
+        if checkpoint and time.monotonic() - saved > 300:
+            save_step(checkpoint, model, optimizer, step)
+            saved = time.monotonic()
         optimizer.param_groups[0]["lr"] = lr * min(1, (step + 1) / 20) * (1 - step / len(schedule))
 
         def gradients(micro_batch: int) -> float:
@@ -128,6 +146,24 @@ def fit(model: nn.Module, rows: list, loss: Callable[[list], Tensor], name: str,
         optimizer.step()
         bar.set_postfix_str(f"loss {total:.3f}")
     model.eval()
+
+
+def resume(checkpoint: Path | None, model: nn.Module, optimizer) -> int:
+    """Weights, optimizer and dropout's generator as `save_step` left them; the step to go on with, 0 without a file."""
+    if checkpoint is None or not checkpoint.is_file():
+        return 0
+    state = torch.load(checkpoint, map_location=model.device)
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    torch.set_rng_state(state["rng"].cpu())
+    return state["step"]
+
+
+def save_step(checkpoint: Path, model: nn.Module, optimizer, step: int):
+    temporary = checkpoint.with_name(checkpoint.name + ".tmp")
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state(),
+                "step": step}, temporary)
+    os.replace(temporary, checkpoint)
 
 
 def shuffled(rows: list, batch: int, rng: random.Random) -> list[list]:

