@@ -3,10 +3,11 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "minictrl"
 LAYERS = [  # a module imports from lower layers only
-    {"device"}, {"config", "hub", "cells", "calibration", "ppo", "baselines", "kvcache", "pretrain.ratings"},
+    {"device"}, {"config", "hub", "cells", "calibration", "ppo", "baselines", "kvcache", "pretrain.ratings", "pretrain.packages"},
     {"winrate", "procedures", "data", "sampling", "scorers", "reference"}, {"optimum"}, {"theory"},
     {"transforms", "scoring", "update"}, {"judge"}, {"models"}, {"runs", "methods"}, {"evaluation"}, {"figures", "trl"},
     {"pretrain.policy", "pretrain.scorers", "pretrain.hub", "studies.sweep", "bench_scaling"},
+    {"pretrain.english"}, {"pretrain.teachers"},
     {"pretrain.__main__", "bench_presets"},
     {"studies.theory", "studies.proofs", "studies.runs", "studies.reward"}, {"studies.beyond"}, {"reproduce", "bench"},
     {"results"}]

@@ -29,6 +29,8 @@ from minictrl.models import load_policy, load_scorer, save_policy
 from minictrl.sampling import encode_prompts, left_pad, sequence_logprobs
 from minictrl.scoring import render, scorer_tokenizer, token_ids, written
 
+SAVE_SECONDS = 300  # between checkpoints
+
 
 def train_pairs_task(task: str, out: Path, *, policy: str | None = None, epochs: int = 1, batch: int = 64,
                      micro_batch: int = 16, lr: float = 1e-5, max_tokens: int = 1024, limit: int | None = None,
@@ -115,7 +117,7 @@ def fit(model: nn.Module, rows: list, loss: Callable[[list], Tensor], name: str,
         micro_batch: int, lr: float, seed: int, checkpoint: Path | None = None):
     """AdamW on loss(rows), a sum over them, in random batches of similar length; bfloat16 autocast on a GPU.
 
-    checkpoint: a file that is written every 5 minutes, and from which an interrupted call goes on. Out of GPU memory, a batch is tried again in smaller micro-batches. Raises ValueError if one row alone doesn't fit.
+    checkpoint: a file that is written every few minutes, and from which an interrupted call goes on. Out of GPU memory, a batch is tried again in smaller micro-batches. Raises ValueError if one row alone doesn't fit.
     """
     gpu = model.device.type == "cuda"
     if gpu:
@@ -127,7 +129,7 @@ def fit(model: nn.Module, rows: list, loss: Callable[[list], Tensor], name: str,
     for step, chunk in enumerate(bar := tqdm(schedule, name, disable=None)):
         if step < first:
             continue
-        if checkpoint and time.monotonic() - saved > 300:
+        if checkpoint and time.monotonic() - saved > SAVE_SECONDS:
             save_step(checkpoint, model, optimizer, step)
             saved = time.monotonic()
         optimizer.param_groups[0]["lr"] = lr * min(1, (step + 1) / 20) * (1 - step / len(schedule))

@@ -55,6 +55,19 @@ def split_of(index: int) -> str:
     return {1: "test", 11: "test", 3: "prompts", 13: "prompts"}.get(index % 20, "train")
 
 
+def cut(text: str, count: int) -> tuple[str, str] | None:
+    """A review as (prompt, response): its first `count` words and the rest; None if fewer than 3 words are left."""
+    words = text.split()
+    return (" ".join(words[:count]), " " + " ".join(words[count:])) if len(words) >= count + 3 else None
+
+
+def cuts(reviews: list[dict], split: str, shift: int = 0) -> list[tuple[str, str]]:
+    """(prompt, response) of a split's reviews, cut after 4 to 6 words; `shift` 0 gives the prompts of the task."""
+    pairs = (cut(row["text"], 4 + (row["index"] // 20 + shift) % 3)
+             for row in reviews if split_of(row["index"]) == split)
+    return list(dict.fromkeys(pair for pair in pairs if pair))
+
+
 def halves(ratings: list[int]) -> tuple[float, float]:
     """Mean rating of the first half of the raters (labels of the reward model) and of the second (the judge's)."""
     middle = len(ratings) // 2

