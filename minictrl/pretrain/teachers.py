@@ -57,32 +57,37 @@ def train_policy_teacher(reviews: list[dict], out: Path, *, steps: int = 50, bat
 
 # --- reward model and judge ---
 
-def train_scorer(reviews: list[dict], out: Path, *, start: str, half: int, epochs: int, lr: float, batch: int = 32,
-                 frozen: int = 0, seed: int = 0):
-    """A sequence classifier on the graded preferences of one half of the raters, all pairs of a batch.
+def train_scorer(reviews: list[dict], out: Path, *, start: str, half: int, epochs: int, lr: float, frozen: int = 0,
+                 seed: int = 0):
+    """A sequence classifier on the graded preferences of one half of the raters. Prints its held-out pair accuracy.
 
     start: a directory, of a causal model too, which gets a score head. frozen: so many of the lowest layers, and the
-    embeddings, stay as they are. Prints the held-out pair accuracy.
+    embeddings, stay as they are.
     """
     model, tokenizer = load_start(start, frozen)
     train = [row for row in reviews if split_of(row["index"]) == "train"]
-    causal = hasattr(model, "score")
-    ids = token_ids(tokenizer, [written(tokenizer, "", row["text"], causal=causal) for row in train])
-    rows = [(row, [halves(review["ratings"])[half]]) for row, review in zip(ids, train)]
+    fit_scorer(model, tokenizer, [row["text"] for row in train],
+               torch.tensor([halves(row["ratings"])[half] for row in train]), out, sharpness=SHARPNESS, epochs=epochs,
+               lr=lr, seed=seed)
+    print(f"{out.name}: {report_accuracy(load_scorer(str(out), out.name), reviews)}", flush=True)
+
+
+def fit_scorer(model: nn.Module, tokenizer, texts: list[str], labels: Tensor, out: Path, *, sharpness: float,
+               epochs: int, lr: float, batch: int = 32, seed: int = 0):
+    """Bradley-Terry on all pairs of a batch, by labels (texts,): see `bradley_terry_loss`. Saves the model to `out`."""
+    ids = token_ids(tokenizer, [written(tokenizer, "", text, causal=hasattr(model, "score")) for text in texts])
 
     def scores(part: list) -> Tensor:
         inputs = tokenizer.pad({"input_ids": [ids for ids, _ in part]}, return_tensors="pt").to(model.device)
         return model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits.float()[:, 0]
 
-    def loss(part: list) -> Tensor:  # `fit` has sorted the batch by length: eighths pad little
+    def loss(part: list) -> Tensor:  # `fit` has sorted the batch by length: eights pad little
         r = torch.cat([scores(part[i:i + 8]) for i in range(0, len(part), 8)])
-        labels = torch.tensor([label for _, (label,) in part], device=r.device)
-        return bradley_terry_loss(r, labels, SHARPNESS) * len(part)
+        return bradley_terry_loss(r, torch.tensor([label for _, (label,) in part], device=r.device), sharpness) * len(part)
 
-    fit(model, rows, loss, out.name, epochs=epochs, batch=batch, micro_batch=batch, lr=lr, seed=seed,
-        checkpoint=out.with_name(f"{out.name}.checkpoint"))
+    fit(model, [(row, [label]) for row, label in zip(ids, labels.tolist())], loss, out.name, epochs=epochs, batch=batch,
+        micro_batch=batch, lr=lr, seed=seed, checkpoint=out.with_name(f"{out.name}.checkpoint"))
     save_policy(model.cpu(), tokenizer, out)
-    print(f"{out.name}: {report_accuracy(load_scorer(str(out), out.name), reviews)}", flush=True)
 
 
 def load_start(start: str, frozen: int) -> tuple[nn.Module, object]:
