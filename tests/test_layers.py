@@ -3,7 +3,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "minictrl"
 LAYERS = [  # a module imports from lower layers only
-    {"device"}, {"config", "hub", "cells", "calibration", "ppo", "baselines", "kvcache", "pretrain.ratings", "pretrain.packages"},
+    {"device"}, {"config", "hub", "cells", "calibration", "ppo", "baselines", "kvcache", "pretrain.ratings", "pretrain.packages", "pretrain.vocabulary"},
     {"winrate", "procedures", "data", "sampling", "scorers", "reference"}, {"optimum"}, {"theory"},
     {"transforms", "scoring", "update"}, {"judge"}, {"models"}, {"runs", "methods"}, {"evaluation"}, {"figures", "trl"},
     {"pretrain.policy", "pretrain.scorers", "pretrain.hub", "studies.sweep", "bench_scaling"},

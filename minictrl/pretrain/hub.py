@@ -117,7 +117,8 @@ def fit(model: nn.Module, rows: list, loss: Callable[[list], Tensor], name: str,
         micro_batch: int, lr: float, seed: int, checkpoint: Path | None = None):
     """AdamW on loss(rows), a sum over them, in random batches of similar length; bfloat16 autocast on a GPU.
 
-    checkpoint: a file that is written every few minutes, and from which an interrupted call goes on. Out of GPU memory, a batch is tried again in smaller micro-batches. Raises ValueError if one row alone doesn't fit.
+    checkpoint: a file that is written every few minutes, and from which an interrupted call goes on. Out of
+    GPU memory, a batch is tried again in smaller micro-batches. Raises ValueError if one row alone doesn't fit.
     """
     gpu = model.device.type == "cuda"
     if gpu:
