@@ -114,7 +114,7 @@ def bradley_terry(start: Path, out: Path, pairs: list[Pair], max_tokens: int, de
 
 
 def fit(model: nn.Module, rows: list, loss: Callable[[list], Tensor], name: str, *, epochs: int, batch: int,
-        micro_batch: int, lr: float, seed: int, checkpoint: Path | None = None):
+        micro_batch: int, lr: float, seed: int, weight_decay: float = 0., checkpoint: Path | None = None):
     """AdamW on loss(rows), a sum over them, in random batches of similar length; bfloat16 autocast on a GPU.
 
     checkpoint: a file that is written every few minutes, and from which an interrupted call goes on. Out of
@@ -123,7 +123,8 @@ def fit(model: nn.Module, rows: list, loss: Callable[[list], Tensor], name: str,
     gpu = model.device.type == "cuda"
     if gpu:
         model.gradient_checkpointing_enable()
-    optimizer, rng = torch.optim.AdamW(model.parameters(), lr=lr, betas=(.9, .95), weight_decay=0.), random.Random(seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(.9, .95), weight_decay=weight_decay)
+    rng = random.Random(seed)
     schedule = [chunk for _ in range(epochs) for chunk in shuffled(rows, batch, rng)]
     model.train()
     first, saved = resume(checkpoint, model, optimizer), time.monotonic()

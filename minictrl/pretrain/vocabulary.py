@@ -19,12 +19,12 @@ def prune(model: nn.Module, tokenizer, texts: list[str], size: int, folder: Path
     """
     tokenizer.save_pretrained(folder)
     core = json.loads((folder / "tokenizer.json").read_text())
-    vocab, special = core["model"]["vocab"], {token["content"] for token in core["added_tokens"]}
+    vocab, bpe = tokenizer.get_vocab(), core["model"]["type"] == "BPE"
     parts = {"".join(pair): pair for pair in core["model"].get("merges", [])}
     names = {i: token for token, i in vocab.items()}
     kept = {names[i] for i in tokenizer.all_special_ids}
-    kept |= {token for token in vocab if len(token if parts else token.removeprefix("##")) == 1
-             and (parts or token.isascii())}
+    kept |= {token for token in vocab if len(token if bpe else token.removeprefix("##")) == 1
+             and (bpe or token.isascii())}
 
     def add(token: str):
         if token not in kept:
@@ -39,8 +39,8 @@ def prune(model: nn.Module, tokenizer, texts: list[str], size: int, folder: Path
         add(names[i])
     order = sorted(kept, key=vocab.get)
     new = {token: i for i, token in enumerate(order)}
-    core["model"]["vocab"] = new
-    if parts:
+    core["model"]["vocab"] = {token: new[token] for token in order if token in core["model"]["vocab"]}
+    if bpe:
         core["model"]["merges"] = [pair for pair in core["model"]["merges"] if "".join(pair) in kept]
     core["added_tokens"] = [token | {"id": new[token["content"]]} for token in core["added_tokens"]
                             if token["content"] in kept]
