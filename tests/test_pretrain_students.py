@@ -32,9 +32,8 @@ def test_a_student_learns_what_its_teacher_expects(tmp_path):
     teachers.write_text(REVIEWS, start, tmp_path / "text", shards=2, prompts=40, num_samples=4, max_new_tokens=4, top=8)
     model, tokenizer = load_policy(start)
     written = students.written_lessons(tmp_path / "text", tokenizer)
-    reviews = students.review_lessons(model, tokenizer, TEXTS[:40], tmp_path / "reviews.safetensors", top=8)
-    assert torch.equal(reviews.ids, students.review_lessons(None, tokenizer, TEXTS[:40],
-                                                            tmp_path / "reviews.safetensors").ids)
+    reviews = students.review_lessons(model, tokenizer, TEXTS[:40], tmp_path / "read", top=8)
+    assert torch.equal(reviews.ids, students.review_lessons(None, tokenizer, TEXTS[:40], tmp_path / "read").ids)
     (line, part), ids = (reviews + written).rows[-1], (reviews + written).ids
     with torch.no_grad():
         best = model(torch.tensor([line])).logits[0, -1 - len(part):-1].topk(8).indices

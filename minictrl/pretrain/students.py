@@ -68,25 +68,29 @@ def written_lessons(folder: Path, tokenizer) -> Lessons:
 
 
 @torch.inference_mode()
-def review_lessons(model: nn.Module, tokenizer, texts: list[str], file: Path, *, top: int = 32) -> Lessons:
-    """Of the training reviews: what the teacher expects after each token, kept in `file`."""
+def review_lessons(model: nn.Module, tokenizer, texts: list[str], folder: Path, *, top: int = 32) -> Lessons:
+    """Of the training reviews: what the teacher expects after each token. Kept in `folder`, a file for 500 reviews."""
+    folder.mkdir(parents=True, exist_ok=True)
     lines = [[*line, tokenizer.eos_token_id] for line in tokenizer(texts)["input_ids"]]
     lines = sorted((line for line in lines if len(line) > 2), key=len)
-    if not file.is_file():
-        ids, logprobs = [], []
-        for i in range(0, len(lines), 16):
-            part = lines[i:i + 16]
+    for first in range(0, len(lines), 500):
+        file, ids, logprobs = folder / f"{first:05}.safetensors", [], []
+        if file.is_file():
+            continue
+        for i in range(first, min(first + 500, len(lines)), 20):
+            part = lines[i:min(i + 20, first + 500)]
             batch = nn.utils.rnn.pad_sequence([torch.tensor(line) for line in part], batch_first=True)
             best = (model(batch).logits / TEMPERATURE).log_softmax(-1).topk(top)  # right padding, causal: no mask needed
             for j, line in enumerate(part):
                 ids.append(best.indices[j, :len(line) - 1].int())
                 logprobs.append(best.values[j, :len(line) - 1].half())
-        save_file({"ids": torch.cat(ids), "logprobs": torch.cat(logprobs)}, file)
-    saved, rows, n = load_file(file), [], 0
+        save_file({"ids": torch.cat(ids), "logprobs": torch.cat(logprobs)}, file.with_suffix(".tmp"))
+        file.with_suffix(".tmp").replace(file)
+    saved, rows, n = [load_file(file) for file in sorted(folder.glob("*.safetensors"))], [], 0
     for line in lines:
         rows.append((line, range(n, n + len(line) - 1)))
         n += len(line) - 1
-    return Lessons(rows, saved["ids"], saved["logprobs"])
+    return Lessons(rows, *(torch.cat([part[name] for part in saved]) for name in ("ids", "logprobs")))
 
 
 # --- policy ---
@@ -169,7 +173,7 @@ def train_students(reviews: list[dict], teachers: Path, out: Path, *, only: str 
             continue
         if step == "policy":
             teacher, tokenizer = load_policy(str(teachers / "pruned"))
-            train_student_policy(review_lessons(teacher, tokenizer, texts, teachers / "reviews.safetensors"),
+            train_student_policy(review_lessons(teacher, tokenizer, texts, teachers / "read"),
                                  written_lessons(teachers / "text", tokenizer), teacher, tokenizer, out / "policy",
                                  seed=seed)
             continue
