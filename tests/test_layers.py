@@ -7,7 +7,7 @@ LAYERS = [  # a module imports from lower layers only
     {"winrate", "procedures", "data", "sampling", "scorers", "reference"}, {"optimum"}, {"theory"},
     {"transforms", "scoring", "update"}, {"judge"}, {"models"}, {"runs", "methods"}, {"evaluation"}, {"figures", "trl"},
     {"pretrain.policy", "pretrain.scorers", "pretrain.hub", "studies.sweep", "bench_scaling"},
-    {"pretrain.english"}, {"pretrain.teachers"}, {"pretrain.students"},
+    {"pretrain.english", "pretrain.text"}, {"pretrain.teachers"}, {"pretrain.students"},
     {"pretrain.__main__", "bench_presets"},
     {"studies.theory", "studies.proofs", "studies.runs", "studies.reward"}, {"studies.beyond"}, {"reproduce", "bench"},
     {"results"}]

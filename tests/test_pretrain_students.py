@@ -4,7 +4,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from minictrl.models import load_policy, load_scorer
-from minictrl.pretrain import students, teachers
+from minictrl.pretrain import students, teachers, text
 from minictrl.pretrain.policy import train_tokenizer
 from minictrl.pretrain.vocabulary import prune
 from test_models import SIZE, save
@@ -29,7 +29,7 @@ def test_pruning_keeps_the_text_and_the_logits(tmp_path):
 def test_a_student_learns_what_its_teacher_expects(tmp_path):
     """Its cross-entropy to the teacher's tokens falls towards the teacher's entropy; it then gets a score head."""
     start = save(tmp_path / "start", LlamaForCausalLM(LlamaConfig(**SIZE)), unk_token="<unk>")
-    teachers.write_text(REVIEWS, start, tmp_path / "text", shards=2, prompts=40, num_samples=4, max_new_tokens=4, top=8)
+    text.write_text(REVIEWS, start, tmp_path / "text", shards=2, prompts=40, num_samples=4, max_new_tokens=4, top=8)
     model, tokenizer = load_policy(start)
     written = students.written_lessons(tmp_path / "text", tokenizer)
     reviews = students.review_lessons(model, tokenizer, TEXTS[:40], tmp_path / "read", top=8)

@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 from minictrl.models import load_policy, load_scorer
-from minictrl.pretrain import hub, packages, teachers
+from minictrl.pretrain import hub, packages, teachers, text
 from minictrl.pretrain.english import nats_per_word, unknown_words
 from minictrl.pretrain.ratings import cut, cuts
 from test_models import SIZE, save
@@ -76,12 +76,12 @@ def test_a_fit_that_was_stopped_ends_where_it_would_have(tmp_path, monkeypatch):
 
 def test_a_shard_of_text_is_the_same_when_written_again(policy):
     options = dict(shards=2, prompts=5, num_samples=2, max_new_tokens=6, top=3)
-    teachers.write_text(REVIEWS, policy / "policy", policy / "text", **options)
+    text.write_text(REVIEWS, policy / "policy", policy / "text", **options)
     names = sorted(path.name for path in (policy / "text").iterdir())
     assert names == ["00000.jsonl.gz", "00000.safetensors", "00001.jsonl.gz", "00001.safetensors"]
     first = (policy / "text" / "00001.safetensors").read_bytes()
     (policy / "text" / "00001.jsonl.gz").unlink()
-    teachers.write_text(REVIEWS, policy / "policy", policy / "text", **options)
+    text.write_text(REVIEWS, policy / "policy", policy / "text", **options)
     assert (policy / "text" / "00001.safetensors").read_bytes() == first
     shard = load_file(policy / "text" / "00001.safetensors")
     sums = shard["logprobs"].float().exp().sum(-1)

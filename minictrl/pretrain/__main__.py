@@ -92,8 +92,8 @@ def main(argv=None):
     parser.add_argument("--out", type=Path, help="where the models go (reviews: the package's assets)")
     parser.add_argument("--teachers", type=Path, metavar="DIR", help="reviews: build the teachers there, or go on")
     parser.add_argument("--students", type=Path, metavar="DIR", help="reviews: train their students there, or go on")
-    parser.add_argument("--only", choices=("policy", "reward", "judge", "text"), help="teachers, students: one step")
-    parser.add_argument("--shards", type=int, default=150, help="teachers: of text, some 20,000 tokens each (150)")
+    parser.add_argument("--only", choices=("policy", "reward", "judge", "pruned", "text"), help="teachers, students: one step")
+    parser.add_argument("--shards", type=int, default=150, help="teachers: of text, some 17,000 tokens each (150)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     if args.students and args.teachers:
