@@ -1,19 +1,18 @@
-"""Does a policy write English? Nats per word by an open model that has read more, and the share of unknown words.
+"""Does a policy write English? Nats a word by a model that has read more, and unknown words.
 
     python -m minictrl.pretrain.english POLICY [POLICY ...] --data DIR    # some minutes on one core
 """
 
 from __future__ import annotations
 
-import argparse
 import math
 import re
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from minictrl.config import run_script
+from minictrl.config import Parser, run_script
 from minictrl.models import load_policy
 from minictrl.pretrain.hub import answer_logprobs, answer_rows
 from minictrl.pretrain.packages import smollm2
@@ -25,28 +24,35 @@ WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)*")
 
 def nats_per_word(model: nn.Module, tokenizer, pairs: list[tuple[str, str]], *, eos: bool = True,
                   max_tokens: int | None = None) -> tuple[float, float]:
-    """-log pi(response | prompt) in nats by the word of the responses, and its standard error over (prompt, response) pairs.
+    """-log pi(response | prompt) in nats a word of the responses, its standard error over pairs.
 
-    eos: the end of the response counts too. max_tokens: only the first tokens of a response count, and their words.
+    eos: the end of a response counts too. max_tokens: of a response only the first count.
     """
     rows = [(x, y[:None if eos else -1]) for x, y in answer_rows(tokenizer, pairs)]
     rows = [(x, y[:max_tokens]) for x, y in rows]
-    words = [max(1, len(tokenizer.decode(y, skip_special_tokens=True).split())) for _, y in rows]
-    order = sorted((i for i in range(len(rows)) if rows[i][1]), key=lambda i: len(rows[i][1]))
+    rows = sorted((row for row in rows if row[1]), key=lambda row: len(row[1]))
+    texts = tokenizer.batch_decode([y for _, y in rows], skip_special_tokens=True)
     with torch.inference_mode():
-        nats = torch.cat([-answer_logprobs(model, tokenizer, [rows[i] for i in order[j:j + 32]]).double().cpu()
-                          for j in range(0, len(order), 32)])
-    counts = torch.tensor([words[i] for i in order]).double()
-    ratio = nats.sum() / counts.sum()
-    return float(ratio), float((nats - ratio * counts).std() * math.sqrt(len(counts)) / counts.sum())
+        logprobs = torch.cat([answer_logprobs(model, tokenizer, rows[i:i + 32]).cpu()
+                              for i in range(0, len(rows), 32)])
+    return ratio(-logprobs, torch.tensor([len(text.split()) for text in texts]))
+
+
+def ratio(parts: Tensor, wholes: Tensor) -> tuple[float, float]:
+    """Sum by sum, and its standard error over the rows. parts, wholes: (B,)."""
+    parts, wholes = parts.double(), wholes.double()
+    value, n = parts.sum() / wholes.sum(), len(wholes)
+    return float(value), float((parts - value * wholes).std() * math.sqrt(n) / wholes.sum())
 
 
 def unknown_words(texts: list[str], known: set[str]) -> tuple[float, float]:
-    """The share of the words of the texts that are not in `known`, lower case, and its standard error over the texts."""
+    """The share of the words that are not in `known`, lower case; its standard error over texts."""
     words = [[word.lower() not in known for word in WORD.findall(text)] for text in texts]
-    unknown, counts = (torch.tensor([float(f(row)) for row in words]) for f in (sum, len))
-    share = unknown.sum() / counts.sum()
-    return float(share), float((unknown - share * counts).std() * math.sqrt(len(counts)) / counts.sum())
+    return ratio(*(torch.tensor([count(row) for row in words]) for count in (sum, len)))
+
+
+def words_of(reviews: list[dict]) -> set[str]:
+    return {word.lower() for row in reviews for word in WORD.findall(row["text"])}
 
 
 def whole_words(text: str, ended: bool) -> str:
@@ -55,33 +61,36 @@ def whole_words(text: str, ended: bool) -> str:
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser("python -m minictrl.pretrain.english", description=__doc__.split("\n")[0])
+    parser = Parser("python -m minictrl.pretrain.english", __doc__.split("\n")[0])
     parser.add_argument("policies", nargs="*", metavar="POLICY")
-    parser.add_argument("--data", type=Path, help="directory with the ratings (default: fetched with pip)")
-    parser.add_argument("--prompts", type=int, default=256)
-    parser.add_argument("--show", type=int, default=0, metavar="N", help="print the first N samples")
-    parser.add_argument("--max-tokens", type=int, default=24, help="of a policy's own, a response")
+    parser.add_argument("--data", type=Path, help="directory with the ratings (default: from pip)")
+    parser.add_argument("--prompts", type=int, default=256, help="held-out prompts (256)")
+    parser.add_argument("--show", type=int, default=0, metavar="N", help="print N samples of each")
+    parser.add_argument("--max-new-tokens", type=int, default=24, help="of a response (24)")
     args = parser.parse_args(argv)
     reviews = load_ratings("reviews", args.data)
     human = cuts(reviews, "test")[:args.prompts]
-    known = {word.lower() for row in reviews for word in WORD.findall(row["text"])}
-    others = {word.lower() for row in reviews if split_of(row["index"]) != "test" for word in WORD.findall(row["text"])}
-    reader = load_policy(smollm2())
-    print("| text | nats a word by SmolLM2-135M-Instruct | unknown words, % |\n|---|---|---|", flush=True)
+    known, reader = words_of(reviews), load_policy(smollm2())
+    others = words_of([row for row in reviews if split_of(row["index"]) != "test"])
+    print("| text | nats a word by SmolLM2-135M-Instruct | unknown words, % |\n|---|---|---|")
 
     def report(name: str, pairs: list[tuple[str, str]], known: set[str]):
-        nats, unknown = (nats_per_word(*reader, pairs, eos=False, max_tokens=24),
-                         unknown_words([text for _, text in pairs], known))
-        print(f"| {name} | {nats[0]:.2f} ± {nats[1]:.2f} | {100 * unknown[0]:.1f} ± {100 * unknown[1]:.1f} |", flush=True)
+        nats = nats_per_word(*reader, pairs, eos=False, max_tokens=24)
+        new = unknown_words([text for _, text in pairs], known)
+        print(f"| {name} | {nats[0]:.2f} ± {nats[1]:.2f} | {100 * new[0]:.1f} ± {100 * new[1]:.1f} |",
+              flush=True)
 
     report("held-out reviews, words of the others", human, others)
     for name in args.policies:
-        policy = load_policy(name)
-        drawn = sample(*policy, [x for x, _ in human], num_samples=1, max_new_tokens=args.max_tokens, seed=7)
-        ended = (drawn.tokens == policy[1].eos_token_id).any(-1)[:, 0].tolist()
-        report(name, [(x, whole_words(y[0], e)) for (x, _), y, e in zip(human, drawn.texts, ended)], known)
-        for (x, _), (y,) in list(zip(human, drawn.texts))[:args.show]:
-            print(f"- {x} **|** {y.strip()}")
+        policy, tokenizer = load_policy(name)
+        prompts = [prompt for prompt, _ in human]
+        drawn = sample(policy, tokenizer, prompts, num_samples=1, seed=7,
+                       max_new_tokens=args.max_new_tokens)
+        ended = (drawn.tokens == tokenizer.eos_token_id).any(-1)[:, 0].tolist()
+        texts = [text for text, in drawn.texts]
+        report(name, list(zip(prompts, map(whole_words, texts, ended))), known)
+        for prompt, text in list(zip(prompts, texts))[:args.show]:
+            print(f"- {prompt} **|**{text}")
 
 
 if __name__ == "__main__":

