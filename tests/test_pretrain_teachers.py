@@ -11,15 +11,17 @@ from minictrl.pretrain.english import nats_per_word, unknown_words
 from minictrl.pretrain.ratings import cut, cuts
 from test_models import SIZE, save
 
-REVIEWS = [{"index": i, "text": f"film {i} of the {word} kind is {word}", "ratings": 2 * [rating, rating + 1]}
-           for i in range(240) if i % 20 != 7 for word, rating in [(("good", 2), ("dull", -2), ("fair", 0))[i % 3]]]
+KINDS = (("good", 2), ("dull", -2), ("fair", 0))
+REVIEWS = [{"index": i, "text": f"film {i} of the {word} kind is {word}", "ratings": 2 * [r, r + 1]}
+           for i in range(240) if i % 20 != 7 for word, r in [KINDS[i % 3]]]
 
 
 @pytest.fixture(scope="module")
 def policy(tmp_path_factory):
     folder = tmp_path_factory.mktemp("teachers")
     start = save(folder / "start", LlamaForCausalLM(LlamaConfig(**SIZE)), unk_token="<unk>")
-    teachers.train_policy_teacher(REVIEWS, folder / "policy", steps=45, batch=4, lr=3e-2, start=start)
+    teachers.train_policy_teacher(REVIEWS, folder / "policy", steps=45, batch=4, lr=3e-2,
+                                  start=start)
     return folder
 
 
@@ -35,16 +37,19 @@ def test_a_cut_gives_back_the_review():
 
 
 def test_the_policy_reads_held_out_reviews_better_than_its_start(policy):
-    before, after = (nats_per_word(*load_policy(str(policy / name)), cuts(REVIEWS, "test")) for name in ("start", "policy"))
+    before, after = (nats_per_word(*load_policy(str(policy / name)), cuts(REVIEWS, "test"))
+                     for name in ("start", "policy"))
     assert after[0] < before[0] - 5 * before[1]
 
 
 def test_a_judge_from_the_policy_orders_held_out_reviews(policy, capsys):
-    teachers.train_scorer(REVIEWS, policy / "judge", start=str(policy / "policy"), half=1, epochs=4, lr=1e-2, frozen=1)
+    teachers.train_scorer(REVIEWS, policy / "judge", start=str(policy / "policy"), half=1,
+                          epochs=4, lr=1e-2, frozen=1)
     assert " ± " in capsys.readouterr().out
     start, judge = (AutoModelForSequenceClassification.from_pretrained(policy / name, num_labels=1)
                     for name in ("policy", "judge"))
-    assert torch.equal(start.model.layers[0].mlp.up_proj.weight, judge.model.layers[0].mlp.up_proj.weight)
+    frozen, also = (model.model.layers[0].mlp.up_proj.weight for model in (start, judge))
+    assert torch.equal(frozen, also)
     good, fair, dull = load_scorer(str(policy / "judge"), "judge", device="cpu")(
         3 * ["film 7 of the"], [f" {word} kind is {word}" for word in ("good", "fair", "dull")])
     assert good > fair > dull
@@ -64,7 +69,8 @@ def test_a_fit_that_was_stopped_ends_where_it_would_have(tmp_path, monkeypatch):
                 raise KeyboardInterrupt
             x, y = (torch.tensor([row[side] for row in part]).float() for side in (0, 1))
             return (model(x) - y).square().sum()
-        options = dict(epochs=2, batch=8, micro_batch=8, lr=1e-2, seed=0, checkpoint=tmp_path / f"{stop}")
+        options = dict(epochs=2, batch=8, micro_batch=8, lr=1e-2, seed=0,
+                       checkpoint=tmp_path / f"{stop}")
         if stop:
             with pytest.raises(KeyboardInterrupt):
                 hub.fit(model, rows, loss, "x", **options)

@@ -91,18 +91,19 @@ def main(argv=None):
     parser.add_argument("--limit", type=int, help="pairs: use at most this many")
     parser.add_argument("--out", type=Path, help="where the models go (reviews: the package's assets)")
     parser.add_argument("--teachers", type=Path, metavar="DIR", help="reviews: build the teachers there, or go on")
-    parser.add_argument("--students", type=Path, metavar="DIR", help="reviews: train their students there, or go on")
-    parser.add_argument("--only", choices=("policy", "reward", "judge", "pruned", "text"), help="teachers, students: one step")
+    parser.add_argument("--students", type=Path, metavar="DIR", help="reviews: and then their students there")
+    parser.add_argument("--only", choices=("policy", "reward", "judge", "pruned", "text"), help="reviews: one step, of the students where --students is given")
     parser.add_argument("--shards", type=int, default=150, help="teachers: of text, some 17,000 tokens each (150)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
-    if args.students and args.teachers:
+    if args.teachers:
         from minictrl.pretrain.students import train_students
-        train_students(load_ratings("reviews", args.data), args.teachers, args.students, only=args.only, seed=args.seed)
-    elif args.teachers:
         from minictrl.pretrain.teachers import train_teachers
-        train_teachers(load_ratings("reviews", args.data), args.teachers, only=args.only, shards=args.shards,
-                       seed=args.seed)
+        reviews = load_ratings("reviews", args.data)
+        if not (args.only and args.students):
+            train_teachers(reviews, args.teachers, only=args.only, shards=args.shards, seed=args.seed)
+        if args.students:
+            train_students(reviews, args.teachers, args.students, only=args.only, seed=args.seed)
     elif args.task == "reviews":
         pretrain_reviews(args.data, args.out or ASSETS, args.seed)
     elif args.out is None:

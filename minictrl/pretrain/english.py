@@ -77,8 +77,8 @@ def main(argv=None):
     def report(name: str, pairs: list[tuple[str, str]], known: set[str]):
         nats = nats_per_word(*reader, pairs, eos=False, max_tokens=24)
         new = unknown_words([text for _, text in pairs], known)
-        print(f"| {name} | {nats[0]:.2f} ± {nats[1]:.2f} | {100 * new[0]:.1f} ± {100 * new[1]:.1f} |",
-              flush=True)
+        print(f"| {name} | {nats[0]:.2f} ± {nats[1]:.2f} "
+              f"| {100 * new[0]:.1f} ± {100 * new[1]:.1f} |", flush=True)
 
     report("held-out reviews, words of the others", human, others)
     for name in args.policies:

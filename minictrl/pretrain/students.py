@@ -165,9 +165,10 @@ def train_student_policy(reviews: Lessons, written: Lessons, teacher: nn.Module,
 
     def loss(chunk: list) -> Tensor:
         ids = nn.utils.rnn.pad_sequence([torch.tensor(line) for line, _ in chunk], batch_first=True)
-        counts, taught = (torch.tensor([len(row[side]) for row in chunk])[:, None] for side in (0, 1))
+        counts = torch.tensor([len(line) for line, _ in chunk])[:, None]
+        taught = torch.tensor([len(part) for _, part in chunk])[:, None]
         at = torch.arange(1, ids.shape[1])
-        kept = (at < counts) & (at >= counts - taught)  # (B, L - 1): tokens that there is a lesson on
+        kept = (at < counts) & (at >= counts - taught)  # (B, L - 1): there is a lesson on it
         index = torch.cat([torch.arange(part.start, part.stop) for _, part in chunk])  # (n,)
         hidden = model.transformer(ids).last_hidden_state[:, :-1][kept]
         logq = model.lm_head(hidden).log_softmax(-1)  # (n, V)
