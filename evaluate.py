@@ -1,27 +1,33 @@
 """Inference-time win rates of trained policies against pi_ref, beside the theory's at the same KL.
 
-    python evaluate.py runs/reviews-exp10            # half a minute on two cores
-    python evaluate.py runs/a runs/b --split train   # several runs, on the prompts they were trained on
+    python evaluate.py runs/reviews-exp10            # half a minute on two cores python evaluate.py
+    runs/a runs/b --split train   # several runs, on the prompts they were trained on
 
-Draws M responses a prompt from pi and from pi_ref. The reward model selects (Best-of-N, Worst-of-N, …), reward model and
-judge score; every N <= M comes from one draw by the exact U-statistic of `winrate.py`. Writes eval.json, samples.jsonl,
-tradeoff.png and training.png into the run.
+Draws M responses a prompt from pi and from pi_ref. The reward model selects (Best-of-N, Worst-of-N,
+…), reward model and judge score; every N <= M comes from one draw by the exact U-statistic of
+`winrate.py`. Writes eval.json, samples.jsonl, tradeoff.png and training.png into the run.
 """
 
 import argparse
 from pathlib import Path
 
-from minictrl.config import Parser, run_script
+from minictrl.cli import Parser, run_script
 
 SIZES = (1, 2, 4, 8, 32)  # N of the table
 
 
 def read_arguments(argv=None) -> argparse.Namespace:
     parser = Parser("evaluate.py", __doc__.split("\n")[0])
-    parser.add_argument("runs", nargs="+", metavar="RUN", type=Path, help="run directory of train.py")
-    parser.add_argument("--split", default="test", choices=("test", "train"), help="which prompts (default test)")
+    parser.add_argument(
+        "runs", nargs="+", metavar="RUN", type=Path, help="run directory of train.py"
+    )
+    parser.add_argument(
+        "--split", default="test", choices=("test", "train"), help="which prompts (default test)"
+    )
     parser.add_argument("--prompts", type=int, default=200, help="how many prompts (default 200)")
-    parser.add_argument("--samples", type=int, default=64, help="M, responses a prompt (default 64)")
+    parser.add_argument(
+        "--samples", type=int, default=64, help="M, responses a prompt (default 64)"
+    )
     parser.add_argument("--device", help="auto, cpu or cuda (default: the run's)")
     args = parser.parse_args(argv)
     for name in ("prompts", "samples"):
@@ -33,16 +39,29 @@ def read_arguments(argv=None) -> argparse.Namespace:
 def main(argv=None):
     args = read_arguments(argv)
 
-    from minictrl import evaluation, figures, runs  # torch and transformers, which --help doesn't need
+    from minictrl import (  # torch and transformers, which --help doesn't need
+        evaluation,
+        figures,
+        runs,
+    )
 
-    configs = [runs.load_finished(run) for run in args.runs]  # all are checked before anything is drawn
-    for run, config in zip(args.runs, configs):
-        table, shown = evaluation.evaluate(run, config, split=args.split, prompts=args.prompts, M=args.samples, sizes=SIZES,
-                                           device=args.device or config.device)
-        evaluation.write(run, args.split, table, shown)
+    # all are checked before anything is drawn
+    configs = [runs.load_finished(run) for run in args.runs]
+    for run, config in zip(args.runs, configs, strict=True):
+        table = evaluation.evaluate(
+            run,
+            config,
+            split=args.split,
+            prompts=args.prompts,
+            M=args.samples,
+            sizes=SIZES,
+            device=args.device or config.device,
+        )
         first = table[0]
-        print(f"\n{run}: {first['prompts']} {args.split} prompts, {first['samples']} responses each, "
-              f"KL {first['kl']:.3f} ± {first['kl_stderr']:.3f} nats\n\n{evaluation.markdown(table)}\n")
+        print(
+            f"\n{run}: {first['prompts']} {args.split} prompts, {first['samples']} responses each, "
+            f"KL {first['kl']:.3f} ± {first['kl_stderr']:.3f} nats\n\n{evaluation.markdown(table)}\n"
+        )
         print(figures.draw(run, args.split, table))
 
 

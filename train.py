@@ -1,30 +1,47 @@
-"""InfAlign-CTRL (Algorithm 1): calibrate the reward, transform it, and maximise it with a KL penalty.
+"""InfAlign-CTRL (Algorithm 1): calibrate the reward, transform it, maximise it with a KL penalty.
 
     python train.py --transform exp10                               # about 2 minutes on two cores
     python train.py --transform exp-10 --procedure won --kl 0.5     # for Worst-of-4, half a nat
-    python train.py --transform none                                # the usual RLHF, for comparison
-    python train.py --transform exp10 --method qrpo                 # offline, on the calibration's own samples
+    python train.py --transform none                                # the usual RLHF, to compare
+    python train.py --transform exp10 --method qrpo                 # offline, on reference samples
 
-Then `python evaluate.py RUN`. A run directory holds config.json, metrics.jsonl, policy/, reference.safetensors, checkpoint/.
+Then `python evaluate.py RUN`.
+
+Where it departs from the paper:
+1. The objective is divided by beta as a whole: R = Phi(C_hat) / beta, and the KL has weight 1. The
+   optimum is the same, and one learning rate fits every transform (`minictrl/ppo.py`).
+2. beta is not tuned by hand. It starts at the theory's for the KL that is asked for, and follows
+   the KL that is measured (`minictrl/budget.py`).
+3. R is bounded below, 10 nats under its value at C_hat = 1, and `log` below C_hat = 1/(2K)
+   (`minictrl/transforms.py`).
+4. There is no value network by default. A token's baseline comes from the calibrated reward of the
+   response so far, with GAE at lambda = 0.9, or is the mean return of other samples
+   (`minictrl/baselines.py`).
+5. Only the top --layers transformer blocks are trained, and never the embeddings
+   (`minictrl/update.py`).
+6. One pass over each rollout, so that the ratio is clipped within it only.
 """
 
 import copy
-import json
 import time
 from functools import partial
 from pathlib import Path
 
-from minictrl.config import Config, Parser, run_script
+from minictrl.cli import Parser, run_script
+from minictrl.config import Config
 
 WARMUP = 5  # steps
-CHECKPOINT = 20  # seconds between checkpoints, at least; 20 times what one takes, if that is more
 
 
 def read_arguments(argv=None) -> tuple[dict, bool, bool]:
     parser = Parser("train.py", __doc__.split("\n")[0])
     Config.add_arguments(parser)
     again = parser.add_mutually_exclusive_group()
-    again.add_argument("--resume", action="store_true", help="go on from the last checkpoint of --out, with its settings")
+    again.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on from the last checkpoint of --out, with its settings",
+    )
     again.add_argument("--overwrite", action="store_true", help="delete the run that --out holds")
     settings = vars(parser.parse_args(argv))  # only what was given
     return settings, settings.pop("resume"), settings.pop("overwrite")
@@ -32,108 +49,120 @@ def read_arguments(argv=None) -> tuple[dict, bool, bool]:
 
 def main(argv=None):
     settings, resume, overwrite = read_arguments(argv)
-    config = Config(**settings).resolved()  # --help and a mistyped value cost no import of torch
+    config = Config(**settings)  # --help and a mistyped value cost no import of torch
 
-    import torch
-    from tqdm import tqdm
-
-    from minictrl import methods, runs
-    from minictrl.calibration import calibrated_reward
+    from minictrl import runs
+    from minictrl.budget import Budget
+    from minictrl.methods import get_method
     from minictrl.models import save_policy
-    from minictrl.ppo import explained_variance
-    from minictrl.transforms import get_transform, in_nats, ladder
-    from minictrl.update import forward_all, freeze, make_learner, update
+    from minictrl.rollout import reference_key, reference_samples
+    from minictrl.task import load_task
+    from minictrl.update import freeze, make_learner
 
     # Whatever can be wrong with the input is found here, before the first sample is drawn.
-    start, out = time.time(), Path(config.out)
+    start, config = time.time(), config.resolved()
+    out = Path(config.out)
     config = runs.check(out, settings, config, resume=resume, overwrite=overwrite)
-    beta = config.beta or methods.beta_for(config, config.kl)  # None for raw rewards: theirs follows from r_ref
-    Phi = get_transform(config.transform, procedure=config.procedure, n=config.n, beta=beta, K=config.K)
-    task = runs.load_task(config, "train")
-    policy = task.policy
-    freeze(policy, config.layers)
+    method = get_method(config.method)(config)  # its Phi, its beta, its loss
+    task = load_task(config, "train")
+    freeze(task.policy, config.layers)
     if not resume:
         runs.create(out, config)
 
-    # 1. Calibrate: K samples a prompt from pi_ref, and their rewards r_ref (P, K). Every seed shares them.
-    reference = runs.reference_samples(task, config, config.K, seed=0, name="calibrate")
-    reference.save(out / "reference.safetensors", runs.reference_key(task, 0, task.texts))
-    r_ref = reference.r_ref
+    # 1. Calibrate: K samples per prompt from pi_ref with their rewards. Every seed shares them.
+    reference = reference_samples(task, config.K, seed=0, cache=config.cache, name="calibrate")
+    reference.save(out / "reference.safetensors", reference_key(task, 0, task.texts))
 
-    # 2. Transform.
-    beta_at = partial(methods.beta_for, config, r_ref=r_ref)
-    beta = beta or beta_at(config.kl)
-    runs.describe(out, config, beta)
-    rungs = partial(ladder, config.transform, Phi)  # r, r_ref -> C_hat, Phi(C_hat)
+    # 2. Transform: Phi is the method's, and beta follows from the KL budget.
+    beta_at = partial(method.beta_for, r_ref=reference.r_ref)
+    budget = Budget(config.kl, beta_at, beta=method.beta)
+    runs.describe(out, config, budget.beta)
 
-    # 3. Maximise E[R] - KL(pi || pi_ref), R = Phi(C_hat) / beta: divided by beta as a whole, the KL has weight 1.
-    shared = {id(p): p for p in policy.parameters() if not p.requires_grad}
-    ref_policy = copy.deepcopy(policy, shared).requires_grad_(False)
-    online = config.method in methods.ONLINE
-    learner = make_learner(policy, value_head=online and config.baseline == "value")
-    first_step, tokens, seconds, asked = runs.restore(out, learner, asked=config.kl)
-    if online:
-        loss = partial(methods.online_loss, clip=config.clip)
-    else:
-        epoch, loss = methods.OFFLINE[config.method](reference, Phi=Phi, beta=beta, clip=config.clip, seed=config.seed)
-    saved, pause = time.time(), CHECKPOINT
-    with runs.Interrupt() as interrupt, open(out / "metrics.jsonl", "a", buffering=1) as metrics, \
-            tqdm(range(first_step, config.steps), "train", initial=first_step, total=config.steps, disable=None) as bar:
-        for step in bar:
-            began, seed = time.time(), config.seed * 1_000_003 + step + 1
-            row = dict.fromkeys(runs.METRICS)  # None: not in this method
-            if online:
-                index = runs.batch(len(task.prompts), config.batch, step, config.seed)  # (B,) prompts x
-                samples, r = runs.rollout(task, policy, index, num_samples=config.G, seed=seed)  # y ~ pi(.|x), r (B, G)
-                C_hat, Phi_C = rungs(r, r_ref[index])  # (B, G)
-                rows = runs.rows_of(task, index, samples)
-                rows["ref_logprobs"], _ = forward_all(ref_policy, None, rows, config.micro_batch)
-                row |= methods.rollout_metrics(rows, r, C_hat, Phi_C)
-                if config.kl and step >= WARMUP:
-                    asked, beta = methods.keep_to_budget(asked, row["kl_ref"], config.kl, beta_at)
-                rewards = {"r": r, "C_hat": C_hat, "R": in_nats(Phi_C, Phi, beta)}
-                rows |= {name: x.flatten().to(rows["mask"]) for name, x in rewards.items()}
-                if config.baseline == "prefix":
-                    C_hat_prefix = calibrated_reward(runs.prefix_rewards(task, index, samples), r_ref[index])  # (B, G T)
-                    rows["C_hat_prefix"] = C_hat_prefix.view_as(rows["mask"]).to(rows["mask"])
-                if learner.value_head is not None:
-                    _, rows["values"] = forward_all(policy, learner.value_head, rows, config.micro_batch)
-                rows["advantages"] = methods.ONLINE[config.method](rows, config, beta, reference[index])
-                if "values" in rows:
-                    mask = samples.mask.flatten(0, 1)  # BoND's rows have two responses
-                    row["explained_variance"] = explained_variance(rows["values"], rows["returns"], mask).item()
-            else:
-                index = runs.batch(len(epoch["of"]), config.batch * config.G, step, config.seed)
-                rows = {name: x[index] for name, x in epoch.items()}
-                rows |= runs.prompt_rows(task, rows.pop("of"))
-            row |= update(learner, rows, loss, lr=config.lr * schedule(step, config.steps), minibatch=config.minibatch,
-                          micro_batch=config.micro_batch, epochs=config.ppo_epochs, seed=seed)
+    # 3. Maximise E[Phi(C_hat)] - beta KL(pi || pi_ref).
+    learner = make_learner(task.policy, value_head=method.online and config.baseline == "value")
+    with runs.Training(out, learner, budget, config.steps) as training:
+        maximise = online if method.online else offline
+        maximise(training, config, task, method, reference)
+    if training.stopped:
+        return 130
 
-            count = int(rows["mask"].sum())
-            tokens, seconds = tokens + count, seconds + time.time() - began
-            row |= {"step": step + 1, "kl_asked": asked, "beta": beta, "tokens": tokens, "seconds": round(seconds, 2),
-                    "tok_per_s": round(count / (time.time() - began))}
-            metrics.write(json.dumps(row) + "\n")
-            bar.set_postfix_str(" ".join(f"{name} {row[name]:.3f}" for name in ("C_hat", "kl_ref") if online)
-                                + f" tok/s {row['tok_per_s']}")
-            if interrupt.asked or time.time() - saved > pause or step + 1 == config.steps:
-                began = time.time()
-                runs.save_checkpoint(out, learner, step=step + 1, tokens=tokens, seconds=seconds, asked=asked)
-                saved = time.time()
-                pause = max(CHECKPOINT, 20 * (saved - began))
-            if interrupt.asked:
-                print(f"stopped after step {step + 1}; go on with: python train.py --resume --out {out}")
-                return 130
-
-    save_policy(policy, task.tokenizer, out / "policy")
+    save_policy(task.policy, task.tokenizer, out / "policy")
     last = runs.read_metrics(out)[-1]
-    reached = f", KL {last['kl_ref']:.3f} ± {last['kl_ref_stderr']:.3f} nats, C_hat {last['C_hat']:.3f}" if online else ""
-    print(f"{out}: {config.steps} steps{reached}, beta {last['beta']:.4g}, {time.time() - start:.0f} s. "
-          f"Now: python evaluate.py {out}")
+    reached = ""
+    if method.online:
+        kl = f"KL {last['kl_ref']:.3f} ± {last['kl_ref_stderr']:.3f} nats"
+        reached = f", {kl}, C_hat {last['C_hat']:.3f}"
+    print(
+        f"{out}: {config.steps} steps{reached}, beta {last['beta']:.4g}, "
+        f"{time.time() - start:.0f} s. Now: python evaluate.py {out}"
+    )
+
+
+def online(training, config, task, method, reference):
+    """PPO: G responses per prompt from the current policy, then an update on them."""
+    from minictrl.baselines import with_advantages
+    from minictrl.calibration import calibrated_reward
+    from minictrl.ppo import explained_variance
+    from minictrl.rollout import prompts_of, rollout, rollout_stats
+    from minictrl.update import forward_all
+
+    learner, budget, Phi = training.learner, training.budget, method.Phi
+    frozen = {id(p): p for p in task.policy.parameters() if not p.requires_grad}
+    pi_ref = copy.deepcopy(task.policy, frozen).requires_grad_(False)  # shares what is frozen
+    for step in training.steps():
+        index = prompts_of(step, len(task.prompts), config.batch, config.seed)  # (P,) prompts x
+        r_ref = reference.r_ref[index]  # (P, K)
+        batch, r = rollout(task, index, num_samples=config.G, seed=seed_of(step, config))
+        batch.ref_logprobs, _ = forward_all(pi_ref, None, batch, config.micro_batch)
+        C_hat = calibrated_reward(r, r_ref)  # (P, G), Eq. 12
+        Phi_C = Phi.of(r, r_ref)  # Phi(C_hat)
+        stats = rollout_stats(batch, r, C_hat, Phi_C)
+        beta = budget.follow(stats["kl_ref"]) if step >= WARMUP else budget.beta
+        R = method.reward(r, C_hat, Phi_C, beta)  # Phi(C_hat) / beta
+        batch.R = R.flatten().to(batch.mask)
+        batch = with_advantages(batch, task=task, r_ref=r_ref, learner=learner, config=config)
+        if batch.values is not None:
+            explained = explained_variance(batch.values, batch.returns, batch.mask)
+            stats["explained_variance"] = explained.item()
+        batch = method.extended(batch, reference[index], beta)
+        training.log(batch, stats | updated(learner, batch, method, step, config))
+
+
+def offline(training, config, task, method, reference):
+    """Epochs over the reference samples of the calibration."""
+    from minictrl.rollout import prompts_of, with_prompts
+
+    rows = method.rows(reference, training.budget.beta)
+    for step in training.steps():
+        index = prompts_of(step, len(rows), config.batch * config.G, config.seed)
+        batch = with_prompts(task, rows[index])
+        training.log(batch, updated(training.learner, batch, method, step, config))
+
+
+def updated(learner, batch, method, step: int, config: Config) -> dict[str, float]:
+    """An update on a batch; returns its statistics."""
+    from minictrl.update import update
+
+    return update(
+        learner,
+        batch,
+        method.loss,
+        lr=config.lr * schedule(step, config.steps),
+        minibatch=config.minibatch,
+        micro_batch=config.micro_batch,
+        epochs=config.ppo_epochs,
+        seed=seed_of(step, config),
+    )
+
+
+def seed_of(step: int, config: Config) -> int:
+    """The seed of a step's draws: none is that of the calibration or of another step."""
+    return config.seed * 1_000_003 + step + 1
 
 
 def schedule(step: int, steps: int) -> float:
-    """Share of the learning rate: up in WARMUP steps, then linearly down to 0, where the noise of the gradient fades."""
+    """Share of the learning rate: up in WARMUP steps, then linearly down to 0, where the noise of
+    the gradient fades."""
     return min(1, (step + 1) / WARMUP) * (1 - step / steps)
 
 

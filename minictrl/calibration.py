@@ -1,26 +1,57 @@
-"""The calibrated reward of Eq. 12."""
+"""The calibrated reward of Eq. 12: C_hat(x, y), the share of pi_ref's samples that y beats."""
 
 import torch
 from torch import Tensor
 
 
 def calibrated_reward(r: Tensor, r_ref: Tensor) -> Tensor:
-    """C_hat(x, y), the share of pi_ref's samples that y beats, a tie counting one half (Eq. 12, empirical calibration).
+    """C_hat(x, y), the share of pi_ref's samples that y beats, a tie counting one half (Eq. 12).
 
-    r: (B,) or (B, M) rewards, any monotone scale. r_ref: (B, K) rewards of y ~ pi_ref(.|x), never pooled over prompts.
-    Returns r's shape, in [0, 1], a multiple of 1/(2K), in float32 at least. The cost is M log K a prompt, not M K.
-    Raises ValueError on shapes that do not match or a reward that is not finite.
+    r: (B,) or (B, M) rewards, any monotone scale. r_ref: (B, K) rewards of y ~ pi_ref(.|x), never
+    pooled over prompts. Returns r's shape, in [0, 1], a multiple of 1/(2K), in float32 at least.
+    The cost is M log K per prompt, not M K. Raises ValueError on shapes that do not match or a
+    reward that is not finite.
     """
     if r_ref.ndim != 2 or r.ndim not in (1, 2) or len(r) != len(r_ref) or not r_ref.shape[1]:
         raise ValueError(
-            f"r {tuple(r.shape)} and r_ref {tuple(r_ref.shape)}: must be (B,) or (B, M), and (B, K) with K at least 1; "
-            "give each prompt its own row"
+            f"r {tuple(r.shape)} and r_ref {tuple(r_ref.shape)}: must be (B,) or (B, M), and "
+            "(B, K) with K at least 1; give each prompt its own row"
         )
-    for name, rewards in (("r", r), ("r_ref", r_ref)):
-        if not rewards.isfinite().all():
-            bad = (~rewards.isfinite()).sum()
+    z, y = _as_floats(r_ref=r_ref, r=r)
+    beaten = _twice_the_wins(y.reshape(len(r), -1).contiguous(), z)  # (B, M)
+    return (beaten / (2 * z.shape[1])).reshape(r.shape)
+
+
+def leave_one_out_calibration(r_ref: Tensor) -> Tensor:
+    """C_hat of each calibration sample against the prompt's other K - 1 samples (Eq. 12).
+
+    r_ref: (P, K) rewards of y ~ pi_ref(.|x). Returns (P, K) in [0, 1], a tie counting one half. So
+    the calibration's samples are a training set. Raises ValueError as `calibrated_reward` does.
+    """
+    if r_ref.ndim != 2 or r_ref.shape[1] < 2:
+        raise ValueError(
+            f"r_ref is {tuple(r_ref.shape)}: must be (prompts, samples) with at least 2 samples "
+            "per prompt, which are compared with each other"
+        )
+    (z,) = _as_floats(r_ref=r_ref)
+    others = _twice_the_wins(z.contiguous(), z) - 1  # no sample meets itself
+    return others / (2 * (z.shape[1] - 1))
+
+
+def _twice_the_wins(y: Tensor, z: Tensor) -> Tensor:
+    """(B, M) how often each of y (B, M) beats one of z (B, K), a win counting 2, a tie 1."""
+    ordered = z.sort(-1).values
+    below = torch.searchsorted(ordered, y)
+    up_to = torch.searchsorted(ordered, y, right=True)
+    return (below + up_to).to(y.dtype)
+
+
+def _as_floats(**rewards: Tensor) -> list[Tensor]:
+    """The rewards in one dtype, float32 at least. Raises ValueError where one is not finite."""
+    dtype = torch.float32
+    for name, each in rewards.items():
+        if not each.isfinite().all():
+            bad = int((~each.isfinite()).sum())
             raise ValueError(f"{name} has {bad} rewards that are not finite; drop or rescore them")
-    dtype = torch.promote_types(torch.promote_types(r.dtype, r_ref.dtype), torch.float32)
-    z, y = r_ref.to(dtype).sort(-1).values, r.to(dtype).reshape(len(r), -1).contiguous()  # (B, K), (B, M)
-    beaten = torch.searchsorted(z, y) + torch.searchsorted(z, y, right=True)  # (B, M) twice the wins and ties' halves
-    return (beaten.to(dtype) / (2 * z.shape[1])).reshape(r.shape)
+        dtype = torch.promote_types(dtype, each.dtype)
+    return [each.to(dtype) for each in rewards.values()]

@@ -1,8 +1,8 @@
 """A task's name or a .jsonl file -> prompts and preference pairs.
 
-A prompt is text, which the policy continues as it stands, or a list of chat messages {"role", "content"}, which it
-answers. Public data sets (`data` and `pairs` of an entry of TASKS) are read with `datasets`, from the hub or a local
-copy (`hub.py`).
+A prompt is text, which the policy continues as it stands, or a list of chat messages {"role",
+"content"}, which it answers. Public data sets (`data` and `pairs` of an entry of TASKS) are read
+with `datasets`, from the hub or a local copy (`hub.py`).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from minictrl.config import TASKS
-from minictrl.hub import hub_name, unreachable
+from minictrl.lm.hub import hub_name, unreachable
 
 ASSETS = Path(__file__).parent / "assets"
 Prompt = str | list[dict]
@@ -24,14 +24,17 @@ Pair = tuple[Prompt, str, str]  # prompt, chosen, rejected
 def load_prompts(task_or_file: str, split: str = "train") -> list[Prompt]:
     """The prompts of a task or of a .jsonl file, in a fixed order, each once.
 
-    split: "train" for calibration and RL, "test" for evaluation; no prompt is in both. Every tenth prompt of a file is
-    "test". Raises ValueError on an unknown task or split, data that can't be read, and a bad line, naming its number.
+    split: "train" for calibration and RL, "test" for evaluation; no prompt is in both. Every tenth
+    prompt of a file is "test". Raises ValueError on an unknown task or split, data that can't be
+    read, and a bad line, naming its number.
     """
     check_split(split)
     if task_or_file.endswith(".jsonl"):
         prompts = unique(convert(read_jsonl(Path(task_or_file)), prompt_of))
         if len(prompts) < 10:
-            raise ValueError(f"{task_or_file} has {len(prompts)} prompts: give at least 10, every tenth for evaluation")
+            raise ValueError(
+                f"{task_or_file} has {len(prompts)} prompts: give at least 10, every tenth for evaluation"
+            )
         return [prompt for i, prompt in enumerate(prompts) if (i % 10 == 9) == (split == "test")]
     source = task(task_or_file).get("data")
     if source is None:
@@ -44,24 +47,36 @@ def load_prompts(task_or_file: str, split: str = "train") -> list[Prompt]:
     return [prompt for prompt in test if json.dumps(prompt) not in seen]
 
 
-def load_pairs(task_or_file: str, split: str = "train", *, skip_bad: bool | None = None) -> list[Pair]:
-    """(prompt, chosen, rejected) of a task or of a .jsonl file, for SFT and a Bradley-Terry reward model.
+def load_pairs(
+    task_or_file: str, split: str = "train", *, skip_bad: bool | None = None
+) -> list[Pair]:
+    """(prompt, chosen, rejected) of a task or of a .jsonl file, for SFT and a Bradley-Terry reward
+    model.
 
-    A row is {"prompt", "chosen", "rejected"}, or HH-RLHF's {"chosen", "rejected"}, two transcripts with one prompt. A
-    row without one of its sides raises ValueError with its line; with skip_bad (default: as the task's entry says, else
-    False) such rows are counted in a warning and left out. split: as in `load_prompts`, by prompt.
+    A row is {"prompt", "chosen", "rejected"}, or HH-RLHF's {"chosen", "rejected"}, two transcripts
+    with one prompt. A row without one of its sides raises ValueError with its line; with skip_bad
+    (default: as the task's entry says, else False) such rows are counted in a warning and left out.
+    split: as in `load_prompts`, by prompt.
     """
     check_split(split)
     if task_or_file.endswith(".jsonl"):
         pairs = convert(read_jsonl(Path(task_or_file)), pair_of, skip_bad=bool(skip_bad))
-        held_out = {json.dumps(prompt) for prompt in unique(prompt for prompt, _, _ in pairs)[9::10]}
+        held_out = {
+            json.dumps(prompt) for prompt in unique(prompt for prompt, _, _ in pairs)[9::10]
+        }
         return [pair for pair in pairs if (json.dumps(pair[0]) in held_out) == (split == "test")]
     entry = task(task_or_file)
     source = entry.get("pairs", entry.get("data"))
     if source is None:
-        raise ValueError(f"task {task_or_file!r} has no preference pairs: use a .jsonl file, or one of "
-                         f"{', '.join(name for name in TASKS if 'data' in TASKS[name])}")
-    return convert(read_hub(source, split), pair_of, skip_bad=source["skip_bad"] if skip_bad is None else skip_bad)
+        raise ValueError(
+            f"task {task_or_file!r} has no preference pairs: use a .jsonl file, or one of "
+            f"{', '.join(name for name in TASKS if 'data' in TASKS[name])}"
+        )
+    return convert(
+        read_hub(source, split),
+        pair_of,
+        skip_bad=source["skip_bad"] if skip_bad is None else skip_bad,
+    )
 
 
 def check_split(split: str):
@@ -77,20 +92,23 @@ def task(name: str) -> dict:
 
 # --- rows of a file or a data set: (where, row) ---
 
+
 def read_jsonl(path: Path) -> Iterable[tuple[str, object]]:
     """The rows of a file, one JSON value a line; blank lines are skipped."""
     if not path.is_file():
-        raise ValueError(f"{path} is no file: give a .jsonl file with a \"prompt\" a line")
+        raise ValueError(f'{path} is no file: give a .jsonl file with a "prompt" a line')
     empty = True
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         if line.strip():
             try:
                 yield f"{path}, line {number}", json.loads(line)
             except ValueError as error:
-                raise ValueError(f"{path}, line {number} is not JSON ({error}): put one object a line") from None
+                raise ValueError(
+                    f"{path}, line {number} is not JSON ({error}): put one object a line"
+                ) from None
             empty = False
     if empty:
-        raise ValueError(f"{path} holds no prompt: put {{\"prompt\": …}} on each line")
+        raise ValueError(f'{path} holds no prompt: put {{"prompt": …}} on each line')
 
 
 def read_hub(source: dict, split: str) -> Iterable[tuple[str, dict]]:
@@ -98,7 +116,9 @@ def read_hub(source: dict, split: str) -> Iterable[tuple[str, dict]]:
     try:
         import datasets
     except ImportError:
-        raise ValueError(f"data set {source['name']} needs `datasets`: pip install -e '.[hub]'") from None
+        raise ValueError(
+            f"data set {source['name']} needs `datasets`: pip install -e '.[hub]'"
+        ) from None
     datasets.disable_progress_bars()
     name, part = hub_name(source["name"]), source[split]
     where = f"{name}{'/' + source['folder'] if source['folder'] else ''}, {part}"
@@ -111,8 +131,13 @@ def read_hub(source: dict, split: str) -> Iterable[tuple[str, dict]]:
 
 # --- a row -> a prompt, or a pair ---
 
-def convert(rows: Iterable[tuple[str, object]], function: Callable, *, skip_bad: bool = False) -> list:
-    """function(row) of every row. A row it refuses raises ValueError that says where, or is counted and left out."""
+
+def convert(
+    rows: Iterable[tuple[str, object]], function: Callable, *, skip_bad: bool = False
+) -> list:
+    """function(row) of every row. A row it refuses raises ValueError that says where, or is counted
+    and left out.
+    """
     good, bad = [], []
     for where, row in rows:
         try:
@@ -122,20 +147,26 @@ def convert(rows: Iterable[tuple[str, object]], function: Callable, *, skip_bad:
                 raise ValueError(f"{where}: {error}") from None
             bad.append(f"{where}: {error}")
     if bad:
-        warnings.warn(f"{len(bad)} of {len(bad) + len(good)} rows left out, the first {bad[0]}", stacklevel=2)
+        warnings.warn(
+            f"{len(bad)} of {len(bad) + len(good)} rows left out, the first {bad[0]}", stacklevel=2
+        )
     return good
 
 
 def prompt_of(row) -> Prompt:
-    """The prompt of a row: its "prompt", its "messages", or what comes before the last answer of HH's "chosen"."""
+    """The prompt of a row: its "prompt", its "messages", or what comes before the last answer of
+    HH's "chosen".
+    """
     row = row if isinstance(row, dict) else {}
     if "prompt" not in row and isinstance(row.get("chosen"), str):
         return parse_hh(row["chosen"])[:-1]
     prompt = row.get("prompt", row.get("messages"))
     if is_prompt(prompt):
         return prompt
-    raise ValueError("give \"prompt\", a text that is not empty, or \"messages\", a list of {\"role\": system, user or "
-                     f"assistant, \"content\": …}} that ends with the user's; it holds {str(row)[:80]}")
+    raise ValueError(
+        'give "prompt", a text that is not empty, or "messages", a list of {"role": system, user or '
+        f'assistant, "content": …}} that ends with the user\'s; it holds {str(row)[:80]}'
+    )
 
 
 def pair_of(row) -> Pair:
@@ -146,38 +177,60 @@ def pair_of(row) -> Pair:
         if isinstance(answer, str) and "prompt" not in row:  # HH: the whole transcript
             *before, answer = parse_hh(answer)
             if before != prompt:
-                raise ValueError("chosen and rejected have different prompts: give two answers to one prompt")
+                raise ValueError(
+                    "chosen and rejected have different prompts: give two answers to one prompt"
+                )
             answer = answer["content"]
-        elif isinstance(answer, list) and answer and isinstance(answer[-1], dict):  # messages, the answer last
+        # messages, the answer last
+        elif isinstance(answer, list) and answer and isinstance(answer[-1], dict):
             answer = answer[-1].get("content")
             if isinstance(prompt, str) and isinstance(answer, str):
                 answer = " " + answer.strip()  # what continues a text is set off by a space
         if not isinstance(answer, str) or not answer.strip():
-            raise ValueError(f"\"{side}\" is missing or empty: give both sides, or leave such rows out (skip_bad=True)")
+            raise ValueError(
+                f'"{side}" is missing or empty: give both sides, or leave such rows out (skip_bad=True)'
+            )
         sides.append(answer)
     return prompt, *sides
 
 
 def parse_hh(text: str) -> list[dict]:
-    """Messages of a transcript "\\n\\nHuman: … \\n\\nAssistant: …", HH-RLHF's format; the last may be empty.
+    """Messages of a transcript "\\n\\nHuman: … \\n\\nAssistant: …", HH-RLHF's format; the last may
+    be empty.
 
-    Raises ValueError unless human and assistant take turns, from a human's to an assistant's, none of them empty.
+    Raises ValueError unless human and assistant take turns, from a human's to an assistant's, none
+    of them empty.
     """
     before, *parts = re.split(r"\n\n(Human|Assistant):", text)
     roles = [{"Human": "user", "Assistant": "assistant"}[name] for name in parts[::2]]
     contents = [part.strip() for part in parts[1::2]]
-    if before.strip() or not roles or roles != ["user", "assistant"] * (len(roles) // 2) or not all(contents[:-1]):
-        raise ValueError("no transcript of \"\\n\\nHuman: …\" and \"\\n\\nAssistant: …\" in turns, the assistant last; "
-                         f"it holds {text[:60]!r}…")
+    if (
+        before.strip()
+        or not roles
+        or roles != ["user", "assistant"] * (len(roles) // 2)
+        or not all(contents[:-1])
+    ):
+        raise ValueError(
+            'no transcript of "\\n\\nHuman: …" and "\\n\\nAssistant: …" in turns, the assistant last; '
+            f"it holds {text[:60]!r}…"
+        )
     return [{"role": role, "content": content} for role, content in zip(roles, contents)]
 
 
 def is_prompt(value) -> bool:
     if isinstance(value, str):
         return bool(value.strip())
-    return isinstance(value, list) and bool(value) and all(
-        isinstance(m, dict) and m.get("role") in ("system", "user", "assistant") and isinstance(m.get("content"), str)
-        for m in value) and value[-1]["role"] == "user"
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(
+            isinstance(m, dict)
+            and m.get("role") in ("system", "user", "assistant")
+            and isinstance(m.get("content"), str)
+            for m in value
+        )
+        and value[-1]["role"] == "user"
+    )
 
 
 def unique(prompts: Iterable[Prompt]) -> list[Prompt]:

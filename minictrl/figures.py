@@ -1,4 +1,6 @@
-"""Pictures: those of a run, and what the pictures of the studies share. Without matplotlib there are none."""
+"""Pictures: those of a run, and what the pictures of the studies share. Without matplotlib there
+are none.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +10,19 @@ from pathlib import Path
 
 from minictrl import evaluation, runs, theory
 
-STYLE = {"axes.grid": True, "grid.alpha": 0.3, "legend.fontsize": 7, "lines.markersize": 4, "errorbar.capsize": 2}
-TITLES = {"standard": "standard", "bon": "Best-of-{n}", "won": "Worst-of-{n}", "rewind": "rewind-and-repeat, {n} draws"}
+STYLE = {
+    "axes.grid": True,
+    "grid.alpha": 0.3,
+    "legend.fontsize": 7,
+    "lines.markersize": 4,
+    "errorbar.capsize": 2,
+}
+TITLES = {
+    "standard": "standard",
+    "bon": "Best-of-{n}",
+    "won": "Worst-of-{n}",
+    "rewind": "rewind-and-repeat, {n} draws",
+}
 KL, WIN_RATE = "KL(pi || pi_ref) [nats]", "win rate over pi_ref"
 COLORS = {  # of a transform, a method or a scorer, in every picture
     "identity": "C0", "log": "C1", "exp5": "C2", "exp10": "C3", "exp-5": "C4", "exp-10": "C5", "bon_fp": "black",
@@ -21,8 +34,8 @@ COLORS = {  # of a transform, a method or a scorer, in every picture
 
 
 def draw(run: Path, split: str, table: list[dict]) -> str:
-    """tradeoff.png (of training prompts: tradeoff-train.png) and training.png in the run; says what was drawn, or what is
-    missing for it."""
+    """tradeoff.png (of training prompts: tradeoff-train.png) and training.png in the run; says what
+    was drawn, or what is missing for it."""
     try:
         import matplotlib
     except ImportError:
@@ -35,16 +48,30 @@ def draw(run: Path, split: str, table: list[dict]) -> str:
 
 
 def win_rates(run: Path, split: str, table: list[dict]):
-    """Measured win rates, with two standard errors, on the curves of the run's transform and of the optimum."""
+    """Measured win rates, with two standard errors, on the curves of the run's transform and of the
+    optimum.
+    """
     config, _ = runs.load_config(run)
     n = config.n if config.procedure in ("bon", "won") else 4
     curve = evaluation.curve_of(config, run)
-    cases = list(dict.fromkeys([("standard", 1), ("bon", n), ("won", n), evaluation.aligned_for(config)]))
+    cases = list(
+        dict.fromkeys([("standard", 1), ("bon", n), ("won", n), evaluation.aligned_for(config)])
+    )
     figure, axes = panels(1, len(cases), width=4.2)
     for axis, (procedure, n) in zip(axes, cases):
-        rows = [row | {"stderr": 2 * row["stderr"], "kl_stderr": 2 * row["kl_stderr"]} for row in table
-                if (row["procedure"], row["n"]) == (procedure, n)]
-        tradeoff(axis, rows, procedure, n, by="scorer", expected={} if curve is None else {"theory": curve})
+        rows = [
+            row | {"stderr": 2 * row["stderr"], "kl_stderr": 2 * row["kl_stderr"]}
+            for row in table
+            if (row["procedure"], row["n"]) == (procedure, n)
+        ]
+        tradeoff(
+            axis,
+            rows,
+            procedure,
+            n,
+            by="scorer",
+            expected={"theory": curve} if curve.calibrated else {},
+        )
         axis.legend(loc="lower right")
     prompts = f"{table[0]['prompts']} {'held-out' if split == 'test' else 'training'} prompts"
     figure.suptitle(f"{run.name}: {prompts}, bars are two standard errors", fontsize=10)
@@ -54,23 +81,38 @@ def win_rates(run: Path, split: str, table: list[dict]):
 def training(run: Path):
     """The learning curves of metrics.jsonl."""
     rows, budget = runs.read_metrics(run), runs.load_config(run)[0].kl
-    names = [name for name in ("C_hat", "kl_ref", "beta", "reward", "entropy", "approx_kl", "explained_variance", "grad_norm")
-             if rows[-1].get(name) is not None]
+    names = [
+        name
+        for name in (
+            "C_hat",
+            "kl_ref",
+            "beta",
+            "reward",
+            "entropy",
+            "approx_kl",
+            "explained_variance",
+            "grad_norm",
+        )
+        if rows[-1].get(name) is not None
+    ]
     figure, axes = panels(math.ceil(len(names) / 4), min(4, len(names)), width=3.2, height=2.4)
     for axis, name in zip(axes, names):
         axis.plot([row["step"] for row in rows], [row[name] for row in rows])
         axis.set(title=name, xlabel="step")
         if name == "kl_ref" and budget:
             axis.axhline(budget, color="black", linestyle="--", linewidth=1)
-    for axis in axes[len(names):]:
+    for axis in axes[len(names) :]:
         axis.remove()
     return figure
 
 
 # --- what the studies share ---
 
+
 def panels(rows: int, columns: int, width: float = 5.2, height: float = 4.0):
-    """A matplotlib figure and its axes in reading order; width and height of one of them in inches."""
+    """A matplotlib figure and its axes in reading order; width and height of one of them in
+    inches.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure((width * columns, height * rows), layout="constrained")
@@ -87,28 +129,58 @@ def title(procedure: str, n: int | str) -> str:
     return TITLES.get(procedure, f"{procedure}, N = {{n}}").format(n=n)
 
 
-def errorbars(axis, rows: list[dict], x: str, y: str, *, by: str, xerr: str | None = None, yerr: str | None = None,
-              dashed: str | None = None, fmt: str = "o-"):
-    """A line with error bars for each value of the column `by`, in the order of the rows. All names are columns'.
+def errorbars(
+    axis,
+    rows: list[dict],
+    x: str,
+    y: str,
+    *,
+    by: str,
+    xerr: str | None = None,
+    yerr: str | None = None,
+    dashed: str | None = None,
+    fmt: str = "o-",
+):
+    """A line with error bars for each value of the column `by`, in the order of the rows. All names
+    are columns'.
 
     dashed: drawn as a second line of the same colour, without points (theory).
     """
     for name in dict.fromkeys(row[by] for row in rows):
-        line = {key: [row[key] for row in rows if row[by] == name] for key in (x, y, xerr, yerr, dashed) if key}
+        line = {
+            key: [row[key] for row in rows if row[by] == name]
+            for key in (x, y, xerr, yerr, dashed)
+            if key
+        }
         style = dict(fmt=fmt, label=name, color=COLORS.get(name))
         drawn = axis.errorbar(line[x], line[y], line.get(yerr), line.get(xerr), **style)
         if dashed:
             axis.plot(line[x], line[dashed], "--", linewidth=1, color=drawn[0].get_color())
 
 
-def tradeoff(axis, rows: list[dict], procedure: str, n: int, *, by: str, expected: dict[str, theory.Transform]):
-    """Measured win rates against KL, a line for each value of column `by`, on the optimum (black) and theory (dashed).
+def tradeoff(
+    axis,
+    rows: list[dict],
+    procedure: str,
+    n: int,
+    *,
+    by: str,
+    expected: dict[str, theory.Transform],
+):
+    """Measured win rates against KL, a line for each value of column `by`, on the optimum (black)
+    and theory (dashed).
 
-    rows: of this procedure and n, with kl, kl_stderr, win_rate, stderr. expected: name -> transform, in its colour.
+    rows: of this procedure and n, with kl, kl_stderr, win_rate, stderr. expected: name ->
+    transform, in its colour.
     """
     top = 1.2 * max([row["kl"] for row in rows], default=1.0)
     kls = [top * (i / 24) ** 2 for i in range(25)]
-    axis.plot(kls, [theory.optimal_win_rate(kl, procedure, n) for kl in kls], color="black", label="optimum")
+    axis.plot(
+        kls,
+        [theory.optimal_win_rate(kl, procedure, n) for kl in kls],
+        color="black",
+        label="optimum",
+    )
     for name, transform in expected.items():
         wins = [theory.at_kl(transform, kl, procedure, n) for kl in kls]
         axis.plot(kls, wins, "--", linewidth=1, color=COLORS.get(name))

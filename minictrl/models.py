@@ -1,6 +1,8 @@
-"""Policies, reward models and judges: a name -> a model, loading and saving. Text, not ids, crosses between them.
+"""Policies, reward models and judges: a name -> a model, loading and saving. Text, not ids, crosses
+between them.
 
-A name is a task's, a hub's, a directory, or for a policy DIR/FILE.gguf; `hub.py` says where local copies are found.
+A name is a task's, a hub's, a directory, or for a policy DIR/FILE.gguf; `hub.py` says where local
+copies are found.
 """
 
 from __future__ import annotations
@@ -12,28 +14,37 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
 
 from minictrl.config import TASKS
 from minictrl.data import ASSETS, Prompt
-from minictrl.device import resolve_device
-from minictrl.hub import from_hub
-from minictrl.judge import QUESTION, load_generative
+from minictrl.lm.device import resolve_device
+from minictrl.lm.hub import from_hub
 from minictrl.reference import digest
-from minictrl.scorers import NgramScorer
-from minictrl.scoring import in_batches, plain, render, scorer_tokenizer, written
+from minictrl.scorers.generative import QUESTION, load_generative
+from minictrl.scorers.ngram import NgramScorer
+from minictrl.scorers.text import in_batches, plain, render, scorer_tokenizer, written
 
 __all__ = ["load_policy", "load_scorer", "render", "save_policy"]
 
 
 # --- policies ---
 
-def load_policy(name_or_path: str, *, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, object]:
-    """(model, tokenizer) of a task, a hub name, a directory or DIR/FILE.gguf; in eval mode, on the CPU.
 
-    The tokenizer pads on the left. One without a pad token pads with EOS, which is safe: every mask here is explicit.
-    One without EOS takes that of the model's config. Raises ValueError if there is no such model, weights are missing,
-    or nothing says what ends a response.
+def load_policy(
+    name_or_path: str, *, dtype: torch.dtype = torch.float32
+) -> tuple[nn.Module, object]:
+    """(model, tokenizer) of a task, a hub name, a directory or DIR/FILE.gguf; in eval mode, on the
+    CPU.
+
+    The tokenizer pads on the left. One without a pad token pads with EOS, which is safe: every mask
+    here is explicit. One without EOS takes that of the model's config. Raises ValueError if there
+    is no such model, weights are missing, or nothing says what ends a response.
     """
     name = str(TASKS[name_or_path]["policy"] if name_or_path in TASKS else name_or_path)
     path, options = str(ASSETS / "policy") if name == "reviews" else name, {}
@@ -44,15 +55,25 @@ def load_policy(name_or_path: str, *, dtype: torch.dtype = torch.float32) -> tup
             raise ValueError(f"policy {name}: there is no such file; give DIR/FILE.gguf")
     model = from_hub(AutoModelForCausalLM, "policy", path, dtype=dtype, **options).eval()
     tokenizer = from_hub(AutoTokenizer, "tokenizer of policy", path, padding_side="left", **options)
-    if options:  # its weights are plain tensors by now, but transformers would refuse to save or to train them
+    # its weights are plain tensors by now, but transformers would refuse to save or to train them
+    if options:
         model.hf_quantizer, model.is_quantized = None, False
         del model.config.quantization_config
-    eos = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else model.generation_config.eos_token_id
+    eos = (
+        tokenizer.eos_token_id
+        if tokenizer.eos_token_id is not None
+        else model.generation_config.eos_token_id
+    )
     if eos is None:
-        raise ValueError(f"policy {name}: neither tokenizer nor config has an EOS token, so no response could end; "
-                         "set eos_token in its tokenizer_config.json")
+        raise ValueError(
+            f"policy {name}: neither tokenizer nor config has an EOS token, so no response could end; "
+            "set eos_token in its tokenizer_config.json"
+        )
     tokenizer.eos_token = tokenizer.convert_ids_to_tokens(eos[0] if isinstance(eos, list) else eos)
-    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= model.get_input_embeddings().num_embeddings:
+    if (
+        tokenizer.pad_token_id is None
+        or tokenizer.pad_token_id >= model.get_input_embeddings().num_embeddings
+    ):
         tokenizer.pad_token = tokenizer.eos_token
     return model, tokenizer
 
@@ -69,14 +90,19 @@ def save_policy(model: nn.Module, tokenizer, path: Path):
 
 # --- reward models and judges ---
 
-def load_scorer(name_or_path: str, role: str, *, device: str | torch.device = "auto") -> Callable[[list, list], Tensor]:
-    """score(prompts, texts) -> Tensor (B,), float32 on the CPU, of a reward model or a judge; higher is better.
 
-    role: "reward" or "judge". name_or_path: a task's, a hub name or a directory, of a sequence classifier with one
-    label (NAME#LABEL: the log-odds of one label of several), or of a causal LM, whose score is the log-odds of Yes
-    against No as the next token after judge.QUESTION. Prompts may be chat messages; the scorer's own chat template is
-    used if it has one. A reward model's `score.digest` names its weights. Raises ValueError on an unknown role or
-    model; `score` does on a score that isn't finite.
+def load_scorer(
+    name_or_path: str, role: str, *, device: str | torch.device = "auto"
+) -> Callable[[list, list], Tensor]:
+    """score(prompts, texts) -> Tensor (B,), float32 on the CPU, of a reward model or a judge;
+    higher is better.
+
+    role: "reward" or "judge". name_or_path: a task's, a hub name or a directory, of a sequence
+    classifier with one label (NAME#LABEL: the log-odds of one label of several), or of a causal LM,
+    whose score is the log-odds of Yes against No as the next token after judge.QUESTION. Prompts
+    may be chat messages; the scorer's own chat template is used if it has one. A reward model's
+    `score.digest` names its weights. Raises ValueError on an unknown role or model; `score` does on
+    a score that isn't finite.
     """
     if role not in ("reward", "judge"):
         raise ValueError(f"unknown role {role!r}: use reward or judge")
@@ -84,7 +110,9 @@ def load_scorer(name_or_path: str, role: str, *, device: str | torch.device = "a
     path = ASSETS / role if name == "reviews" else Path(name)
     if (path / "scorer.safetensors").is_file() or name == "reviews":
         model, options = NgramScorer.load(path), ()
-        evaluate = lambda prompts, texts: model.score([plain(x) + y for x, y in zip(prompts, texts, strict=True)])
+        evaluate = lambda prompts, texts: model.score(
+            [plain(x) + y for x, y in zip(prompts, texts, strict=True)]
+        )
     else:
         device = resolve_device(device) if isinstance(device, str) else device
         name, _, label = name.partition("#")
@@ -97,7 +125,8 @@ def load_scorer(name_or_path: str, role: str, *, device: str | torch.device = "a
     def score(prompts: list[Prompt], texts: list[str]) -> Tensor:
         return finite(evaluate(prompts, texts), name_or_path, role)
 
-    score.digest = digest(model, *options) if role == "reward" else None  # what cached rewards depend on
+    # what cached rewards depend on
+    score.digest = digest(model, *options) if role == "reward" else None
     return score
 
 
@@ -107,12 +136,15 @@ def load_classifier(name: str, role: str, label: str, device: torch.device):
     tokenizer = scorer_tokenizer(model, name, role)
     labels = [model.config.id2label[i] for i in range(model.config.num_labels)]
     if label not in (labels if len(labels) > 1 else ["", *labels]):
-        raise ValueError(f"{role} model {name}: has {len(labels)} labels ({', '.join(labels)}), not one score; give "
-                         f"{name}#{labels[-1]} for the log-odds of a label, or another model")
+        raise ValueError(
+            f"{role} model {name}: has {len(labels)} labels ({', '.join(labels)}), not one score; give "
+            f"{name}#{labels[-1]} for the log-odds of a label, or another model"
+        )
     head = getattr(model, "score", None)  # of a causal model, read at the last token
     if device.type == "cuda" and head is not None:
         model.bfloat16()
-        head.float().register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))  # bfloat16 scores would be tied
+        # bfloat16 scores would be tied
+        head.float().register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
     else:
         model.float()
 
@@ -121,17 +153,29 @@ def load_classifier(name: str, role: str, label: str, device: torch.device):
         if len(labels) == 1:
             return logits[:, 0]
         this = labels.index(label)
-        return logits[:, this] - torch.cat([logits[:, :this], logits[:, this + 1:]], 1).logsumexp(1)
+        return logits[:, this] - torch.cat([logits[:, :this], logits[:, this + 1 :]], 1).logsumexp(
+            1
+        )
 
     def evaluate(prompts: list[Prompt], texts: list[str]) -> Tensor:
-        return in_batches(model, tokenizer, device, 
-                          [written(tokenizer, x, y, causal=head is not None)
-                           for x, y in zip(prompts, texts, strict=True)], read)
+        return in_batches(
+            model,
+            tokenizer,
+            device,
+            [
+                written(tokenizer, x, y, causal=head is not None)
+                for x, y in zip(prompts, texts, strict=True)
+            ],
+            read,
+        )
+
     return model, tokenizer, evaluate
 
 
 def finite(scores: Tensor, name: str, role: str) -> Tensor:
     bad = int((~scores.isfinite()).sum())
     if bad:
-        raise ValueError(f"{role} model {name} gave {bad} of {scores.numel()} scores that are not finite: use another")
+        raise ValueError(
+            f"{role} model {name} gave {bad} of {scores.numel()} scores that are not finite: use another"
+        )
     return scores.float().cpu()

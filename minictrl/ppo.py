@@ -1,20 +1,23 @@
-"""PPO for a response of T tokens: rewards per token, advantages and losses, as pure functions on tensors.
+"""PPO for a response of T tokens: rewards per token, advantages and losses, as pure functions on
+tensors.
 
-The objective of one response y is R(x, y) - sum_t (log pi - log pi_ref), KL in nats per response. The *whole* objective
-is divided by beta: R is Phi(C_hat) / beta (`transforms.in_nats`) everywhere in this file. The optimum pi_ref e^R / Z
-(Eq. 5, Theorem 1) is the same and one learning rate fits every transform, though their beta spans seven decades.
+The objective of one response y is R(x, y) - sum_t (log pi - log pi_ref), KL in nats per response.
+The *whole* objective is divided by beta: R is Phi(C_hat) / beta (`transforms.in_nats`) everywhere
+in this file. The optimum pi_ref e^R / Z (Eq. 5, Theorem 1) is the same and one learning rate fits
+every transform, though their beta spans seven decades.
 
 Where implementations of PPO differ, this one is chosen so that nothing moves that optimum:
 1. No whitening or scaling of rewards: each of them is another beta.
-2. The KL is k1 = log pi - log pi_ref of the sampled token, *in the reward*: its gradient is that of KL(pi || pi_ref).
-   (k3 as a loss term looks alike, but its gradient is that of the forward KL, KL(pi_ref || pi).)
-3. Losses of the policy are summed over tokens and averaged over responses: a mean over the tokens of each response
-   would weigh a response by 1 / length, and that does move the optimum.
-4. EOS counts, nothing after it does. A response cut by the length limit ends there (pi_ref is cut likewise), so its
-   last value is not bootstrapped.
+2. The KL is k1 = log pi - log pi_ref of the sampled token, *in the reward*: its gradient is that of
+   KL(pi || pi_ref). (k3 as a loss term looks alike, but its gradient is that of the forward KL,
+   KL(pi_ref || pi).)
+3. Losses of the policy are summed over tokens and averaged over responses: a mean over the tokens
+   of each response would weigh a response by 1 / length, and that does move the optimum.
+4. EOS counts, nothing after it does. A response cut by the length limit ends there (pi_ref is cut
+   likewise), so its last value is not bootstrapped.
 
-B responses, T response tokens, P prompts, G samples a prompt. mask (B, T) is 1 on response tokens, which come first.
-What stands behind the mask, even a NaN, is never read.
+B responses, T response tokens, P prompts, G samples a prompt. mask (B, T) is 1 on response tokens,
+which come first. What stands behind the mask, even a NaN, is never read.
 """
 
 import torch
@@ -25,11 +28,15 @@ def _check(mask: Tensor, **tensors: Tensor) -> Tensor:
     """The mask as booleans, or a ValueError: one shape for all, right-padded, no empty response."""
     for name, x in tensors.items():
         if x.shape != mask.shape or mask.dim() != 2:
-            raise ValueError(f"{name} is {tuple(x.shape)}, mask is {tuple(mask.shape)}: both must be (B, T)")
+            raise ValueError(
+                f"{name} is {tuple(x.shape)}, mask is {tuple(mask.shape)}: both must be (B, T)"
+            )
     mask = mask.bool()
     if not mask[:, 0].all() or (mask[:, 1:] & ~mask[:, :-1]).any():
-        raise ValueError("mask must be 1 on every response's first tokens, 0 after (right-padded, none empty): "
-                         "keep the EOS in the mask, and pad on the right")
+        raise ValueError(
+            "mask must be 1 on every response's first tokens, 0 after (right-padded, none empty): "
+            "keep the EOS in the mask, and pad on the right"
+        )
     return mask
 
 
@@ -39,32 +46,39 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def token_rewards(R: Tensor, logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor) -> Tensor:
-    """Reward of each token: -(log pi - log pi_ref), plus R at the response's last token, in nats (objective / beta).
+    """Reward of each token: -(log pi - log pi_ref), plus R at the response's last token, in nats
+    (objective / beta).
 
-    R: (B,) Phi(C_hat) / beta. logprobs, ref_logprobs: (B, T) of the sampled tokens under pi, as sampled, and pi_ref.
-    Returns (B, T), 0 behind the mask. Its sum over tokens is the response's return R - sum_t k1.
+    R: (B,) Phi(C_hat) / beta. logprobs, ref_logprobs: (B, T) of the sampled tokens under pi, as
+    sampled, and pi_ref. Returns (B, T), 0 behind the mask. Its sum over tokens is the response's
+    return R - sum_t k1.
     """
     mask = _check(mask, logprobs=logprobs, ref_logprobs=ref_logprobs)
     if R.shape != mask.shape[:1]:
-        raise ValueError(f"R is {tuple(R.shape)}: must be ({len(mask)},), one Phi(C_hat) / beta for each response")
+        raise ValueError(
+            f"R is {tuple(R.shape)}: must be ({len(mask)},), one Phi(C_hat) / beta for each response"
+        )
     rewards = (ref_logprobs - logprobs).masked_fill(~mask, 0)
     last = mask.sum(1, keepdim=True) - 1
     return rewards.scatter_add(1, last, R[:, None].to(rewards))
 
 
-def gae(token_rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0,
-        lam: float = .95) -> tuple[Tensor, Tensor]:
-    """Generalised advantage estimation (Schulman et al. 2016, Eq. 16): A_t = sum_l (gamma lam)^l delta_{t+l}.
+def gae(
+    token_rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0, lam: float = 0.95
+) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimation (Schulman et al. 2016, Eq. 16): A_t = sum_l (gamma lam)^l
+    delta_{t+l}.
 
-    delta_t = r_t + gamma V_{t+1} - V_t, and V = 0 after the last token. All (B, T).
-    Returns (advantages, returns), returns = advantages + values being the value head's target, both 0 behind the mask.
-    lam = 1 gives the reward to go minus V: unbiased whatever V is.
+    delta_t = r_t + gamma V_{t+1} - V_t, and V = 0 after the last token. All (B, T). Returns
+    (advantages, returns), returns = advantages + values being the value head's target, both 0
+    behind the mask. lam = 1 gives the reward to go minus V: unbiased whatever V is.
     """
     mask = _check(mask, token_rewards=token_rewards, values=values)
     token_rewards, values = token_rewards.masked_fill(~mask, 0), values.masked_fill(~mask, 0)
     advantages = torch.zeros_like(values)
     next_value = next_advantage = torch.zeros_like(values[:, 0])
-    for t in reversed(range(values.shape[1])):  # behind the mask all terms are 0, so each response starts from 0
+    # behind the mask all terms are 0, so each response starts from 0
+    for t in reversed(range(values.shape[1])):
         delta = token_rewards[:, t] + gamma * next_value - values[:, t]
         next_advantage = delta + gamma * lam * next_advantage
         next_value = values[:, t]
@@ -73,29 +87,34 @@ def gae(token_rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0,
 
 
 def prefix_values(to_go: Tensor, C_hat_prefix: Tensor, mask: Tensor) -> Tensor:
-    """Values V_t = E[reward to go | y_<t] without a value head: a cubic in C_hat of the response so far, one for each t.
+    """Values V_t = E[reward to go | y_<t] without a value head: a cubic in C_hat of the response so
+    far, one for each t.
 
-    to_go, C_hat_prefix: (B, T) sum of the token rewards from t on, and calibrated reward of the prompt with y_<t. The cubic is
-    the ridge regression of to_go on the batch itself, so nothing has to be learned before it serves. It has four numbers for B
-    samples: that V_t has seen its own sample is an effect of order 1 / B. Returns (B, T), 0 behind the mask.
+    to_go, C_hat_prefix: (B, T) sum of the token rewards from t on, and calibrated reward of the
+    prompt with y_<t. The cubic is the ridge regression of to_go on the batch itself, so nothing has
+    to be learned before it serves. It has four numbers for B samples: that V_t has seen its own
+    sample is an effect of order 1 / B. Returns (B, T), 0 behind the mask.
     """
     mask = _check(mask, to_go=to_go, C_hat_prefix=C_hat_prefix)
-    features = torch.stack([C_hat_prefix, C_hat_prefix**2, C_hat_prefix**3], -1).double()  # (B, T, 3)
+    # (B, T, 3)
+    features = torch.stack([C_hat_prefix, C_hat_prefix**2, C_hat_prefix**3], -1).double()
     values = torch.zeros_like(to_go)
     for t in range(mask.shape[1]):
         of = mask[:, t]
         if not of.any():
             break
         x, y = features[of, t], to_go[of, t].double()
-        x = (x - x.mean(0)) / x.std(0, correction=0).clamp_min(1e-6)  # all 0 where nothing tells the prefixes apart
-        ridge = .02 * len(x) * torch.eye(3, dtype=x.dtype, device=x.device)
+        # all 0 where nothing tells the prefixes apart
+        x = (x - x.mean(0)) / x.std(0, correction=0).clamp_min(1e-6)
+        ridge = 0.02 * len(x) * torch.eye(3, dtype=x.dtype, device=x.device)
         weights = torch.linalg.solve(x.T @ x + ridge, x.T @ (y - y.mean()))
         values[of, t] = (y.mean() + x @ weights).to(values)
     return values
 
 
 def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """ratio - 1 - log ratio, ratio = pi_ref / pi of a token sampled from pi: its mean is KL(pi || pi_ref), it is >= 0.
+    """ratio - 1 - log ratio, ratio = pi_ref / pi of a token sampled from pi: its mean is KL(pi ||
+    pi_ref), it is >= 0.
 
     For reports, and for GRPO's original loss. As a loss its gradient is that of KL(pi_ref || pi).
     """
@@ -104,50 +123,63 @@ def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
 
 
 def loo_advantages(returns: Tensor) -> Tensor:
-    """Leave-one-out advantages (RLOO, Kool et al. 2019): a return minus the mean return of the prompt's other samples.
+    """Leave-one-out advantages (RLOO, Kool et al. 2019): a return minus the mean return of the
+    prompt's other samples.
 
-    returns: (P, G), the KL inside: `token_rewards(...).sum(1).view(P, G)`. Returns (P, G), the same for all tokens of a
-    response. The baseline doesn't contain the sample itself, so the gradient is unbiased and its scale right for any
-    G >= 2. (Lower variance still: `gae(token_rewards, baseline, mask, lam=1)` with this baseline, returns - advantages,
-    on every token; a token then isn't blamed for the KL of the tokens before it.)
+    returns: (P, G), the KL inside: `token_rewards(...).sum(1).view(P, G)`. Returns (P, G), the same
+    for all tokens of a response. The baseline doesn't contain the sample itself, so the gradient is
+    unbiased and its scale right for any G >= 2. (Lower variance still: `gae(token_rewards,
+    baseline, mask, lam=1)` with this baseline, returns - advantages, on every token; a token then
+    isn't blamed for the KL of the tokens before it.)
     """
     if returns.dim() != 2 or returns.shape[1] < 2:
-        raise ValueError(f"returns is {tuple(returns.shape)}: must be (P, G) with G >= 2 samples of each prompt")
+        raise ValueError(
+            f"returns is {tuple(returns.shape)}: must be (P, G) with G >= 2 samples of each prompt"
+        )
     G = returns.shape[1]
     return (returns - returns.mean(1, keepdim=True)) * (G / (G - 1))
 
 
-def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor,
-                clip: float = .2) -> tuple[Tensor, dict[str, Tensor]]:
-    """The clipped surrogate (PPO, Schulman et al. 2017, Eq. 7), to be minimised. All (B, T); gradient by logprobs.
+def policy_loss(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, clip: float = 0.2
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The clipped surrogate (PPO, Schulman et al. 2017, Eq. 7), to be minimised. All (B, T);
+    gradient by logprobs.
 
-    Summed over tokens, averaged over the B responses: the policy gradient of the objective per response, whatever the
-    lengths, and micro-batches of one size can be averaged. Advantages (B, 1) hold for every token of a response.
-    Stats, means over tokens: approx_kl (KL(pi_old || pi) in nats a token, by k3), clipfrac (share of ratios outside
-    1 +- clip).
+    Summed over tokens, averaged over the B responses: the policy gradient of the objective per
+    response, whatever the lengths, and micro-batches of one size can be averaged. Advantages (B, 1)
+    hold for every token of a response. Stats, means over tokens: approx_kl (KL(pi_old || pi) in
+    nats a token, by k3), clipfrac (share of ratios outside 1 +- clip).
     """
     pad = ~mask.bool()
-    logratio = (logprobs - old_logprobs).masked_fill(pad, 0)  # before exp: a NaN there would reach the gradient
+    # before exp: a NaN there would reach the gradient
+    logratio = (logprobs - old_logprobs).masked_fill(pad, 0)
     ratio = logratio.exp()
     advantages = advantages.expand_as(ratio).masked_fill(pad, 0)
     surrogate = torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
     with torch.no_grad():
-        stats = {"approx_kl": masked_mean(k3(old_logprobs, logprobs), mask),
-                 "clipfrac": masked_mean(((ratio - 1).abs() > clip).float(), mask)}
+        stats = {
+            "approx_kl": masked_mean(k3(old_logprobs, logprobs), mask),
+            "clipfrac": masked_mean(((ratio - 1).abs() > clip).float(), mask),
+        }
     return -surrogate.sum() / len(mask), stats
 
 
 def value_loss(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
-    """Half the mean squared error over tokens, on returns of objective / beta as they are. All (B, T). No clipping."""
-    error = (values - returns).masked_fill(~mask.bool(), 0)  # before the square: 0 times a NaN is one, in the gradient
+    """Half the mean squared error over tokens, on returns of objective / beta as they are. All (B,
+    T). No clipping.
+    """
+    # before the square: 0 times a NaN is one, in the gradient
+    error = (values - returns).masked_fill(~mask.bool(), 0)
     return masked_mean(error.square(), mask) / 2
 
 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
-    """1 - Var(returns - values) / Var(returns) over tokens: 1 a perfect value head, 0 a constant, < 0 worse than one.
+    """1 - Var(returns - values) / Var(returns) over tokens: 1 a perfect value head, 0 a constant, <
+    0 worse than one.
 
     0 where the returns don't vary.
     """
     returns, error = returns[mask.bool()], (returns - values)[mask.bool()]
     variance = returns.var(correction=0)
-    return torch.where(variance > 0, 1 - error.var(correction=0) / variance, 0.)
+    return torch.where(variance > 0, 1 - error.var(correction=0) / variance, 0.0)

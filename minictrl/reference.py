@@ -1,8 +1,9 @@
-"""The reference samples of the calibration, y ~ pi_ref(.|x) with their rewards, drawn once and kept on disk.
+"""The reference samples of the calibration, y ~ pi_ref(.|x) with their rewards, drawn once and kept
+on disk.
 
-They are kept by chunks of prompts, a file each, named by a digest of all that its samples depend on: policy, reward
-model, prompts, sampling. So a second run samples nothing, a larger K or more prompts draw only what is missing, and an
-interruption loses one chunk at most.
+They are kept by chunks of prompts, a file each, named by a digest of all that its samples depend
+on: policy, reward model, prompts, sampling. So a second run samples nothing, a larger K or more
+prompts draw only what is missing, and an interruption loses one chunk at most.
 """
 
 from __future__ import annotations
@@ -27,22 +28,28 @@ CHUNK = 64  # prompts a file
 class Reference:
     """K samples of pi_ref for each of P prompts, up to T tokens, and their rewards."""
 
-    r_ref: Tensor     # (P, K)    float32
-    tokens: Tensor    # (P, K, T) int32
+    r_ref: Tensor  # (P, K)    float32
+    tokens: Tensor  # (P, K, T) int32
     logprobs: Tensor  # (P, K, T) float32, of the tokens under pi_ref
-    mask: Tensor      # (P, K, T) bool
+    mask: Tensor  # (P, K, T) bool
 
     def __getitem__(self, index) -> Reference:
         return Reference(*(getattr(self, f.name)[index] for f in fields(self)))
 
     def save(self, path: Path, digest: str):
         temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # runs share a cache
-        save_file({f.name: getattr(self, f.name).contiguous() for f in fields(self)}, temporary, {"digest": digest})
+        save_file(
+            {f.name: getattr(self, f.name).contiguous() for f in fields(self)},
+            temporary,
+            {"digest": digest},
+        )
         os.replace(temporary, path)
 
     @classmethod
     def load(cls, path: Path, digest: str | None = None) -> Reference | None:
-        """What `save` wrote; None if there is no file, it has another digest, or it is damaged (with a warning)."""
+        """What `save` wrote; None if there is no file, it has another digest, or it is damaged
+        (with a warning).
+        """
         if not path.exists():
             return None
         try:
@@ -69,17 +76,25 @@ def digest(*parts) -> str:
     return sha.hexdigest()[:16]
 
 
-def cached(draw: Callable[[list[int], int, int], Reference], prompts: list[str], K: int, cache: Path, key: str,
-           progress=lambda chunks: chunks) -> Reference:
-    """K samples for each prompt, from the cache as far as they are there; the rest is drawn and added to it.
+def cached(
+    draw: Callable[[list[int], int, int], Reference],
+    prompts: list[str],
+    K: int,
+    cache: Path,
+    key: str,
+    progress=lambda chunks: chunks,
+) -> Reference:
+    """K samples for each prompt, from the cache as far as they are there; the rest is drawn and
+    added to it.
 
-    draw(index, first_sample, num_samples) -> Reference of the samples first_sample, … of the prompts of an index.
-    key: `digest` of the policy, the reward model and the sampling. progress wraps the list of chunks.
+    draw(index, first_sample, num_samples) -> Reference of the samples first_sample, … of the
+    prompts of an index. key: `digest` of the policy, the reward model and the sampling. progress
+    wraps the list of chunks.
     """
     cache.mkdir(parents=True, exist_ok=True)
     parts = []
     for first in progress(range(0, len(prompts), CHUNK)):
-        chunk = prompts[first:first + CHUNK]
+        chunk = prompts[first : first + CHUNK]
         name = digest(key, chunk)
         path = cache / f"{name}.safetensors"
         have = Reference.load(path, name)
@@ -94,4 +109,6 @@ def cached(draw: Callable[[list[int], int, int], Reference], prompts: list[str],
 
 def join(parts: list[Reference], dim: int = 0) -> Reference:
     """More prompts (dim 0) or more samples of the same prompts (dim 1)."""
-    return Reference(*(torch.cat([getattr(part, f.name) for part in parts], dim) for f in fields(Reference)))
+    return Reference(
+        *(torch.cat([getattr(part, f.name) for part in parts], dim) for f in fields(Reference))
+    )

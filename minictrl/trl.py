@@ -6,15 +6,17 @@
     from minictrl.trl import ctrl_reward
 
     prompts = Dataset.from_list([{"prompt": prompt} for prompt in load_prompts("helpful")[:1000]])
-    RLOOTrainer("Qwen/Qwen2.5-0.5B-Instruct", ctrl_reward("helpful", "exp10"), train_dataset=prompts,
-                args=RLOOConfig(beta=1.0, temperature=1.0, max_completion_length=256, num_generations=8)).train()
+    RLOOTrainer("Qwen/Qwen2.5-0.5B-Instruct", ctrl_reward("helpful", "exp10"),
+    train_dataset=prompts, args=RLOOConfig(beta=1.0, temperature=1.0, max_completion_length=256,
+    num_generations=8)).train()
 
-RLOO's objective is ours: E[R] - beta KL(pi || pi_ref), k1 summed over the response. R is divided by CTRL's beta here,
-so **TRL's beta is 1.0**, and nothing may rescale rewards (reward_clip_range, scale_rewards). GRPO's KL has another
-gradient, and its advantages are divided by the group's deviation: with it, beta has no meaning. TRL is not imported here.
+RLOO's objective is ours: E[R] - beta KL(pi || pi_ref), k1 summed over the response. R is divided by
+CTRL's beta here, so **TRL's beta is 1.0**, and nothing may rescale rewards (reward_clip_range,
+scale_rewards). GRPO's KL has another gradient, and its advantages are divided by the group's
+deviation: with it, beta has no meaning. TRL is not imported here.
 
-Under `accelerate launch` every process calibrates its share of the prompts; the shares are files of one cache. Without
-a directory that all machines see, copy the files of one cache into the other's.
+Under `accelerate launch` every process calibrates its share of the prompts; the shares are files of
+one cache. Without a directory that all machines see, copy the files of one cache into the other's.
 """
 
 from __future__ import annotations
@@ -28,55 +30,73 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from minictrl import methods, runs
+from minictrl import runs
 from minictrl.config import TASKS, Config
 from minictrl.data import Prompt
-from minictrl.device import resident
+from minictrl.lm.device import resident
+from minictrl.methods import get_method
+from minictrl.models import render
 from minictrl.reference import CHUNK, Reference
-from minictrl.transforms import get_transform, in_nats, ladder
+from minictrl.rollout import reference_key, reference_samples, sample_and_score
+from minictrl.task import Task, load_task
 
 SEED = 0  # the calibration's, as train.py's, whose cache is shared
 
 
-def ctrl_reward(task_or_run: str | Path, transform: str | None = None, *, kl: float | None = None,
-                beta: float | None = None, **settings) -> Callable[..., list[float]]:
-    """reward(prompts, completions, **kwargs) -> list of Phi(C_hat) / beta, C_hat by Eq. 12 from K samples of pi_ref, with
-    `in_nats`' floor.
+def ctrl_reward(
+    task_or_run: str | Path,
+    transform: str | None = None,
+    *,
+    kl: float | None = None,
+    beta: float | None = None,
+    **settings,
+) -> Callable[..., list[float]]:
+    """reward(prompts, completions, **kwargs) -> list of Phi(C_hat) / beta, with its floor.
 
-    task_or_run: a task, a .jsonl file of prompts, or a run directory, whose settings and reference rewards are used.
-    transform: default identity, or the run's. kl: beta is the theory's for it and, unlike in train.py, stays. settings:
-    any other of train.py's, such as procedure, n, K, prompts, policy, reward, cache, device. A prompt that was not
-    calibrated is, with K samples, when it first comes. Prompts and completions may be texts or chat messages. Raises
-    ValueError as train.py does.
+    C_hat is Eq. 12's, from K samples of pi_ref.
+
+    task_or_run: a task, a .jsonl file of prompts, or a run directory, whose settings and reference
+    rewards are used. transform: default identity, or the run's. kl: beta is the theory's for it
+    and, unlike in train.py, stays. settings: any other of train.py's, such as procedure, n, K,
+    prompts, policy, reward, cache, device. A prompt that was not calibrated is, with K samples,
+    when it first comes. Prompts and completions may be texts or chat messages. Raises ValueError as
+    train.py does.
     """
     config = settings_of(task_or_run, {"transform": transform, "kl": kl, "beta": beta} | settings)
-    beta = config.beta or methods.beta_for(config, config.kl)
-    Phi = get_transform(config.transform, procedure=config.procedure, n=config.n, beta=beta, K=config.K)
-    task = runs.load_task(config, "train")
+    method = get_method("ppo")(config)
+    task = load_task(config, "train")
     device = task.policy.device
     r_ref = calibrate(task, config, Path(task_or_run))
     task.policy.cpu()  # the GPU is the trainer's now
-    beta = beta or methods.beta_for(config, config.kl, r_ref)
-    known = dict(zip(map(key, task.prompts), r_ref))  # prompt -> (K,)
+    beta = method.beta or method.beta_for(config.kl, r_ref)
+    known = dict(zip(map(key, task.prompts), r_ref, strict=True))  # prompt -> (K,)
 
     def reward(prompts: list[Prompt], completions: list, **_) -> list[float]:
         new = list({key(prompt): prompt for prompt in prompts if key(prompt) not in known}.values())
         if new:
-            texts = [runs.render(task.tokenizer, prompt) for prompt in new]
+            texts = [render(task.tokenizer, prompt) for prompt in new]
             with resident(task.policy, device):
-                _, drawn = runs.rollout(replace(task, prompts=new, texts=texts), task.policy, range(len(new)),
-                                        num_samples=config.K, seed=SEED)
-            known.update(zip(map(key, new), drawn))
-        r = task.reward(prompts, [y if isinstance(y, str) else y[-1]["content"] for y in completions])  # (B,)
-        _, Phi_C = ladder(config.transform, Phi, r[:, None], torch.stack([known[key(prompt)] for prompt in prompts]))
-        return in_nats(Phi_C[:, 0], Phi, beta).tolist()
+                _, drawn = sample_and_score(
+                    replace(task, prompts=new, texts=texts),
+                    task.policy,
+                    range(len(new)),
+                    num_samples=config.K,
+                    seed=SEED,
+                )
+            known.update(zip(map(key, new), drawn, strict=True))
+        texts = [y if isinstance(y, str) else y[-1]["content"] for y in completions]
+        r = task.reward(prompts, texts)[:, None]  # (B, 1)
+        Phi_C = method.Phi.of(r, torch.stack([known[key(prompt)] for prompt in prompts]))
+        return method.Phi.in_nats(Phi_C[:, 0], beta).tolist()
 
     reward.__name__ = f"ctrl_{config.transform}"  # what TRL logs it under
     return reward
 
 
 def settings_of(task_or_run: str | Path, given: dict) -> Config:
-    """The settings of a task or of a run, with those that are given instead; method and steps are the trainer's."""
+    """The settings of a task or of a run, with those that are given instead; method and steps are
+    the trainer's.
+    """
     given = {name: value for name, value in given.items() if value is not None}
     unknown = set(given) - set(Config.__dataclass_fields__)
     if unknown:
@@ -90,26 +110,42 @@ def settings_of(task_or_run: str | Path, given: dict) -> Config:
     return replace(stored, **{"method": "ppo"} | given)
 
 
-def calibrate(task: runs.Task, config: Config, run: Path) -> Tensor:
-    """r_ref (P, K) of the task's prompts: the run's, if it is a run, or from the cache, or drawn, a share a process."""
-    stored = Reference.load(run / "reference.safetensors", runs.reference_key(task, SEED, task.texts)) if run.is_dir() else None
-    if stored is not None and stored.r_ref.shape[0] == len(task.prompts) and stored.r_ref.shape[1] >= config.K:
-        return stored.r_ref[:, :config.K]
+def calibrate(task: Task, config: Config, run: Path) -> Tensor:
+    """r_ref (P, K) of the task's prompts.
+
+    The run's, if it is a run, or from the cache, or drawn, where every process draws a share.
+    """
+    P, K = len(task.prompts), config.K
+    if run.is_dir():
+        digest = reference_key(task, SEED, task.texts)
+        stored = Reference.load(run / "reference.safetensors", digest)
+        if stored is not None and len(stored.r_ref) == P and stored.r_ref.shape[1] >= K:
+            return stored.r_ref[:, :K]
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world > 1:
         from accelerate import PartialState
-        mine = share(len(task.prompts), rank, world)
+
+        mine = share(P, rank, world)
         if mine:
-            part = replace(task, prompts=[task.prompts[i] for i in mine], texts=[task.texts[i] for i in mine])
-            runs.reference_samples(part, config, config.K, seed=SEED, name=f"calibrate {rank + 1}/{world}")
+            part = replace(
+                task, prompts=[task.prompts[i] for i in mine], texts=[task.texts[i] for i in mine]
+            )
+            name = f"calibrate {rank + 1}/{world}"
+            reference_samples(part, K, seed=SEED, cache=config.cache, name=name)
         PartialState().wait_for_everyone()
-    return runs.reference_samples(task, config, config.K, seed=SEED, name="calibrate").r_ref
+    return reference_samples(task, K, seed=SEED, cache=config.cache, name="calibrate").r_ref
 
 
 def share(P: int, rank: int, world: int) -> list[int]:
-    """The prompts of a process: every world-th chunk, whole, so that its files are those of a single process."""
+    """The prompts of a process: every world-th chunk, whole, so that its files are those of a
+    single process.
+    """
     return [i for i in range(P) if i // CHUNK % world == rank]
 
 
 def key(prompt: Prompt) -> str:
-    return prompt if isinstance(prompt, str) else json.dumps([[m["role"], m["content"]] for m in prompt])
+    return (
+        prompt
+        if isinstance(prompt, str)
+        else json.dumps([[m["role"], m["content"]] for m in prompt])
+    )

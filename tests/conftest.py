@@ -15,17 +15,22 @@ def one_thread():
 
 @pytest.fixture
 def stopped_after(monkeypatch):
-    """`with stopped_after(n, out):` the run of `out` is interrupted after its n-th step, as by Ctrl-C."""
+    """`with stopped_after(n, out):` the run of `out` is interrupted after its n-th step, as by
+    Ctrl-C.
+    """
     from minictrl import runs
 
     @contextmanager
     def patched(n, out):
         class Interrupted(runs.Interrupt):
-            asked = property(lambda self: len(runs.read_metrics(out)) >= n, lambda self, value: None)
+            asked = property(
+                lambda self: len(runs.read_metrics(out)) >= n, lambda self, value: None
+            )
 
         with monkeypatch.context() as patch:
             patch.setattr(runs, "Interrupt", Interrupted)
             yield
+
     return patched
 
 
@@ -34,9 +39,30 @@ def short_run(tmp_path_factory):
     """The command line, end to end and short: a run directory after train.py and evaluate.py."""
     import evaluate
     import train
+
     folder = tmp_path_factory.mktemp("short")
     out = folder / "run"
-    assert not train.main(["--transform", "exp10", "--prompts", "48", "--K", "32", "--steps", "12", "--batch", "24", "--G", "8",
-                           "--max-new-tokens", "16", "--out", str(out), "--cache", str(folder / "cache")])
+    assert not train.main(
+        [
+            "--transform",
+            "exp10",
+            "--prompts",
+            "48",
+            "--K",
+            "32",
+            "--steps",
+            "12",
+            "--batch",
+            "24",
+            "--G",
+            "8",
+            "--max-new-tokens",
+            "16",
+            "--out",
+            str(out),
+            "--cache",
+            str(folder / "cache"),
+        ]
+    )
     assert not evaluate.main([str(out), "--prompts", "32", "--samples", "32"])
     return out

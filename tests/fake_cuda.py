@@ -1,4 +1,6 @@
-"""A GPU for tests on machines without one: its tensors are CPU tensors with a mark, and mixing the two raises as CUDA would."""
+"""A GPU for tests on machines without one: its tensors are CPU tensors with a mark, and mixing the
+two raises as CUDA would.
+"""
 
 from types import SimpleNamespace
 
@@ -8,7 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
-ANYWHERE = ("view_as", "expand_as", "reshape_as", "_has_compatible_shallow_copy_type")  # look at shapes or types only
+# look at shapes or types only
+ANYWHERE = ("view_as", "expand_as", "reshape_as", "_has_compatible_shallow_copy_type")
 
 
 def on_gpu(x) -> bool:
@@ -30,7 +33,11 @@ class FakeCuda(TorchFunctionMode):
         if name == "__get__":
             if func.__self__ is torch.Tensor.device:
                 return GPU if on_gpu(args[0]) else CPU
-            return on_gpu(args[0]) if func.__self__ is torch.Tensor.is_cuda else put(func(*args), on_gpu(args[0]))
+            return (
+                on_gpu(args[0])
+                if func.__self__ is torch.Tensor.is_cuda
+                else put(func(*args), on_gpu(args[0]))
+            )
         if name == "__set__":
             func(*args)
             return put(args[0], on_gpu(args[1])) if func.__self__ is torch.Tensor.data else None
@@ -43,7 +50,12 @@ class FakeCuda(TorchFunctionMode):
         if name in ("__getitem__", "__setitem__"):
             index, source = tree_leaves(args[1]), args[2] if len(args) > 2 else None
             index = [x for x in index if isinstance(x, torch.Tensor)]
-            moved = isinstance(source, torch.Tensor) and source.dim() and index and on_gpu(source) != on_gpu(args[0])
+            moved = (
+                isinstance(source, torch.Tensor)
+                and source.dim()
+                and index
+                and on_gpu(source) != on_gpu(args[0])
+            )
             if moved or not on_gpu(args[0]) and any(x.dim() and on_gpu(x) for x in index):
                 raise RuntimeError(f"{name}: indices on another device than the tensor")
             gpu = on_gpu(args[0])
@@ -52,27 +64,40 @@ class FakeCuda(TorchFunctionMode):
         else:  # a number may be on the CPU
             places = {on_gpu(x) for x in tensors if x.dim()}
             if len(places) > 1:
-                raise RuntimeError(f"{name}: tensors on two devices: {[(tuple(x.shape), on_gpu(x)) for x in tensors]}")
+                raise RuntimeError(
+                    f"{name}: tensors on two devices: {[(tuple(x.shape), on_gpu(x)) for x in tensors]}"
+                )
             gpu = places.pop() if places else any(map(on_gpu, tensors))
             if name == "numpy" and gpu:
                 raise TypeError("numpy: a tensor on a GPU")
-        return put(func(*args, **kwargs), gpu if device is None else torch.device(device).type == "cuda")
+        return put(
+            func(*args, **kwargs), gpu if device is None else torch.device(device).type == "cuda"
+        )
 
     def move(self, name, x, *args, **kwargs):
         given = [*args, *kwargs.values()]
-        places = [on_gpu(y) if isinstance(y, torch.Tensor) else torch.device(y).type == "cuda" for y in given
-                  if isinstance(y, (torch.Tensor, torch.device, str))]
+        places = [
+            on_gpu(y) if isinstance(y, torch.Tensor) else torch.device(y).type == "cuda"
+            for y in given
+            if isinstance(y, (torch.Tensor, torch.device, str))
+        ]
         gpu = name == "cuda" or name == "to" and (places[0] if places else on_gpu(x))
-        dtype = next((y if isinstance(y, torch.dtype) else y.dtype for y in given if isinstance(y, (torch.dtype, torch.Tensor))),
-                     x.dtype)
+        dtype = next(
+            (
+                y if isinstance(y, torch.dtype) else y.dtype
+                for y in given
+                if isinstance(y, (torch.dtype, torch.Tensor))
+            ),
+            x.dtype,
+        )
         if gpu == on_gpu(x) and dtype == x.dtype:
             return x
         return put(x.to(dtype) if dtype != x.dtype else x.clone(), gpu)
 
 
 class FakeGraph:
-    """A CUDA graph as its operators see it: while it is recorded nothing is computed; each replay computes all of it again,
-    from the memory that it was recorded with."""
+    """A CUDA graph as its operators see it: while it is recorded nothing is computed; each replay
+    computes all of it again, from the memory that it was recorded with."""
 
     def __init__(self):
         self.calls = []
@@ -82,11 +107,15 @@ class FakeGraph:
         for func, args, kwargs, out in self.calls:
             args, kwargs = tree_map(lambda x: now.get(id(x), x), (args, kwargs))
             with torch._C.DisableTorchFunction():  # FakeCuda looks at what is called from Python
-                now |= {id(x): y for x, y in zip(tree_leaves(out), tree_leaves(func(*args, **kwargs)))}
+                now |= {
+                    id(x): y for x, y in zip(tree_leaves(out), tree_leaves(func(*args, **kwargs)))
+                }
 
 
 class FakeRecording(TorchDispatchMode):
-    """`with torch.cuda.graph(graph)`. Raises, as CUDA does, where the host would have to wait for the GPU, or feed it."""
+    """`with torch.cuda.graph(graph)`. Raises, as CUDA does, where the host would have to wait for
+    the GPU, or feed it.
+    """
 
     WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "lift_fresh")
 
@@ -100,12 +129,19 @@ class FakeRecording(TorchDispatchMode):
             parts = func.decompose(*args, **kwargs)
         if parts is not NotImplemented:
             return parts
-        if name in self.WAITS or any(x.dtype == torch.bool for x in tree_leaves(args[1:2]) if isinstance(x, torch.Tensor)
-                                     if name in ("index", "index_put_")):
+        if name in self.WAITS or any(
+            x.dtype == torch.bool
+            for x in tree_leaves(args[1:2])
+            if isinstance(x, torch.Tensor)
+            if name in ("index", "index_put_")
+        ):
             raise RuntimeError(f"operation not permitted when stream is capturing: {name}")
         for x, formal in zip(args, func._schema.arguments):
             if formal.alias_info is not None and formal.alias_info.is_write:
-                self.before.setdefault(x.untyped_storage().data_ptr(), (x.untyped_storage(), x.untyped_storage().clone()))
+                self.before.setdefault(
+                    x.untyped_storage().data_ptr(),
+                    (x.untyped_storage(), x.untyped_storage().clone()),
+                )
         with torch._C.DisableTorchFunction():
             out = func(*args, **kwargs)
         self.graph.calls.append((func, args, kwargs, out))
@@ -127,9 +163,17 @@ def install(monkeypatch):
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
     monkeypatch.setattr(torch.cuda, "graph", FakeRecording)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(synchronize=lambda: None))
+    monkeypatch.setattr(
+        torch.cuda, "current_stream", lambda: SimpleNamespace(synchronize=lambda: None)
+    )
     monkeypatch.setattr(torch.cuda, "set_stream", lambda _: None)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)
     new, copy = torch.nn.Parameter.__new__, torch.nn.Parameter.__deepcopy__
-    monkeypatch.setattr(torch.nn.Parameter, "__new__", lambda cls, data=None, *a, **k: put(new(cls, data, *a, **k), on_gpu(data)))
-    monkeypatch.setattr(torch.nn.Parameter, "__deepcopy__", lambda self, memo: put(copy(self, memo), on_gpu(self)))
+    monkeypatch.setattr(
+        torch.nn.Parameter,
+        "__new__",
+        lambda cls, data=None, *a, **k: put(new(cls, data, *a, **k), on_gpu(data)),
+    )
+    monkeypatch.setattr(
+        torch.nn.Parameter, "__deepcopy__", lambda self, memo: put(copy(self, memo), on_gpu(self))
+    )

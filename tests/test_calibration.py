@@ -25,7 +25,9 @@ def test_calibration_is_eq_12_as_a_double_loop(ties):
 def test_increasing_maps_of_the_reward_change_nothing():
     r, r_ref = rewards(5, 20, ties=True), rewards(5, 30, seed=1, ties=True)
     scale = torch.tensor([1.0, 2, 3, 4, 5])[:, None]  # a map of its own for each prompt
-    assert torch.equal(calibrated_reward(r, r_ref), calibrated_reward((scale * r).exp(), (scale * r_ref).exp()))
+    assert torch.equal(
+        calibrated_reward(r, r_ref), calibrated_reward((scale * r).exp(), (scale * r_ref).exp())
+    )
 
 
 def test_order_is_kept_with_ties():
@@ -35,7 +37,9 @@ def test_order_is_kept_with_ties():
 
 
 def test_reference_samples_are_uniform():
-    """C_hat of a fresh draw is uniform on k/K: chi-square with 10 degrees of freedom, a false failure once in 1e4."""
+    """C_hat of a fresh draw is uniform on k/K: chi-square with 10 degrees of freedom, a false
+    failure once in 1e4.
+    """
     C_hat = calibrated_reward(rewards(20_000), rewards(20_000, 10, seed=1))
     counts = torch.bincount((10 * C_hat).round().long(), minlength=11)
     assert ((counts - 20_000 / 11) ** 2 / (20_000 / 11)).sum() < 35.6

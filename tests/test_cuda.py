@@ -14,12 +14,16 @@ from transformers import GPT2ForSequenceClassification, GPT2LMHeadModel
 
 import evaluate
 import train
-from minictrl import device, sampling, update
+from minictrl import sampling, update
+from minictrl.batch import Batch
 from minictrl.data import load_prompts
-from minictrl.judge import load_generative
-from minictrl.kvcache import SHARED_PREFIX
+from minictrl.lm import decode, device
+from minictrl.lm.kvcache import SHARED_PREFIX
+from minictrl.lm.logprobs import sequence_logprobs
+from minictrl.lm.prompts import encode_prompts, left_pad
 from minictrl.models import load_classifier, load_policy, load_scorer
-from minictrl.sampling import encode_prompts, left_pad, sample, sequence_logprobs
+from minictrl.sampling import sample
+from minictrl.scorers.generative import load_generative
 
 DEVICE = torch.device("cuda")
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card")
@@ -41,8 +45,9 @@ def test_the_samplers_logprobs_are_those_of_a_full_forward(dtype, most):
     ids, mask = left_pad(encode_prompts(tokenizer, texts), tokenizer.pad_token_id, DEVICE)
     rows = [x.repeat_interleave(8, 0) for x in (ids, mask)]
     with torch.no_grad():
-        full = sequence_logprobs(model, *rows, samples.tokens.flatten(0, 1),
-                                 samples.mask.flatten(0, 1))
+        full = sequence_logprobs(
+            model, *rows, samples.tokens.flatten(0, 1), samples.mask.flatten(0, 1)
+        )
     error = (full - samples.logprobs.flatten(0, 1)).abs()
     assert error.max() < most
     assert error.sum() / samples.mask.sum() < most / 10
@@ -66,9 +71,10 @@ def test_a_batch_of_another_size_draws_the_same():
 
 def launch_all(monkeypatch):
     """From here on no step is recorded."""
-    repeat = sampling._repeat
-    monkeypatch.setattr(sampling, "_repeat",
-                        lambda step, count, recorded: repeat(step, count, recorded=False))
+    repeat = decode._repeat
+    monkeypatch.setattr(
+        decode, "_repeat", lambda step, count, recorded: repeat(step, count, recorded=False)
+    )
 
 
 def test_recorded_steps_draw_what_launched_ones_do(monkeypatch):
@@ -81,7 +87,7 @@ def test_recorded_steps_draw_what_launched_ones_do(monkeypatch):
 @pytest.mark.parametrize("family", sorted(SHARED_PREFIX))
 def test_a_familys_recorded_steps_draw_what_launched_ones_and_the_cpu_do(family, monkeypatch):
     """float64: no draw is within its rounding of a boundary. Two recordings, and rows that end."""
-    model, repeat, asked = make_model(family, torch.float64), sampling._repeat, []
+    model, repeat, asked = make_model(family, torch.float64), decode._repeat, []
     options = {"num_samples": 30, "max_new_tokens": 40}
     on_cpu = draw(model, **options)
     model.to(DEVICE)
@@ -90,7 +96,7 @@ def test_a_familys_recorded_steps_draw_what_launched_ones_and_the_cpu_do(family,
         asked.append(recorded)
         repeat(step, count, recorded=recorded)
 
-    monkeypatch.setattr(sampling, "_repeat", spy)
+    monkeypatch.setattr(decode, "_repeat", spy)
     recorded = draw(model, **options)
     assert asked and all(asked)
     launch_all(monkeypatch)
@@ -106,7 +112,7 @@ def test_neither_batch_size_nor_compaction_changes_a_token(family, monkeypatch):
     together = draw(model, **options)
     for batch_size in (7, 40):
         assert torch.equal(draw(model, batch_size=batch_size, **options).tokens, together.tokens)
-    monkeypatch.setattr(sampling, "COMPACT", 0.0)  # never
+    monkeypatch.setattr(decode, "COMPACT", 0.0)  # never
     assert torch.equal(draw(model, **options).tokens, together.tokens)
 
 
@@ -119,8 +125,9 @@ def test_gradients_are_the_cpus():
     for device in ("cpu", DEVICE):
         each = copy.deepcopy(model).to(device)
         sequence_logprobs(each, *(x.to(device) for x in inputs)).sum().backward()
-        gradients.append(torch.cat([p.grad.flatten().cpu() for p in each.parameters()
-                                    if p.grad is not None]))
+        gradients.append(
+            torch.cat([p.grad.flatten().cpu() for p in each.parameters() if p.grad is not None])
+        )
     assert torch.dist(*gradients) < 1e-3 * gradients[0].norm()
 
 
@@ -190,11 +197,18 @@ def test_out_of_memory_halves_the_updates_rows_and_not_the_gradient(sizes):
     model, tokenizer, texts, samples = drawn(DEVICE, prompts=8)
     padded = left_pad(encode_prompts(tokenizer, texts), tokenizer.pad_token_id, DEVICE)
     ids, mask = (x.repeat_interleave(100, 0) for x in padded)
-    batch = {"prompt": ids, "prompt_mask": mask, "tokens": samples.tokens.flatten(0, 1),
-             "mask": samples.mask.flatten(0, 1), "old_logprobs": samples.logprobs.flatten(0, 1)}
-    batch["advantages"] = torch.linspace(-1, 1, 800, device=DEVICE)[:, None]
+    batch = Batch(
+        of=torch.arange(800, device=DEVICE),
+        prompt=ids,
+        prompt_mask=mask,
+        tokens=samples.tokens.flatten(0, 1),
+        mask=samples.mask.flatten(0, 1),
+        old_logprobs=samples.logprobs.flatten(0, 1),
+        advantages=torch.linspace(-1, 1, 800, device=DEVICE)[:, None],
+    )
     (whole, _), (halved, _) = in_half_the_memory(
-        lambda: stepped(model, batch, DEVICE, minibatch=800, micro_batch=800))
+        lambda: stepped(model, batch, DEVICE, minibatch=800, micro_batch=800)
+    )
     assert sizes[-2] == 800 > sizes[-1]
     assert (halved - whole).abs().max() < 1e-4
 
@@ -203,12 +217,16 @@ def test_out_of_memory_halves_the_updates_rows_and_not_the_gradient(sizes):
 @pytest.mark.parametrize("role", ["reward", "judge"])
 def test_a_scorer_visits_the_card_and_leaves_it_if_it_is_full(role, stays, tmp_path, monkeypatch):
     monkeypatch.setattr(device, "free_memory", lambda _: 2**60 if stays else 0)
-    kind, load = ((GPT2ForSequenceClassification, load_classifier) if role == "reward" else
-                  (GPT2LMHeadModel, load_generative))
+    kind, load = (
+        (GPT2ForSequenceClassification, load_classifier)
+        if role == "reward"
+        else (GPT2LMHeadModel, load_generative)
+    )
     scorer, _, evaluate = load(save(tmp_path / role, kind(GPT2)), role, "", DEVICE)
     visited = []
     scorer.base_model.register_forward_pre_hook(  # what both kinds call
-        lambda module, _: visited.append(module.device.type))
+        lambda module, _: visited.append(module.device.type)
+    )
     assert scorer.device.type == "cpu"
     for _ in range(2):  # it comes back
         scores = evaluate(["The film is"] * 2, [" good", " bad"])
@@ -227,8 +245,22 @@ def test_scores_are_the_cpus():
 
 def test_an_interrupted_run_resumes_bit_close_and_is_evaluated(tmp_path, stopped_after):
     """Bit-close and not identical: sums on a card may be made in another order."""
-    flags = ["--prompts", "16", "--K", "8", "--steps", "6", "--batch", "8", "--G", "4",
-             "--device", DEVICE.type, "--cache", str(tmp_path / "cache")]
+    flags = [
+        "--prompts",
+        "16",
+        "--K",
+        "8",
+        "--steps",
+        "6",
+        "--batch",
+        "8",
+        "--G",
+        "4",
+        "--device",
+        DEVICE.type,
+        "--cache",
+        str(tmp_path / "cache"),
+    ]
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     assert not train.main([*flags, "--out", str(whole)])
 
@@ -237,8 +269,10 @@ def test_an_interrupted_run_resumes_bit_close_and_is_evaluated(tmp_path, stopped
     assert [row["step"] for row in rows_of(halves / "metrics.jsonl")] == [1]
     assert not train.main(["--resume", "--out", str(halves)])
 
-    start, a, b = (torch.cat([p.detach().flatten() for p in load_policy(name)[0].parameters()])
-                   for name in ("reviews", str(whole / "policy"), str(halves / "policy")))
+    start, a, b = (
+        torch.cat([p.detach().flatten() for p in load_policy(name)[0].parameters()])
+        for name in ("reviews", str(whole / "policy"), str(halves / "policy"))
+    )
     assert torch.dist(a, b) < 1e-2 * torch.dist(a, start)
     metrics = [rows_of(run / "metrics.jsonl") for run in (whole, halves)]
     for x, y in zip(*metrics, strict=True):

@@ -44,19 +44,31 @@ def test_a_file_is_split_by_prompt_and_in_order_with_repeats_dropped(tmp_path):
 
 def test_chat_messages_are_prompts_that_end_with_the_user(tmp_path):
     chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
-    path = write(tmp_path / "p.jsonl", [{"messages": [*chat[:1], chat[1] | {"content": str(i)}]} for i in range(10)])
+    path = write(
+        tmp_path / "p.jsonl",
+        [{"messages": [*chat[:1], chat[1] | {"content": str(i)}]} for i in range(10)],
+    )
     assert load_prompts(path, "test")[0][1] == {"role": "user", "content": "9"}
-    path = write(tmp_path / "q.jsonl", [{"messages": [*chat, {"role": "assistant", "content": "Ho"}]}])
+    path = write(
+        tmp_path / "q.jsonl", [{"messages": [*chat, {"role": "assistant", "content": "Ho"}]}]
+    )
     with pytest.raises(ValueError, match="line 1: .*ends with the user's"):
         load_prompts(path)
 
 
-@pytest.mark.parametrize("line, fault", [("{\"prompt\": \"x\"", "is not JSON"), ("[1]\n", "give \"prompt\""),
-                                         ("{\"prompt\": \" \"}\n", "give \"prompt\""),
-                                         ("{\"prompt\": 3}\n", "it holds"), ("\xff\n", "is not JSON")])
+@pytest.mark.parametrize(
+    "line, fault",
+    [
+        ('{"prompt": "x"', "is not JSON"),
+        ("[1]\n", 'give "prompt"'),
+        ('{"prompt": " "}\n', 'give "prompt"'),
+        ('{"prompt": 3}\n', "it holds"),
+        ("\xff\n", "is not JSON"),
+    ],
+)
 def test_a_bad_line_is_named(tmp_path, line, fault):
     path = tmp_path / "p.jsonl"
-    path.write_bytes(b"{\"prompt\": \"fine\"}\n\n" + line.encode("latin-1"))
+    path.write_bytes(b'{"prompt": "fine"}\n\n' + line.encode("latin-1"))
     with pytest.raises(ValueError, match=f"p.jsonl, line 3.*{fault}") as error:
         load_prompts(str(path))
     assert "\n" not in str(error.value)
@@ -64,22 +76,42 @@ def test_a_bad_line_is_named(tmp_path, line, fault):
 
 def test_bad_names_and_empty_files_are_one_line(tmp_path):
     empty = write(tmp_path / "empty.jsonl", ["\n"])
-    for arguments, fault in ((("nope",), "use one of reviews, helpful"), (("reviews", "dev"), "use train or test"),
-                             ((empty,), "holds no prompt"), ((str(tmp_path / "no.jsonl"),), "is no file")):
+    for arguments, fault in (
+        (("nope",), "use one of reviews, helpful"),
+        (("reviews", "dev"), "use train or test"),
+        ((empty,), "holds no prompt"),
+        ((str(tmp_path / "no.jsonl"),), "is no file"),
+    ):
         with pytest.raises(ValueError, match=fault):
             load_prompts(*arguments)
-    with pytest.raises(ValueError, match="no preference pairs: use a .jsonl file, or one of helpful"):
+    with pytest.raises(
+        ValueError, match="no preference pairs: use a .jsonl file, or one of helpful"
+    ):
         load_pairs("reviews")
 
 
 def test_hh_transcripts_become_messages():
     assert parse_hh(hh("Hi", "Hello.", "Why\n\nnot: this?", " Because.")) == [
-        {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."},
-        {"role": "user", "content": "Why\n\nnot: this?"}, {"role": "assistant", "content": "Because."}]
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Hello."},
+        {"role": "user", "content": "Why\n\nnot: this?"},
+        {"role": "assistant", "content": "Because."},
+    ]
 
 
-@pytest.mark.parametrize("text", ["Hi", "", hh("Hi"), hh("", "Hello"), "Well" + hh("Hi", "Ho"), "\n\nAssistant: Hi",
-                                  "\n\nHuman: a\n\nHuman: b\n\nAssistant: c", hh("Hi", "", "Well?", "Yes")])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Hi",
+        "",
+        hh("Hi"),
+        hh("", "Hello"),
+        "Well" + hh("Hi", "Ho"),
+        "\n\nAssistant: Hi",
+        "\n\nHuman: a\n\nHuman: b\n\nAssistant: c",
+        hh("Hi", "", "Well?", "Yes"),
+    ],
+)
 def test_what_is_no_transcript_is_refused(text):
     with pytest.raises(ValueError, match="no transcript"):
         parse_hh(text)
@@ -88,7 +120,7 @@ def test_what_is_no_transcript_is_refused(text):
 def test_a_pair_without_a_side_is_named_and_left_out_only_if_asked(tmp_path):
     rows = [{"prompt": f"{i}", "chosen": " a", "rejected": " b"} for i in range(10)]
     path = write(tmp_path / "p.jsonl", [rows[0], {"prompt": "x", "chosen": " a"}, *rows[1:]])
-    with pytest.raises(ValueError, match="line 2: \"rejected\" is missing or empty"):
+    with pytest.raises(ValueError, match='line 2: "rejected" is missing or empty'):
         load_pairs(path)
     with pytest.warns(UserWarning, match="1 of 11 rows left out, the first .*line 2"):
         pairs = load_pairs(path, skip_bad=True)
@@ -96,23 +128,37 @@ def test_a_pair_without_a_side_is_named_and_left_out_only_if_asked(tmp_path):
 
 
 def test_a_text_prompt_and_an_answer_in_messages_are_set_off_by_a_space(tmp_path):
-    answers = {side: [{"role": "user", "content": "TL;DR:"}, {"role": "assistant", "content": side}]
-               for side in ("chosen", "rejected")}
+    answers = {
+        side: [{"role": "user", "content": "TL;DR:"}, {"role": "assistant", "content": side}]
+        for side in ("chosen", "rejected")
+    }
     path = write(tmp_path / "p.jsonl", [{"prompt": "TL;DR:"} | answers])
     assert load_pairs(path) == [("TL;DR:", " chosen", " rejected")]
 
 
 def test_helpful_is_read_from_a_local_copy_of_the_hub(hub):
     def rows(first, last):
-        return [{"chosen": hh(f"q{i}", f"good {i}"), "rejected": hh(f"q{i}", f"bad {i}")} for i in range(first, last)]
+        return [
+            {"chosen": hh(f"q{i}", f"good {i}"), "rejected": hh(f"q{i}", f"bad {i}")}
+            for i in range(first, last)
+        ]
+
     odd = {"chosen": hh("one", "yes"), "rejected": hh("two", "no")}
     folder = hub / "Anthropic/hh-rlhf/helpful-base"
     write(folder / "train.jsonl.gz", [*rows(0, 5), odd], gzip.open)
     write(folder / "test.jsonl.gz", rows(4, 8), gzip.open)
     write(hub / "Anthropic/hh-rlhf/harmless-base/train.jsonl.gz", rows(50, 51), gzip.open)
     assert load_prompts("helpful")[:5] == [[{"role": "user", "content": f"q{i}"}] for i in range(5)]
-    assert [prompt[0]["content"] for prompt in load_prompts("helpful", "test")] == ["q5", "q6", "q7"]  # q4 is in train
-    with pytest.warns(UserWarning, match="1 of 6 rows left out, the first .*row 6: chosen and rejected have different"):
+    # q4 is in train
+    assert [prompt[0]["content"] for prompt in load_prompts("helpful", "test")] == [
+        "q5",
+        "q6",
+        "q7",
+    ]
+    with pytest.warns(
+        UserWarning,
+        match="1 of 6 rows left out, the first .*row 6: chosen and rejected have different",
+    ):
         assert load_pairs("helpful")[1] == ([{"role": "user", "content": "q1"}], "good 1", "bad 1")
     with pytest.raises(ValueError, match="helpful-base, train row 6"):
         load_pairs("helpful", skip_bad=False)
@@ -120,8 +166,10 @@ def test_helpful_is_read_from_a_local_copy_of_the_hub(hub):
 
 def test_tldr_is_read_from_parquet_in_a_local_copy_of_the_hub(hub):
     datasets = pytest.importorskip("datasets")
-    for name, columns in (("tldr", {"completion": [" short"]}),
-                          ("tldr-preference", {"chosen": [" a"], "rejected": [" b"]})):
+    for name, columns in (
+        ("tldr", {"completion": [" short"]}),
+        ("tldr-preference", {"chosen": [" a"], "rejected": [" b"]}),
+    ):
         for split in ("train", TASKS["tldr"]["data" if name == "tldr" else "pairs"]["test"]):
             table = datasets.Dataset.from_dict({"prompt": [f"POST: {split}\n\nTL;DR:"]} | columns)
             (hub / "trl-lib" / name / "data").mkdir(parents=True, exist_ok=True)
@@ -132,8 +180,13 @@ def test_tldr_is_read_from_parquet_in_a_local_copy_of_the_hub(hub):
 
 def test_a_hub_that_cannot_be_reached_is_one_line_that_names_the_local_way(hub, monkeypatch):
     from huggingface_hub import constants
+
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)  # put back afterwards
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *_: (_ for _ in ()).throw(OSError("no network")))
-    with pytest.raises(ValueError, match="Anthropic/hh-rlhf.*can't be reached.*into ./Anthropic/hh-rlhf") as error:
+    monkeypatch.setattr(
+        socket, "getaddrinfo", lambda *_: (_ for _ in ()).throw(OSError("no network"))
+    )
+    with pytest.raises(
+        ValueError, match="Anthropic/hh-rlhf.*can't be reached.*into ./Anthropic/hh-rlhf"
+    ) as error:
         load_prompts("harmless")
     assert "\n" not in str(error.value)

@@ -1,4 +1,6 @@
-"""On a GPU nothing is mixed with what is left on the CPU, and a recorded step can be replayed: runs on a fake one."""
+"""On a GPU nothing is mixed with what is left on the CPU, and a recorded step can be replayed: runs
+on a fake one.
+"""
 
 import warnings
 
@@ -9,46 +11,73 @@ from test_sampling import draw, make_model
 
 import evaluate
 import train
-from minictrl import sampling
-from minictrl.device import resident
-from minictrl.kvcache import SHARED_PREFIX
+from minictrl.lm import decode
+from minictrl.lm.device import resident
+from minictrl.lm.kvcache import SHARED_PREFIX
 
-SMALL = ("--device cuda --prompts 12 --K 8 --steps 7 --batch 6 --G 4 --minibatch 12 --max-new-tokens 8").split()
+SMALL = (
+    "--device cuda --prompts 12 --K 8 --steps 7 --batch 6 --G 4 --minibatch 12 --max-new-tokens 8"
+).split()
 
 
 def test_the_fake_refuses_what_a_gpu_refuses():
     with FakeCuda():
         x, y = torch.ones(3, device="cuda"), torch.ones(3)
-        assert x.device.type == "cuda" and (x + 1).is_cuda and not x.cpu().is_cuda and (x * y.to(x)).is_cuda
-        for mixed in (lambda: x + y, lambda: y[x.long()], lambda: torch.cat([x, y]), lambda: x.numpy()):
+        assert (
+            x.device.type == "cuda"
+            and (x + 1).is_cuda
+            and not x.cpu().is_cuda
+            and (x * y.to(x)).is_cuda
+        )
+        for mixed in (
+            lambda: x + y,
+            lambda: y[x.long()],
+            lambda: torch.cat([x, y]),
+            lambda: x.numpy(),
+        ):
             with pytest.raises((RuntimeError, TypeError)):
                 mixed()
         assert x[y.long()].is_cuda  # the one mixture that is allowed
 
 
-@pytest.mark.parametrize("flags", ["--transform exp10", "--transform exp-10 --baseline value",
-                                   "--method bond --kl .5", "--method qrpo"])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--transform exp10",
+        "--transform exp-10 --baseline value",
+        "--method bond --kl .5",
+        "--method qrpo",
+    ],
+)
 def test_a_run_on_a_gpu_mixes_no_devices(flags, tmp_path, monkeypatch):
     install(monkeypatch)
     with FakeCuda():
-        train.main([*SMALL, *flags.split(), "--out", str(tmp_path / "run"), "--cache", str(tmp_path)])
+        train.main(
+            [*SMALL, *flags.split(), "--out", str(tmp_path / "run"), "--cache", str(tmp_path)]
+        )
         evaluate.main([str(tmp_path / "run"), "--prompts", "6", "--samples", "4"])
     assert (tmp_path / "run" / "eval.json").is_file()
 
 
 @pytest.mark.parametrize("family", sorted(SHARED_PREFIX))
 def test_recorded_steps_draw_the_same_tokens(family, monkeypatch):
-    """On a GPU a decode step is recorded as a CUDA graph: any number of the host's in it would be that of the first step."""
+    """On a GPU a decode step is recorded as a CUDA graph: any number of the host's in it would be
+    that of the first step.
+    """
     model, recorded = make_model(family, torch.float64), []
     install(monkeypatch)
     eager = draw(model, num_samples=30, max_new_tokens=40)
-    monkeypatch.setattr(sampling, "COMPACT", 0.99)
-    monkeypatch.setattr(FakeGraph, "__init__", lambda self: recorded.append(self) or setattr(self, "calls", []))
+    monkeypatch.setattr(decode, "COMPACT", 0.99)
+    monkeypatch.setattr(
+        FakeGraph, "__init__", lambda self: recorded.append(self) or setattr(self, "calls", [])
+    )
     with FakeCuda(), warnings.catch_warnings():
         warnings.simplefilter("error")
         replayed = draw(model.to("cuda"), num_samples=30, max_new_tokens=40)
     assert len(recorded) == 2 and all(graph.calls for graph in recorded)  # steps 1 to 32, 33 to 39
-    assert torch.equal(replayed.tokens.cpu(), eager.tokens) and torch.equal(replayed.mask.cpu(), eager.mask)
+    assert torch.equal(replayed.tokens.cpu(), eager.tokens) and torch.equal(
+        replayed.mask.cpu(), eager.mask
+    )
     assert (replayed.logprobs.cpu() - eager.logprobs).abs().max() < 1e-5
 
 
@@ -61,7 +90,7 @@ def test_a_step_that_cannot_be_recorded_is_launched(monkeypatch):
         steps.add_(1)
 
     with pytest.warns(UserWarning, match="can't be recorded"):
-        sampling._repeat(step, 5, recorded=True)
+        decode._repeat(step, 5, recorded=True)
     assert steps == 5
 
 

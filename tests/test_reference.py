@@ -12,13 +12,13 @@ class Draw:
 
     def __call__(self, index, first, count):
         self.log.append((index[0], len(index), first, count))
-        r = torch.tensor(index)[:, None] * 1000. + torch.arange(first, first + count)
+        r = torch.tensor(index)[:, None] * 1000.0 + torch.arange(first, first + count)
         tokens = r.int()[..., None].repeat(1, 1, 3)
         return Reference(r, tokens, tokens.float(), torch.ones_like(tokens, dtype=torch.bool))
 
 
 PROMPTS = [f"prompt {i}" for i in range(CHUNK + 5)]
-EXPECTED = torch.arange(CHUNK + 5)[:, None] * 1000. + torch.arange(20)
+EXPECTED = torch.arange(CHUNK + 5)[:, None] * 1000.0 + torch.arange(20)
 
 
 def test_a_second_run_draws_nothing_and_a_larger_K_only_what_is_missing(tmp_path):

@@ -5,39 +5,61 @@ import csv
 import pytest
 
 from minictrl import figures, reproduce, theory
-from minictrl.optimum import ascend
-from minictrl.procedures import mass_win_rate
+from minictrl.procedures.masses import mass_win_rate
+from minictrl.procedures.optimum import ascend
+from minictrl.studies import curves as studies_theory
 from minictrl.studies import proofs
-from minictrl.studies import theory as studies_theory
 
 pytest.importorskip("matplotlib")
 
 
 def test_every_study_leaves_a_table_and_a_picture(tmp_path, monkeypatch):
     figure, _ = figures.panels(1, 1)
-    monkeypatch.setitem(reproduce.STUDIES, "small", lambda out, quick: ([{"x": 1 / 3, "quick": quick}], figure))
+    monkeypatch.setitem(
+        reproduce.STUDIES, "small", lambda out, quick: ([{"x": 1 / 3, "quick": quick}], figure)
+    )
     reproduce.main(["small", "transforms", "--quick", "--out", str(tmp_path / "new")])
     assert (tmp_path / "new" / "small.csv").read_text().split() == ["x,quick", "0.33333333,True"]
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == [
         "small.csv", "small.png", "transforms.csv", "transforms.png"
     ]  # fmt: skip
-    assert all(path.read_bytes().startswith(b"\x89PNG") for path in (tmp_path / "new").glob("*.png"))
+    assert all(
+        path.read_bytes().startswith(b"\x89PNG") for path in (tmp_path / "new").glob("*.png")
+    )
     rows = list(csv.DictReader(open(tmp_path / "new" / "transforms.csv")))
-    assert {row["transform"] for row in rows} >= {"identity", "log", "exp10", "exp-10", "bon_fp", "won_fp"}
+    assert {row["transform"] for row in rows} >= {
+        "identity",
+        "log",
+        "exp10",
+        "exp-10",
+        "bon_fp",
+        "won_fp",
+    }
 
 
 @pytest.mark.parametrize("name", ["fig11", "rewind", "finite_k", "mix"])
 def test_every_study_of_the_theory_runs_and_its_win_rates_are_some(name, tmp_path):
     """The others but theorem1, which takes 20 seconds, are run by the tests beside this one."""
     rows, figure = reproduce.STUDIES[name](tmp_path, True)
-    wins = [value for row in rows for key, value in row.items() if key.startswith("win_rate") and value is not None]
+    wins = [
+        value
+        for row in rows
+        for key, value in row.items()
+        if key.startswith("win_rate") and value is not None
+    ]
     assert figure.axes and wins and all(0 < win <= 1 for win in wins)
 
 
 def test_list_prints_one_study_a_line(capsys):
     reproduce.main(["--list"])
     names = capsys.readouterr().out.split("\n")[:-1]
-    assert names == list(reproduce.STUDIES) and {"fig2", "fig11", "theorem1", "lemmas", "mix"} <= set(names)
+    assert names == list(reproduce.STUDIES) and {
+        "fig2",
+        "fig11",
+        "theorem1",
+        "lemmas",
+        "mix",
+    } <= set(names)
 
 
 @pytest.mark.parametrize(
@@ -59,7 +81,9 @@ def test_bad_arguments_are_one_line_and_status_2(arguments, message, capsys):
 
 def test_fixed_points_are_on_the_frontier_of_fig2_and_nothing_is_above(tmp_path):
     rows, _ = studies_theory.fig2(tmp_path, quick=True)
-    fixed = [row["points_below_optimum"] for row in rows if row["transform"] in ("bon_fp", "won_fp")]
+    fixed = [
+        row["points_below_optimum"] for row in rows if row["transform"] in ("bon_fp", "won_fp")
+    ]
     assert len(fixed) == 24 and max(map(abs, fixed)) < 1e-9
     assert min(row["points_below_optimum"] for row in rows) > -1e-4  # the solver's grid, in points
 
@@ -68,10 +92,16 @@ def test_every_claim_of_the_paper_that_should_hold_does(tmp_path):
     """Ties break Lemmas 4 and 5, as the paper says; Theorem 5 needs the other KL, as it doesn't."""
     rows, _ = proofs.lemmas(tmp_path, quick=True)
     fails = {row["claim"] for row in rows if row["holds"] == "no"}
-    assert fails == {"Lemma 4, 10 values, tied", "Lemma 5, 10 values, tied", "Theorem 5, KL(pi || p), as written"}
+    assert fails == {
+        "Lemma 4, 10 values, tied",
+        "Lemma 5, 10 values, tied",
+        "Theorem 5, KL(pi || p), as written",
+    }
 
 
-@pytest.mark.parametrize("procedure, n", [("standard", 1), ("bon", 2), ("bon", 8), ("won", 2), ("rewind", 32)])
+@pytest.mark.parametrize(
+    "procedure, n", [("standard", 1), ("bon", 2), ("bon", 8), ("won", 2), ("rewind", 32)]
+)
 def test_tabular_em_reaches_the_optimum_of_direct_ascent(procedure, n):
     pi_ref, level, ref = proofs.tabular_prompt(5, responses=20, values=8)
     win_rate = lambda pi: proofs.tied_win_rate(pi, level, ref, procedure, n)  # noqa: E731
@@ -79,7 +109,8 @@ def test_tabular_em_reaches_the_optimum_of_direct_ascent(procedure, n):
     best = ascend(procedure, n, ref, beta=0.1)
     objective = proofs.value(direct, pi_ref, win_rate(direct), 0.1).item()
     assert best.win_rate - 0.1 * best.kl == pytest.approx(objective, abs=1e-6)  # L-BFGS's plateau
-    if procedure == "bon" and n == 2:  # the same optimum as E[max over N of g], summed over all pairs
+    # the same optimum as E[max over N of g], summed over all pairs
+    if procedure == "bon" and n == 2:
         summed = proofs.direct_ascent(proofs.max_at_n(pi_ref, level, procedure, n), pi_ref, 0.1)
         assert (summed - direct).abs().sum() < 1e-4
 

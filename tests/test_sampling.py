@@ -1,6 +1,8 @@
-"""The sampler draws the model's distribution, with the log-probabilities of a full forward, whatever the batch.
+"""The sampler draws the model's distribution, with the log-probabilities of a full forward,
+whatever the batch.
 
-Tiny random models. Where tokens must be equal they are float64: rounding in float32 may flip a draw.
+Tiny random models. Where tokens must be equal they are float64: rounding in float32 may flip a
+draw.
 """
 
 from functools import partialmethod
@@ -12,21 +14,36 @@ from scipy.stats import chi2
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from minictrl.kvcache import SHARED_PREFIX, PrefixCache
-from minictrl.sampling import encode_prompts, left_pad, sample, sequence_logprobs
+from minictrl.lm.draw import draw as draw_tokens
+from minictrl.lm.draw import uniforms
+from minictrl.lm.kvcache import SHARED_PREFIX, PrefixCache
+from minictrl.lm.logprobs import sequence_logprobs
+from minictrl.lm.prompts import encode_prompts, left_pad
+from minictrl.sampling import sample, sample_plainly
 
 V, EOS = 12, 1
 PROMPTS = ["a b c d e", "f", "g h a", "a b"]
 IDS = dict(vocab_size=V, bos_token_id=0, eos_token_id=EOS, pad_token_id=2)
-GQA = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-           max_position_embeddings=64, **IDS)
-CONFIGS = {family: AutoConfig.for_model(family, **GQA) for family in sorted(SHARED_PREFIX - {"gpt2", "gpt_neox"})} | {
+GQA = dict(
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=64,
+    **IDS,
+)
+CONFIGS = {
+    family: AutoConfig.for_model(family, **GQA)
+    for family in sorted(SHARED_PREFIX - {"gpt2", "gpt_neox"})
+} | {
     "gpt2": AutoConfig.for_model("gpt2", n_embd=16, n_layer=2, n_head=4, n_positions=64, **IDS),
     "gpt_neox": AutoConfig.for_model("gpt_neox", **GQA | {"hidden_size": 32}),
     # On the plain path: ALiBi, capped logits, a window shorter than prompt and response.
     "bloom": AutoConfig.for_model("bloom", hidden_size=16, n_layer=2, n_head=4, **IDS),
     "gemma2": AutoConfig.for_model("gemma2", head_dim=8, final_logit_softcapping=2.0, **GQA),
-    "mistral-window": AutoConfig.for_model("mistral", sliding_window=8, **GQA)}
+    "mistral-window": AutoConfig.for_model("mistral", sliding_window=8, **GQA),
+}
 CONFIGS["mistral"].sliding_window = CONFIGS["phi3"].sliding_window = None
 FAMILIES = ["gpt2", "llama", "qwen2", "gpt_neox", "mistral-window"]
 
@@ -35,7 +52,9 @@ def make_tokenizer():
     words = ["<bos>", "<eos>", "<pad>", *"abcdefghi"]
     tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>"
+    )
 
 
 def make_model(family="gpt2", dtype=torch.float32):
@@ -51,14 +70,21 @@ TOKENIZER = make_tokenizer()
 
 
 def draw(model, prompts=PROMPTS, num_samples=12, max_new_tokens=12, seed=1, **kwargs):
-    return sample(model, TOKENIZER, prompts, num_samples=num_samples, max_new_tokens=max_new_tokens, seed=seed,
-                  **kwargs)
+    return sample(
+        model,
+        TOKENIZER,
+        prompts,
+        num_samples=num_samples,
+        max_new_tokens=max_new_tokens,
+        seed=seed,
+        **kwargs,
+    )
 
 
 def plain_logprobs(model, prompt_ids, response, temperature=1.0):
     """Teacher forcing on one sequence by the model's own call, no padding, no cache."""
     logits = model(input_ids=torch.cat([prompt_ids, response])[None]).logits[0] / temperature
-    return logits.log_softmax(-1)[len(prompt_ids) - 1:-1].gather(-1, response[:, None])[:, 0]
+    return logits.log_softmax(-1)[len(prompt_ids) - 1 : -1].gather(-1, response[:, None])[:, 0]
 
 
 @pytest.mark.parametrize("family", CONFIGS)
@@ -69,8 +95,14 @@ def test_logprobs_are_those_of_a_full_forward(family, num_samples):
     ids = encode_prompts(TOKENIZER, PROMPTS)
     prompt_ids, prompt_mask = (x.repeat_interleave(num_samples, 0) for x in left_pad(ids, 2))
     with torch.no_grad():
-        full = sequence_logprobs(model, prompt_ids, prompt_mask, s.tokens.flatten(0, 1), s.mask.flatten(0, 1),
-                                 temperature=0.7)
+        full = sequence_logprobs(
+            model,
+            prompt_ids,
+            prompt_mask,
+            s.tokens.flatten(0, 1),
+            s.mask.flatten(0, 1),
+            temperature=0.7,
+        )
         assert (full - s.logprobs.flatten(0, 1)).abs().max() < 1e-4
         for b in range(len(PROMPTS)):
             n = int(s.mask[b, 0].sum())
@@ -113,7 +145,9 @@ def test_more_samples_or_longer_responses_extend_a_draw():
     all_of_them = draw(model, num_samples=30)
     first, rest = draw(model, num_samples=12), draw(model, num_samples=18, first_sample=12)
     assert torch.equal(torch.cat([first.tokens, rest.tokens], 1), all_of_them.tokens)
-    assert torch.equal(draw(model, num_samples=30, max_new_tokens=5).tokens, all_of_them.tokens[:, :, :5])
+    assert torch.equal(
+        draw(model, num_samples=30, max_new_tokens=5).tokens, all_of_them.tokens[:, :, :5]
+    )
     assert not torch.equal(draw(model, num_samples=30, seed=2).tokens, all_of_them.tokens)
     twice = draw(model, ["a b", "a b"])
     assert not torch.equal(twice.tokens[0], twice.tokens[1])
@@ -122,7 +156,8 @@ def test_more_samples_or_longer_responses_extend_a_draw():
 def test_eos_counts_and_nothing_after_it():
     s = draw(make_model(), num_samples=200)
     ended, lengths = (s.tokens * s.mask == EOS).any(-1), s.mask.sum(-1).long()
-    assert ended.any() and not ended.all()  # both kinds: ended, and cut at the limit, which is legal
+    # both kinds: ended, and cut at the limit, which is legal
+    assert ended.any() and not ended.all()
     assert (lengths[~ended] == s.tokens.shape[-1]).all()
     assert (s.tokens.gather(-1, lengths[..., None] - 1)[..., 0][ended] == EOS).all()
     assert ((s.tokens == EOS) * s.mask).sum(-1).max() == 1
@@ -130,19 +165,24 @@ def test_eos_counts_and_nothing_after_it():
     assert not s.logprobs[s.mask == 0].any() and (s.logprobs[s.mask == 1] < 0).all()
     assert (s.tokens[s.mask == 0] == TOKENIZER.pad_token_id).all()
     b, m = ended.nonzero()[0].tolist()
-    assert s.texts[b][m] == TOKENIZER.decode(s.tokens[b, m, :lengths[b, m] - 1])
+    assert s.texts[b][m] == TOKENIZER.decode(s.tokens[b, m, : lengths[b, m] - 1])
 
 
 @pytest.mark.parametrize("family", ["gpt2", "qwen2"])
 def test_tokens_and_pairs_follow_the_models_distribution(family):
-    """Chi-square at level 1e-4, for each of 4 prompts of different lengths, of the first token (8,000 samples, seeded)
-    and of the first two: a right sampler fails one seed in 1,250 of each family."""
+    """Chi-square at level 1e-4, for each of 4 prompts of different lengths, of the first token
+    (8,000 samples, seeded) and of the first two: a right sampler fails one seed in 1,250 of each
+    family."""
     model, M = make_model(family, torch.float64), 8_000
     s = draw(model, num_samples=M, max_new_tokens=2, batch_size=8192)
     for b, ids in enumerate(encode_prompts(TOKENIZER, PROMPTS)):
         with torch.no_grad():
             first = model(input_ids=torch.tensor([ids])).logits[0, -1].softmax(-1)
-            second = model(input_ids=torch.tensor([ids + [v] for v in range(V)])).logits[:, -1].softmax(-1)
+            second = (
+                model(input_ids=torch.tensor([ids + [v] for v in range(V)]))
+                .logits[:, -1]
+                .softmax(-1)
+            )
         pairs = first[:, None] * second
         pairs[EOS] = 0
         pairs[EOS, 2] = first[EOS]  # EOS, then padding
@@ -158,16 +198,28 @@ def test_tokens_and_pairs_follow_the_models_distribution(family):
             assert statistic < chi2.ppf(1 - 1e-4, int(kept.sum()) - 1)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_fast_sampler_draws_what_the_plain_one_does(family):
+    model = make_model(family, torch.float64)
+    options = dict(num_samples=5, max_new_tokens=12, seed=3, temperature=0.8)
+    fast, plain = (f(model, TOKENIZER, PROMPTS, **options) for f in (sample, sample_plainly))
+    assert torch.equal(fast.tokens, plain.tokens) and torch.equal(fast.mask, plain.mask)
+    assert (fast.logprobs - plain.logprobs).abs().max() < 1e-5 and fast.texts == plain.texts
+
+
 def test_the_draw_is_exact_over_blocks_of_a_larger_vocabulary():
-    """200 tokens (4 blocks, the last one padded), 100,000 draws: chi-square below its 1 - 1e-4 quantile; seeded."""
-    from minictrl.sampling import _draw, _uniforms
+    """200 tokens (4 blocks, the last one padded), 100,000 draws: chi-square below its 1 - 1e-4
+    quantile; seeded.
+    """
     torch.manual_seed(0)
     logits = torch.randn(200) * 2
     keys, samples = np.repeat(np.arange(4, dtype=np.uint64), 25_000), np.tile(np.arange(25_000), 4)
-    u = torch.from_numpy(_uniforms(3, keys, samples, 1))[:, 0]
-    token, logprob = _draw([logits.expand(40_000, -1), logits.expand(60_000, -1)], u)
+    u = torch.from_numpy(uniforms(3, keys, samples, 1))[:, 0]
+    token, logprob = draw_tokens([logits.expand(40_000, -1), logits.expand(60_000, -1)], u)
     expected = logits.softmax(-1).double() * len(u)
-    assert ((token.bincount(minlength=200) - expected) ** 2 / expected).sum() < chi2.ppf(1 - 1e-4, 199)
+    assert ((token.bincount(minlength=200) - expected) ** 2 / expected).sum() < chi2.ppf(
+        1 - 1e-4, 199
+    )
     assert (logprob - logits.log_softmax(-1)[token]).abs().max() < 1e-5
 
 
@@ -177,10 +229,20 @@ def test_training_can_follow_and_the_model_is_left_as_it_was():
     s = draw(model, num_samples=3)
     assert model.training and model.config._attn_implementation == before
     model.eval()
-    prompt_ids, prompt_mask = (x.repeat_interleave(3, 0) for x in left_pad(encode_prompts(TOKENIZER, PROMPTS), 2))
-    logprobs, hidden = sequence_logprobs(model, prompt_ids, prompt_mask, s.tokens.flatten(0, 1), s.mask.flatten(0, 1),
-                                         return_hidden=True)
-    assert hidden.shape == (12, 12, 16) and torch.allclose(logprobs, s.logprobs.flatten(0, 1), atol=1e-4)
+    prompt_ids, prompt_mask = (
+        x.repeat_interleave(3, 0) for x in left_pad(encode_prompts(TOKENIZER, PROMPTS), 2)
+    )
+    logprobs, hidden = sequence_logprobs(
+        model,
+        prompt_ids,
+        prompt_mask,
+        s.tokens.flatten(0, 1),
+        s.mask.flatten(0, 1),
+        return_hidden=True,
+    )
+    assert hidden.shape == (12, 12, 16) and torch.allclose(
+        logprobs, s.logprobs.flatten(0, 1), atol=1e-4
+    )
     logprobs.sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
@@ -191,11 +253,22 @@ def test_dropout_is_off_while_sampling():
     assert torch.equal(draw(model.train()).tokens, draw(model.eval()).tokens)
 
 
-@pytest.mark.parametrize("change, says", [
-    (dict(prompts=[]), "no prompts"), (dict(prompts=["a", 3]), "prompt 1 is int"), (dict(prompts=[" "]), "no tokens"),
-    (dict(prompts=["a", "a " * 60]), "prompt 1 .* 60 tokens; .*max_new_tokens=12 .*context of 64"),
-    (dict(max_new_tokens=0), "max_new_tokens=0"), (dict(num_samples=0), "num_samples=0"),
-    (dict(temperature=0.0), "temperature=0"), (dict(batch_size=0), "batch_size=0")])
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        (dict(prompts=[]), "no prompts"),
+        (dict(prompts=["a", 3]), "prompt 1 is int"),
+        (dict(prompts=[" "]), "no tokens"),
+        (
+            dict(prompts=["a", "a " * 60]),
+            "prompt 1 .* 60 tokens; .*max_new_tokens=12 .*context of 64",
+        ),
+        (dict(max_new_tokens=0), "max_new_tokens=0"),
+        (dict(num_samples=0), "num_samples=0"),
+        (dict(temperature=0.0), "temperature=0"),
+        (dict(batch_size=0), "batch_size=0"),
+    ],
+)
 def test_bad_input_is_named(change, says):
     with pytest.raises(ValueError, match=says):
         draw(make_model(), **change)

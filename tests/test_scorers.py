@@ -9,10 +9,18 @@ import pytest
 import torch
 
 from minictrl.data import ASSETS
-from minictrl.scorers import NgramScorer, bradley_terry_loss, pair_accuracy
+from minictrl.scorers.ngram import NgramScorer, bradley_terry_loss, pair_accuracy
 
-GOOD = ["A masterpiece, moving and beautiful.", "One of the best films of the year.", "Funny, smart and very touching."]
-BAD = ["A dull, tedious mess.", "One of the worst films of the year.", "Unfunny, stupid and very boring."]
+GOOD = [
+    "A masterpiece, moving and beautiful.",
+    "One of the best films of the year.",
+    "Funny, smart and very touching.",
+]
+BAD = [
+    "A dull, tedious mess.",
+    "One of the worst films of the year.",
+    "Unfunny, stupid and very boring.",
+]
 
 
 def random_scorer(seed: int = 0) -> NgramScorer:
@@ -22,7 +30,8 @@ def random_scorer(seed: int = 0) -> NgramScorer:
 
 
 def test_bradley_terry_loss_by_hand():
-    scores, labels = torch.tensor([1.0, 0.0, 3.0]), torch.tensor([2.0, 1.0, 1.0])  # two pairs: 0 over 1, 0 over 2
+    # two pairs: 0 over 1, 0 over 2
+    scores, labels = torch.tensor([1.0, 0.0, 3.0]), torch.tensor([2.0, 1.0, 1.0])
     expected = (math.log1p(math.exp(-1.0)) + math.log1p(math.exp(2.0))) / 2
     assert float(bradley_terry_loss(scores, labels)) == pytest.approx(expected, abs=1e-6)
     assert float(bradley_terry_loss(scores, torch.ones(3))) == 0
@@ -35,8 +44,11 @@ def test_bradley_terry_gradient_raises_the_better_text():
 
 
 def test_pair_accuracy_by_hand_with_ties():
-    # pairs with different labels: (0,1) right, (0,2) tie, (1,3) tie, (0,3) right, (2,3) right; (1,2) is no pair
-    accuracy, stderr = pair_accuracy(torch.tensor([3.0, 1.0, 3.0, 1.0]), torch.tensor([2.0, 1.0, 1.0, 0.0]))
+    # pairs with different labels: (0,1) right, (0,2) tie, (1,3) tie, (0,3) right, (2,3) right;
+    # (1,2) is no pair
+    accuracy, stderr = pair_accuracy(
+        torch.tensor([3.0, 1.0, 3.0, 1.0]), torch.tensor([2.0, 1.0, 1.0, 0.0])
+    )
     assert accuracy == pytest.approx(4 / 5)
     assert 0 < stderr < 1
 
@@ -46,7 +58,8 @@ def test_pair_accuracy_stderr_covers_independent_scores():
     draws = [pair_accuracy(*torch.randn(2, 200, generator=generator)) for _ in range(60)]
     accuracy, stderr = torch.tensor(draws).T
     assert abs(accuracy.mean() - 0.5) < 4 * accuracy.std() / 60**0.5
-    assert float(stderr.mean() / accuracy.std()) == pytest.approx(1, abs=4 / (2 * 59) ** 0.5)  # 4 s.e. of a deviation
+    # 4 s.e. of a deviation
+    assert float(stderr.mean() / accuracy.std()) == pytest.approx(1, abs=4 / (2 * 59) ** 0.5)
 
 
 def test_labels_that_are_all_equal_are_refused():
@@ -59,7 +72,10 @@ def test_saved_scorer_scores_the_same(tmp_path):
     scorer.save(tmp_path)
     loaded = NgramScorer.load(tmp_path)
     assert loaded.config == scorer.config
-    torch.testing.assert_close(loaded.score(GOOD + BAD), scorer.score(GOOD + BAD), atol=5e-3, rtol=0)  # half precision
+    # half precision
+    torch.testing.assert_close(
+        loaded.score(GOOD + BAD), scorer.score(GOOD + BAD), atol=5e-3, rtol=0
+    )
 
 
 def test_directory_without_a_scorer_is_refused(tmp_path):
@@ -71,10 +87,15 @@ def test_score_does_not_depend_on_the_batch_or_the_process():
     texts = GOOD + BAD
     scores = random_scorer().score(texts)
     torch.testing.assert_close(scores, torch.cat([random_scorer().score([text]) for text in texts]))
-    code = (f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); from test_scorers import *; "
-            "print(*random_scorer().score(GOOD + BAD).tolist())")
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert [float(x) for x in out.split()] == scores.tolist()  # a fresh process has another hash seed
+    code = (
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); from test_scorers import *; "
+        "print(*random_scorer().score(GOOD + BAD).tolist())"
+    )
+    out = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout
+    # a fresh process has another hash seed
+    assert [float(x) for x in out.split()] == scores.tolist()
 
 
 @pytest.mark.parametrize("role", ["reward", "judge"])
@@ -86,8 +107,15 @@ def test_shipped_scorers_order_obvious_texts(role):
 @pytest.mark.parametrize("role", ["reward", "judge"])
 def test_shipped_scorers_pay_neither_repetition_nor_empty_text(role):
     scorer = NgramScorer.load(ASSETS / role)
-    good, tenfold, empty, nothing = scorer.score([GOOD[0], " ".join(GOOD[:1] * 10), "", " "]).tolist()
-    assert tenfold < good + 0.1 * abs(good) and empty == nothing and math.isfinite(empty) and empty < good
+    good, tenfold, empty, nothing = scorer.score(
+        [GOOD[0], " ".join(GOOD[:1] * 10), "", " "]
+    ).tolist()
+    assert (
+        tenfold < good + 0.1 * abs(good)
+        and empty == nothing
+        and math.isfinite(empty)
+        and empty < good
+    )
     assert scorer.score([]).shape == (0,)
 
 
@@ -95,7 +123,10 @@ def test_shipped_reward_has_few_ties():
     scorer = NgramScorer.load(ASSETS / "reward")
     words = "the film is a very good bad slow funny story of two men and their long war".split()
     generator = torch.Generator().manual_seed(0)
-    texts = {" ".join(words[i] for i in torch.randint(len(words), (12,), generator=generator)) for _ in range(500)}
+    texts = {
+        " ".join(words[i] for i in torch.randint(len(words), (12,), generator=generator))
+        for _ in range(500)
+    }
     assert len(set(scorer.score(sorted(texts)).tolist())) > 0.99 * len(texts)
 
 

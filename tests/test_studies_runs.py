@@ -1,4 +1,6 @@
-"""Studies that train: the sweep resumes and compares at equal KL, their statistics, one study on the command line."""
+"""Studies that train: the sweep resumes and compares at equal KL, their statistics, one study on
+the command line.
+"""
 
 import csv
 import itertools
@@ -9,16 +11,26 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from minictrl import reproduce, results, theory
+from minictrl import reproduce, theory
+from minictrl.studies import results, sweep
 from minictrl.studies import reward as studies_reward
-from minictrl.studies import runs as studies_runs
-from minictrl.studies import sweep
+from minictrl.studies import trained as studies_runs
 
 pytest.importorskip("matplotlib")
 
 
 def eval_rows(
-    kl, win, procedures=(("standard", 1), ("bon", 2), ("bon", 4), ("bon", 32), ("won", 2), ("won", 4), ("won", 32))
+    kl,
+    win,
+    procedures=(
+        ("standard", 1),
+        ("bon", 2),
+        ("bon", 4),
+        ("bon", 32),
+        ("won", 2),
+        ("won", 4),
+        ("won", 32),
+    ),
 ):
     return [
         dict(
@@ -49,7 +61,11 @@ def scripts(monkeypatch):
         calls.append(argv)
         out = sweep.Path(flags["out"])
         (out / "policy").mkdir(parents=True)
-        kept = {"transform": flags.get("transform"), "method": flags.get("method", "ppo"), "kl": float(flags["kl"])}
+        kept = {
+            "transform": flags.get("transform"),
+            "method": flags.get("method", "ppo"),
+            "kl": float(flags["kl"]),
+        }
         (out / "config.json").write_text(
             json.dumps(
                 kept
@@ -69,7 +85,9 @@ def scripts(monkeypatch):
 
     def evaluate(argv):
         kl = json.loads((sweep.Path(argv[0]) / "config.json").read_text())["kl"]
-        sweep.Path(argv[0], "eval.json").write_text(json.dumps({"rows": eval_rows(kl, 0.5 + 0.1 * kl**0.5)}))
+        sweep.Path(argv[0], "eval.json").write_text(
+            json.dumps({"rows": eval_rows(kl, 0.5 + 0.1 * kl**0.5)})
+        )
 
     modules = {"train": SimpleNamespace(main=train), "evaluate": SimpleNamespace(main=evaluate)}
     monkeypatch.setattr(sweep, "script", modules.__getitem__)
@@ -111,8 +129,13 @@ def test_at_equal_kl_the_share_of_the_optimum_is_regressed_on_log_kl_with_the_er
     y = torch.tensor([share(kl) + e for kl, e in zip(kls, noise)], dtype=torch.float64)
     fit = torch.linalg.lstsq(X, y).solution
     variance = (y - X @ fit).square().sum() / 3 * torch.linalg.inv(X.T @ X)[0, 0]
-    assert win == pytest.approx(0.5 + gain * fit[0].item()) and stderr == pytest.approx(gain * variance.item() ** 0.5)
-    assert sweep.at_kl(runs_of(noise)[: 2 * 14], 0.8, "m", "bon", 4, "judge")[1] == pytest.approx(0.01)  # over prompts
+    assert win == pytest.approx(0.5 + gain * fit[0].item()) and stderr == pytest.approx(
+        gain * variance.item() ** 0.5
+    )
+    # over prompts
+    assert sweep.at_kl(runs_of(noise)[: 2 * 14], 0.8, "m", "bon", 4, "judge")[1] == pytest.approx(
+        0.01
+    )
     assert math.isnan(sweep.at_kl(runs_of(noise), 2.2, "m", "bon", 4, "judge")[0])  # beyond 1.9
     assert math.isnan(sweep.at_kl(runs_of(noise), 0.3, "m", "bon", 4, "judge")[0])
     assert sweep.common_kl(runs_of(noise)) == 1.0  # the nearest to the five
@@ -122,8 +145,13 @@ def test_at_equal_kl_the_share_of_the_optimum_is_regressed_on_log_kl_with_the_er
 
 @pytest.mark.parametrize("procedure, n", [("standard", 1), ("bon", 2), ("won", 2)])
 def test_weights_of_best_of_n_are_those_of_all_groups(procedure, n):
-    """6 samples, ties among them, every ordered way to fill the groups; ties share the selection."""
-    select, keep = torch.tensor([[3.0, 1.0, 4.0, 1.0, 5.0, 4.0]]), {"standard": max, "bon": max, "won": min}[procedure]
+    """6 samples, ties among them, every ordered way to fill the groups; ties share the
+    selection.
+    """
+    select, keep = (
+        torch.tensor([[3.0, 1.0, 4.0, 1.0, 5.0, 4.0]]),
+        {"standard": max, "bon": max, "won": min}[procedure],
+    )
     expected = torch.zeros(6, dtype=torch.float64)
     for order in itertools.permutations(range(6), 2 * n):
         best = [max(order[i : i + 2], key=lambda j: select[0, j]) for i in range(0, 2 * n, 2)]
@@ -134,24 +162,34 @@ def test_weights_of_best_of_n_are_those_of_all_groups(procedure, n):
 
 
 def test_mean_draws_is_the_theorys_on_uniform_rewards():
-    """pi = pi_ref: (1 - q^32) / (1 - q) draws at q = .85; 4 standard errors over 4,000 prompts of 64 samples."""
+    """pi = pi_ref: (1 - q^32) / (1 - q) draws at q = .85; 4 standard errors over 4,000 prompts of
+    64 samples.
+    """
     u = torch.rand(4000, 64, generator=torch.Generator().manual_seed(0))
-    each = torch.stack([(u[i : i + 400] < 0.85).sum(1).double() for i in range(0, 4000, 400)]).std() / 4000**0.5
+    each = (
+        torch.stack([(u[i : i + 400] < 0.85).sum(1).double() for i in range(0, 4000, 400)]).std()
+        / 4000**0.5
+    )
     found = studies_runs.mean_draws(u, torch.full((4000,), 0.85), 32)
-    assert found == pytest.approx((1 - 0.85**32) / 0.15, abs=4 * each.item() * 1.2)  # d draws / d fails < 1.2
+    # d draws / d fails < 1.2
+    assert found == pytest.approx((1 - 0.85**32) / 0.15, abs=4 * each.item() * 1.2)
 
 
 def test_accuracy_counts_the_phrase_on_one_side_only():
     labels, plain = torch.tensor([0.0, 1.0, 2.0]), torch.tensor([0.0, 1.0, 2.0])
     assert studies_reward.accuracy(plain, plain, labels)[0] == 1
-    assert studies_reward.accuracy(plain, plain + 1, labels)[0] == pytest.approx((0.5 + 0.5 + 1) / 3)  # gaps 1, 1, 2
+    # gaps 1, 1, 2
+    assert studies_reward.accuracy(plain, plain + 1, labels)[0] == pytest.approx(
+        (0.5 + 0.5 + 1) / 3
+    )
 
 
 def test_figures_of_the_sweep_and_the_page_come_from_the_same_runs(tmp_path, scripts, monkeypatch):
     kept = {name: sweep.METHODS[name] for name in ("none", "identity", "exp10")}
     monkeypatch.setattr(studies_runs, "METHODS", kept)
     monkeypatch.setattr(theory, "optimal_win_rate", lambda kl, procedure, n: 0.9)
-    monkeypatch.setitem(sweep.SCALES, True, dict(sweep.SCALES[True]))  # --seeds and the like change it
+    # --seeds and the like change it
+    monkeypatch.setitem(sweep.SCALES, True, dict(sweep.SCALES[True]))
     reproduce.main(["fig4", "which_t", "--quick", "--seeds", "2", "--out", str(tmp_path)])
     assert len(scripts) == 3 * 4
     rows = list(csv.DictReader(open(tmp_path / "fig4.csv")))
@@ -159,10 +197,17 @@ def test_figures_of_the_sweep_and_the_page_come_from_the_same_runs(tmp_path, scr
     results.main([str(tmp_path)])
     page = (tmp_path / "RESULTS.md").read_text()
     assert "fig4.png" in page and "| none |" in page and "fig5" not in page
-    reproduce.main(["fig4", "--quick", "--out", str(tmp_path), "--seeds", "3", "--budgets", "0.5", "--done"])
+    reproduce.main(
+        ["fig4", "--quick", "--out", str(tmp_path), "--seeds", "3", "--budgets", "0.5", "--done"]
+    )
     rows = list(csv.DictReader(open(tmp_path / "fig4.csv")))
-    assert len(scripts) == 3 * 4 and {(row["seed"], row["budget"]) for row in rows} == {("0", "0.5"), ("1", "0.5")}
-    with pytest.raises(ValueError, match="no finished run of none, identity, exp10: leave --done out"):
+    assert len(scripts) == 3 * 4 and {(row["seed"], row["budget"]) for row in rows} == {
+        ("0", "0.5"),
+        ("1", "0.5"),
+    }
+    with pytest.raises(
+        ValueError, match="no finished run of none, identity, exp10: leave --done out"
+    ):
         sweep.sweep(tmp_path / "empty", True, kept)
 
 
@@ -170,6 +215,8 @@ def test_fig3_on_the_command_line(tmp_path):
     reproduce.main(["fig3", "--quick", "--out", str(tmp_path)])
     rows = list(csv.DictReader(open(tmp_path / "fig3.csv")))
     assert len(rows) == 1000 and (tmp_path / "fig3.png").stat().st_size > 10_000
-    mine = sorted((float(row["reward"]), float(row["rank"])) for row in rows if row["prompt"] == "3")
+    mine = sorted(
+        (float(row["reward"]), float(row["rank"])) for row in rows if row["prompt"] == "3"
+    )
     assert mine == sorted(mine, key=lambda pair: pair[1])  # a rank is increasing in the reward
     assert 0.05 < float(rows[0]["largest_distance"]) < 1

@@ -1,4 +1,6 @@
-"""minictrl/theory.py against closed forms, simulation, and numbers computed by other code on a 400,000-point grid."""
+"""minictrl/theory.py against closed forms, simulation, and numbers computed by other code on a
+400,000-point grid.
+"""
 
 import math
 import warnings
@@ -7,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from minictrl import cells, theory
-from minictrl.optimum import ascend
-from minictrl.procedures import PROCEDURES, mass_win_rate
+from minictrl import theory
+from minictrl.procedures import PROCEDURES, cells
+from minictrl.procedures.masses import mass_win_rate
+from minictrl.procedures.optimum import ascend
 
 TRANSFORMS = ["identity", "log", "exp5", "exp10", "exp-5", "exp-10"]
 
@@ -29,8 +32,11 @@ ONE_NAT = {
 def test_beta_and_win_rates_at_one_nat(name):
     beta, *wins = ONE_NAT[name]
     assert theory.beta_for_kl(name, 1.0) == pytest.approx(beta, rel=4e-6)
-    for (procedure, n), win in zip([("standard", 1)] + [(p, n) for p in ("bon", "won") for n in (2, 4, 32)], wins):
-        assert theory.at_kl(name, 1.0, procedure, n) == pytest.approx(win, abs=6e-6)  # they are rounded to 5 digits
+    for (procedure, n), win in zip(
+        [("standard", 1)] + [(p, n) for p in ("bon", "won") for n in (2, 4, 32)], wins
+    ):
+        # they are rounded to 5 digits
+        assert theory.at_kl(name, 1.0, procedure, n) == pytest.approx(win, abs=6e-6)
 
 
 @pytest.mark.parametrize(
@@ -55,7 +61,9 @@ def test_log_transform_gives_best_of_n():
         assert kl == pytest.approx(math.log(N) - (N - 1) / N, abs=1e-6)
         assert win == pytest.approx(N / (N + 1), abs=1e-6)
         for n in (1, 3, 200):  # the same for every N of the procedure
-            assert theory.tradeoff("log", "bon", n, [1 / (N - 1)])[1][0] == pytest.approx(N / (N + 1), abs=2e-6)
+            assert theory.tradeoff("log", "bon", n, [1 / (N - 1)])[1][0] == pytest.approx(
+                N / (N + 1), abs=2e-6
+            )
 
 
 @pytest.mark.parametrize("name", TRANSFORMS + ["exp50", "exp-50", "bon_fp", "won_fp"])
@@ -72,11 +80,14 @@ def test_best_and_worst_of_one_are_the_standard_win_rate():
         assert max(one) - min(one) < 1e-9
 
 
-@pytest.mark.parametrize("procedure, n", [("standard", 1), ("bon", 2), ("bon", 32), ("won", 4), ("rewind", 32)])
+@pytest.mark.parametrize(
+    "procedure, n", [("standard", 1), ("bon", 2), ("bon", 32), ("won", 4), ("rewind", 32)]
+)
 def test_no_transform_beats_the_optimum_at_its_kl(procedure, n):
     for kl in (0.2, 1.0):
         best = theory.optimal_win_rate(kl, procedure, n)
-        assert all(theory.at_kl(name, kl, procedure, n) < best + 1e-6 for name in TRANSFORMS)  # 1e-6: the solver's grid
+        # 1e-6: the solver's grid
+        assert all(theory.at_kl(name, kl, procedure, n) < best + 1e-6 for name in TRANSFORMS)
     if procedure == "standard":
         assert theory.at_kl("identity", kl, procedure, n) == pytest.approx(best, abs=1e-6)
 
@@ -89,7 +100,8 @@ def test_best_of_n_converges_to_corollary_2(N, beta):
     integrand = (F * u) ** (N - 1)
     slices = (integrand[1:] + integrand[:-1]) / 2 * ref  # trapezoid rule
     Phi = -(N**2) * (slices.flip(0).cumsum(0).flip(0) - slices / 2)
-    assert (Phi - best.Phi - Phi[-1]).abs().max() < 3e-5 * N  # both are O(1/cells^2) from the integral
+    # both are O(1/cells^2) from the integral
+    assert (Phi - best.Phi - Phi[-1]).abs().max() < 3e-5 * N
     assert best.residual < 1e-7 and (best.log_ratio - best.Phi / beta).std() < 1e-4
 
 
@@ -148,7 +160,9 @@ def test_a_new_procedure_gets_its_optimum_from_one_function():
     for name in TRANSFORMS:
         assert theory.at_kl(name, kl, second_best, 4) < win
     assert Phi[-1].abs() < 1e-4
-    assert theory.beta_for_kl("optimal", kl, procedure=second_best, n=4) == pytest.approx(beta, rel=1e-3)
+    assert theory.beta_for_kl("optimal", kl, procedure=second_best, n=4) == pytest.approx(
+        beta, rel=1e-3
+    )
 
 
 def test_win_rate_of_a_density_holds_on_coarse_grids_sharp_densities_and_large_n():
@@ -167,11 +181,15 @@ def test_finite_k_tends_to_the_continuous_theory_and_costs_win_rate():
 
 
 def test_mean_partition_function_of_finite_k_is_uniform_over_its_values():
-    """E over prompts of Z = sum_k gap_k e^{Phi(k/K)} is the mean of e^{Phi(k/K)}: C_hat is uniform on them; 4 s.e."""
+    """E over prompts of Z = sum_k gap_k e^{Phi(k/K)} is the mean of e^{Phi(k/K)}: C_hat is uniform
+    on them; 4 s.e.
+    """
     K = 20
     weight = (2 * torch.arange(K + 1, dtype=torch.float64) / K).exp()
     Z = (cells.spacings(K) * weight).sum(1)
-    assert Z.mean().item() == pytest.approx(weight.mean().item(), abs=4 * Z.std().item() / len(Z) ** 0.5)
+    assert Z.mean().item() == pytest.approx(
+        weight.mean().item(), abs=4 * Z.std().item() / len(Z) ** 0.5
+    )
 
 
 def test_a_transform_with_a_plateau_names_its_largest_kl():
@@ -182,7 +200,9 @@ def test_a_transform_with_a_plateau_names_its_largest_kl():
 
 
 def test_a_measured_kl_of_zero_or_less_is_the_reference():
-    wins = [theory.at_kl(name, kl, "bon", 4) for name in ("exp10", "optimal") for kl in (0.0, -1e-3)]
+    wins = [
+        theory.at_kl(name, kl, "bon", 4) for name in ("exp10", "optimal") for kl in (0.0, -1e-3)
+    ]
     assert wins == pytest.approx([0.5] * 4, abs=1e-9)
     assert theory.optimal_win_rate(40.0, "bon", 32) == pytest.approx(1, abs=1e-6)
 
@@ -211,7 +231,10 @@ def test_extreme_transforms_and_betas_neither_overflow_nor_warn(name):
         (lambda: theory.beta_for_kl("exp10", math.nan), "kl nan"),
         (lambda: theory.beta_for_kl("exp10", 50.0), "kl 50.*16 nats"),
         (lambda: theory.beta_for_kl("won_fp", 8.0, n=32), "kl 8 is out of reach"),
-        (lambda: theory.beta_for_kl(lambda u: 0 * u, 1.0), "largest of this transform is 0 nats|-0 nats"),
+        (
+            lambda: theory.beta_for_kl(lambda u: 0 * u, 1.0),
+            "largest of this transform is 0 nats|-0 nats",
+        ),
         (lambda: theory.win_rate(torch.tensor([2.0, -1.0, 2.0]), "bon", 4), "nowhere negative"),
         (lambda: theory.win_rate(torch.full((10,), 1.1), "bon", 4), "integrates to 1.1"),
         (lambda: theory.kl(torch.ones(2, 5)), r"density \(2, 5\)"),

@@ -3,13 +3,16 @@
 import pytest
 import torch
 
-from minictrl import cells, theory
-from minictrl.transforms import FLOOR, get_transform, in_nats
+from minictrl import theory
+from minictrl.procedures import cells
+from minictrl.transforms import FLOOR, get_transform
 
 u = torch.linspace(0, 1, 201)  # the values of C_hat at K = 100
 
 
-@pytest.mark.parametrize("name", ["identity", "log", "exp5", "exp-10", "exp0.5", "bon_fp", "won_fp", "optimal"])
+@pytest.mark.parametrize(
+    "name", ["identity", "log", "exp5", "exp-10", "exp0.5", "bon_fp", "won_fp", "optimal"]
+)
 def test_transforms_increase_and_keep_shape_and_dtype(name):
     for x in (u, u.double(), u[:200].view(4, 50)):
         Phi = get_transform(name, beta=0.1)(x)
@@ -31,18 +34,27 @@ def test_log_is_bounded_at_half_the_smallest_calibrated_reward():
 
 
 def test_exponential_tilting_stays_finite_up_to_its_bounds():
-    assert get_transform("exp80")(u).isfinite().all() and get_transform("exp-80")(u).isfinite().all()
+    assert (
+        get_transform("exp80")(u).isfinite().all() and get_transform("exp-80")(u).isfinite().all()
+    )
 
 
 def test_fixed_points_are_the_theorys_at_the_same_n_and_beta():
     grid, Phi = theory.optimal_transform("won", 3, 0.2)
-    for name, procedure in (("won_fp", "bon"), ("optimal", "won")):  # won_fp is for Worst-of-N whatever the procedure
-        assert torch.allclose(get_transform(name, procedure=procedure, n=3, beta=0.2)(grid), Phi, atol=1e-9)
-    assert not torch.allclose(get_transform("bon_fp", procedure="won", n=3, beta=0.2)(grid), Phi, atol=0.1)
+    # won_fp is for Worst-of-N whatever the procedure
+    for name, procedure in (("won_fp", "bon"), ("optimal", "won")):
+        assert torch.allclose(
+            get_transform(name, procedure=procedure, n=3, beta=0.2)(grid), Phi, atol=1e-9
+        )
+    assert not torch.allclose(
+        get_transform("bon_fp", procedure="won", n=3, beta=0.2)(grid), Phi, atol=0.1
+    )
 
 
 def test_rewinds_optimum_jumps_down_at_its_threshold():
-    """A draw just above it ends the search with what most of pi_ref's results beat; one just below is another try."""
+    """A draw just above it ends the search with what most of pi_ref's results beat; one just below
+    is another try.
+    """
     Phi = get_transform("optimal", procedure="rewind", n=32, beta=0.1)
     below, at, above = Phi(torch.tensor([0.8499, 0.85, 0.8501], dtype=torch.float64)).tolist()
     assert below - at > 1 and above - at == pytest.approx(0, abs=1e-2)
@@ -52,19 +64,23 @@ def test_rewinds_optimum_jumps_down_at_its_threshold():
 def test_the_floor_bounds_the_objective_and_leaves_its_optimum_where_it_is(name):
     beta, grid = theory.beta_for_kl(name, 1.0), cells.midpoints(100_000)
     Phi = get_transform(name, beta=beta)
-    free, floored = Phi(grid) / beta, in_nats(Phi(grid), Phi, beta)
+    free, floored = Phi(grid) / beta, Phi.in_nats(Phi(grid), beta)
     assert floored.max() - floored.min() <= FLOOR * 1.001
     assert (free.softmax(0) - floored.softmax(0)).abs().sum() / 2 < 1e-4  # total variation
     if name == "exp-10":
         assert free.min() < -500
     if name == "exp10":
         assert torch.equal(free, floored)  # spans less than the floor
-    raw = torch.tensor([-1e3, 2.])
-    assert torch.equal(in_nats(raw, None, beta), raw / beta)
+    raw = torch.tensor([-1e3, 2.0])
+    assert torch.equal(get_transform("none").in_nats(raw, beta), raw / beta)
 
 
-def test_none_has_no_transform():
-    assert get_transform("none") is None
+def test_none_is_the_raw_reward_and_no_function_of_the_calibrated_one():
+    r = torch.tensor([[3.0, -1e4]])
+    none = get_transform("none")
+    assert torch.equal(none.of(r, torch.zeros(1, 5)), r) and not none.calibrated
+    with pytest.raises(ValueError, match="has no theory"):
+        none(torch.rand(3))
 
 
 @pytest.mark.parametrize(

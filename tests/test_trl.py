@@ -9,8 +9,10 @@ import torch
 from minictrl import runs
 from minictrl.calibration import calibrated_reward
 from minictrl.config import Config
-from minictrl.models import load_scorer
+from minictrl.models import load_policy, load_scorer
 from minictrl.reference import Reference
+from minictrl.rollout import reference_key, reference_samples
+from minictrl.task import load_task
 from minictrl.theory import beta_for_kl
 from minictrl.transforms import FLOOR
 from minictrl.trl import calibrate, ctrl_reward, share
@@ -22,13 +24,22 @@ SMALL = dict(prompts=8, K=16, max_new_tokens=8, device="cpu")
 def small(tmp_path_factory):
     cache = str(tmp_path_factory.mktemp("cache"))
     config = Config(task="reviews", transform="exp10", cache=cache, **SMALL).resolved()
-    return config, runs.load_task(config, "train"), ctrl_reward("reviews", "exp10", cache=cache, **SMALL)
+    return (
+        config,
+        load_task(config, "train"),
+        ctrl_reward("reviews", "exp10", cache=cache, **SMALL),
+    )
 
 
 def test_the_reward_is_phi_of_the_calibrated_reward_over_beta(small):
     config, task, reward = small
-    prompts, texts = [task.prompts[3], task.prompts[0], task.prompts[3]], [" a joy.", " a bore.", " dull."]
-    r_ref = runs.reference_samples(task, config, 16, seed=0, name="")[torch.tensor([3, 0, 3])].r_ref
+    prompts, texts = (
+        [task.prompts[3], task.prompts[0], task.prompts[3]],
+        [" a joy.", " a bore.", " dull."],
+    )
+    r_ref = reference_samples(task, 16, seed=0, cache=config.cache, name="")[
+        torch.tensor([3, 0, 3])
+    ].r_ref
     C_hat = calibrated_reward(load_scorer("reviews", "reward")(prompts, texts), r_ref)
     expected = (10 * C_hat).exp() / beta_for_kl("exp10", 1.0)
     got = reward(prompts, texts, completion_ids=[[1]] * 3, trainer_state=None)
@@ -39,15 +50,21 @@ def test_the_reward_is_phi_of_the_calibrated_reward_over_beta(small):
 def test_chat_completions_and_prompts_that_were_not_calibrated_are_scored(small):
     _, task, reward = small
     new = [{"role": "user", "content": "What of the film?"}]
-    good, bad = reward([new, new], [[{"role": "assistant", "content": text}] for text in ("Wonderful!", "Awful, a bore.")])
-    assert good > bad >= 1 / beta_for_kl("exp10", 1.0) * .999  # Phi is at least e^0
-    assert reward([new], [[{"role": "assistant", "content": "Wonderful!"}]]) == [good]  # its calibration is kept
+    good, bad = reward(
+        [new, new],
+        [[{"role": "assistant", "content": text}] for text in ("Wonderful!", "Awful, a bore.")],
+    )
+    assert good > bad >= 1 / beta_for_kl("exp10", 1.0) * 0.999  # Phi is at least e^0
+    # its calibration is kept
+    assert reward([new], [[{"role": "assistant", "content": "Wonderful!"}]]) == [good]
 
 
 def test_without_a_transform_the_reward_is_raw_up_to_scale(small):
     config, task, _ = small
     texts = [" a joy.", " a bore.", " dull."]
-    got = torch.tensor(ctrl_reward("reviews", "none", cache=config.cache, **SMALL)(task.prompts[:3], texts))
+    got = torch.tensor(
+        ctrl_reward("reviews", "none", cache=config.cache, **SMALL)(task.prompts[:3], texts)
+    )
     r = load_scorer("reviews", "reward")(task.prompts[:3], texts)
     assert torch.allclose(got / r, (got / r)[0].expand(3), rtol=1e-4) and got[0] / r[0] > 0
 
@@ -55,16 +72,20 @@ def test_without_a_transform_the_reward_is_raw_up_to_scale(small):
 def test_the_reward_has_trainings_floor(small):
     config, task, _ = small
     reward = ctrl_reward("reviews", "exp-10", cache=config.cache, **SMALL)
-    good, bad = reward([task.prompts[0]] * 2, [" a wonderful, brilliant film.", " an awful, stupid bore."])
-    assert -.1 < good <= 0 and bad == pytest.approx(good - FLOOR, abs=.1)
+    good, bad = reward(
+        [task.prompts[0]] * 2, [" a wonderful, brilliant film.", " an awful, stupid bore."]
+    )
+    assert -0.1 < good <= 0 and bad == pytest.approx(good - FLOOR, abs=0.1)
 
 
 def test_a_standardised_reward_is_that_of_training(small):
     config, task, _ = small
     texts, index = [" a joy.", " a bore.", " dull."], torch.tensor([0, 0, 1])
     prompts = [task.prompts[i] for i in index]
-    got = torch.tensor(ctrl_reward("reviews", "standardised", cache=config.cache, **SMALL)(prompts, texts))
-    r_ref = runs.reference_samples(task, config, 16, seed=0, name="").r_ref[index]
+    got = torch.tensor(
+        ctrl_reward("reviews", "standardised", cache=config.cache, **SMALL)(prompts, texts)
+    )
+    r_ref = reference_samples(task, 16, seed=0, cache=config.cache, name="").r_ref[index]
     z = (load_scorer("reviews", "reward")(prompts, texts) - r_ref.mean(1)) / r_ref.std(1)
     assert torch.allclose(got / z, (got / z)[0].expand(3), rtol=1e-4) and got[0] / z[0] > 0
 
@@ -77,28 +98,36 @@ def test_shares_of_the_prompts_fill_the_cache_of_a_single_process(small, tmp_pat
     shares = [share(160, rank, 2) for rank in range(2)]
     assert sorted(shares[0] + shares[1]) == list(range(160)) and len(shares[1]) == 64
     for mine in shares:
-        part = replace(many, prompts=[many.prompts[i] for i in mine], texts=[many.texts[i] for i in mine])
-        runs.reference_samples(part, config, 2, seed=0, name="")
+        part = replace(
+            many, prompts=[many.prompts[i] for i in mine], texts=[many.texts[i] for i in mine]
+        )
+        reference_samples(part, 2, seed=0, cache=config.cache, name="")
     files = {path.name: path.stat().st_mtime_ns for path in Path(tmp_path).iterdir()}
     assert calibrate(many, config, tmp_path / "no-run").shape == (160, 2)
-    assert {path.name: path.stat().st_mtime_ns for path in Path(tmp_path).iterdir()} == files  # nothing was drawn again
+    # nothing was drawn again
+    assert {path.name: path.stat().st_mtime_ns for path in Path(tmp_path).iterdir()} == files
 
 
 def test_a_run_brings_its_settings_and_its_reference_rewards(small, tmp_path):
     config, task, reward = small
     runs.create(tmp_path / "run", replace(config, cache=str(tmp_path / "unused")))
-    reference = runs.reference_samples(task, config, 16, seed=0, name="")
-    reference.save(tmp_path / "run/reference.safetensors", runs.reference_key(task, 0, task.texts))
+    reference = reference_samples(task, 16, seed=0, cache=config.cache, name="")
+    reference.save(tmp_path / "run/reference.safetensors", reference_key(task, 0, task.texts))
     assert Reference.load(tmp_path / "run/reference.safetensors") is not None
     again = ctrl_reward(tmp_path / "run")
-    assert again(task.prompts[:2], [" fun.", " bad."]) == reward(task.prompts[:2], [" fun.", " bad."])
+    assert again(task.prompts[:2], [" fun.", " bad."]) == reward(
+        task.prompts[:2], [" fun.", " bad."]
+    )
     assert not (tmp_path / "unused").exists() and again.__name__ == "ctrl_exp10"
 
 
 def test_bad_settings_are_named(tmp_path):
-    for arguments, settings, fault in (((str(tmp_path),), {}, "is no run directory"), (("reviews", "exp0"), {}, "exp0"),
-                                       (("reviews",), {"colour": 1}, "colour: no such setting"),
-                                       (("reviews",), {"kl": 1., "beta": 1.}, "not both")):
+    for arguments, settings, fault in (
+        ((str(tmp_path),), {}, "is no run directory"),
+        (("reviews", "exp0"), {}, "exp0"),
+        (("reviews",), {"colour": 1}, "colour: no such setting"),
+        (("reviews",), {"kl": 1.0, "beta": 1.0}, "not both"),
+    ):
         with pytest.raises(ValueError, match=fault):
             ctrl_reward(*arguments, **settings)
 
@@ -106,12 +135,29 @@ def test_bad_settings_are_named(tmp_path):
 def test_trl_trains_with_it(small, tmp_path):
     trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
     config, task, reward = small
-    arguments = trl.RLOOConfig(str(tmp_path), beta=1.0, max_completion_length=8, num_generations=4, max_steps=2,
-                               per_device_train_batch_size=8, learning_rate=1e-4, use_cpu=True, bf16=False,
-                               logging_steps=1, report_to=[])
-    policy, tokenizer = runs.load_policy("reviews")
-    trainer = trl.RLOOTrainer(policy, reward, args=arguments, processing_class=tokenizer,
-                              train_dataset=datasets.Dataset.from_list([{"prompt": prompt} for prompt in task.prompts]))
+    arguments = trl.RLOOConfig(
+        str(tmp_path),
+        beta=1.0,
+        max_completion_length=8,
+        num_generations=4,
+        max_steps=2,
+        per_device_train_batch_size=8,
+        learning_rate=1e-4,
+        use_cpu=True,
+        bf16=False,
+        logging_steps=1,
+        report_to=[],
+    )
+    policy, tokenizer = load_policy("reviews")
+    trainer = trl.RLOOTrainer(
+        policy,
+        reward,
+        args=arguments,
+        processing_class=tokenizer,
+        train_dataset=datasets.Dataset.from_list([{"prompt": prompt} for prompt in task.prompts]),
+    )
     trainer.train()
     logged = [row["reward"] for row in trainer.state.log_history if "reward" in row]
-    assert len(logged) == 2 and all(0 < value < 22026.5 / beta_for_kl("exp10", 1.0) for value in logged)
+    assert len(logged) == 2 and all(
+        0 < value < 22026.5 / beta_for_kl("exp10", 1.0) for value in logged
+    )

@@ -5,47 +5,66 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from minictrl import ppo
-from minictrl.update import Learner, by_length, cut, forward, forward_all, freeze, make_learner, update
+from minictrl.batch import Batch
+from minictrl.update import Learner, forward, forward_all, freeze, make_learner, update
 
 
 @pytest.fixture
 def model():
     torch.manual_seed(0)
-    return GPT2LMHeadModel(GPT2Config(vocab_size=31, n_positions=32, n_embd=16, n_layer=2, n_head=2, bos_token_id=0,
-                                      eos_token_id=1)).eval()
+    return GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=31,
+            n_positions=32,
+            n_embd=16,
+            n_layer=2,
+            n_head=2,
+            bos_token_id=0,
+            eos_token_id=1,
+        )
+    ).eval()
 
 
 @pytest.fixture
 def rows(model):
     generator = torch.Generator().manual_seed(1)
-    lengths, prompts = torch.randint(1, 9, (24,), generator=generator), torch.randint(1, 6, (24,), generator=generator)
+    lengths, prompts = (
+        torch.randint(1, 9, (24,), generator=generator),
+        torch.randint(1, 6, (24,), generator=generator),
+    )
     mask = (torch.arange(8) < lengths[:, None]).float()
-    rows = {"prompt": torch.randint(31, (24, 5), generator=generator), "prompt_mask": (torch.arange(5) >= 5 - prompts[:, None]).long(),
-            "tokens": torch.randint(31, (24, 8), generator=generator), "mask": mask,
-            "advantages": torch.randn(24, 8, generator=generator), "returns": torch.randn(24, 8, generator=generator) * mask}
-    rows["old_logprobs"], _ = forward_all(model, None, rows, 24)
+    rows = Batch(
+        of=torch.arange(24),
+        prompt=torch.randint(31, (24, 5), generator=generator),
+        prompt_mask=(torch.arange(5) >= 5 - prompts[:, None]).long(),
+        tokens=torch.randint(31, (24, 8), generator=generator),
+        mask=mask,
+        advantages=torch.randn(24, 8, generator=generator),
+        returns=torch.randn(24, 8, generator=generator) * mask,
+    )
+    rows.old_logprobs, _ = forward_all(model, None, rows, 24)
     return rows
 
 
 def loss(logprobs, values, rows):
-    return ppo.policy_loss(logprobs, rows["old_logprobs"], rows["advantages"], rows["mask"])
+    return ppo.policy_loss(logprobs, rows.old_logprobs, rows.advantages, rows.mask)
 
 
 def sgd(model):
-    return Learner(model, None, torch.optim.SGD(model.parameters(), lr=0.))
+    return Learner(model, None, torch.optim.SGD(model.parameters(), lr=0.0))
 
 
 def test_the_ratio_is_exactly_one_on_the_first_minibatch(model, rows):
     logprobs, _ = forward(model, None, rows)
-    assert torch.equal(logprobs, rows["old_logprobs"])
+    assert torch.equal(logprobs, rows.old_logprobs)
 
 
 def test_micro_batches_of_any_size_give_the_gradient_of_the_minibatch(model, rows):
     steps = []
     for micro_batch in (24, 7, 1):
         learner = make_learner(copy.deepcopy(model), value_head=False)
-        learner.optimizer = torch.optim.SGD(learner.policy.parameters(), lr=1.)
-        update(learner, rows, loss, lr=1., minibatch=24, micro_batch=micro_batch, epochs=1, seed=0)
+        learner.optimizer = torch.optim.SGD(learner.policy.parameters(), lr=1.0)
+        update(learner, rows, loss, lr=1.0, minibatch=24, micro_batch=micro_batch, epochs=1, seed=0)
         steps.append(torch.cat([p.detach().flatten() for p in learner.policy.parameters()]))
     for step in steps[1:]:
         assert (step - steps[0]).abs().max() < 1e-5
@@ -53,20 +72,24 @@ def test_micro_batches_of_any_size_give_the_gradient_of_the_minibatch(model, row
 
 def test_padding_and_order_do_not_change_log_probabilities(model, rows):
     whole, _ = forward(model, None, rows)
-    for piece in by_length(rows, torch.randperm(24), 5):
-        part, _ = forward(model, None, cut(rows, piece))
-        assert (part - whole[piece][:, :part.shape[1]]).abs().max() < 1e-5
+    for piece in rows.pieces(torch.randperm(24), 5):
+        part, _ = forward(model, None, rows[piece].cut())
+        assert (part - whole[piece][:, : part.shape[1]]).abs().max() < 1e-5
 
 
 def test_a_pair_of_responses_in_a_row_is_two_rows(model, rows):
-    pairs = {"prompt": rows["prompt"][:12], "prompt_mask": rows["prompt_mask"][:12],
-             "tokens": torch.stack([rows["tokens"][:12], rows["tokens"][12:]], 1),
-             "mask": torch.stack([rows["mask"][:12], rows["mask"][12:]], 1)}
+    pairs = Batch(
+        of=torch.arange(12),
+        prompt=rows.prompt[:12],
+        prompt_mask=rows.prompt_mask[:12],
+        tokens=torch.stack([rows.tokens[:12], rows.tokens[12:]], 1),
+        mask=torch.stack([rows.mask[:12], rows.mask[12:]], 1),
+    )
     logprobs, _ = forward(model, None, pairs)
-    assert (logprobs[:, 0] - rows["old_logprobs"][:12]).abs().max() < 1e-5
+    assert (logprobs[:, 0] - rows.old_logprobs[:12]).abs().max() < 1e-5
 
 
-def test_the_value_head_starts_at_the_mean_return_of_what_it_is_given(model, rows):
+def test_the_value_head_starts_at_zero(model, rows):
     learner = make_learner(model, value_head=True)
     _, values = forward_all(model, learner.value_head, rows, 24)
     assert torch.equal(values, torch.zeros_like(values))
@@ -74,7 +97,7 @@ def test_the_value_head_starts_at_the_mean_return_of_what_it_is_given(model, row
 
 def test_the_learner_is_restored_with_critic_and_moments(model, rows):
     def value_loss(logprobs, values, rows):
-        return loss(logprobs, values, rows)[0] + ppo.value_loss(values, rows["returns"], rows["mask"]), {}
+        return loss(logprobs, values, rows)[0] + ppo.value_loss(values, rows.returns, rows.mask), {}
 
     def step(learner, seed):
         update(learner, rows, value_loss, lr=1e-2, minibatch=8, micro_batch=8, epochs=1, seed=seed)
@@ -86,7 +109,10 @@ def test_the_learner_is_restored_with_critic_and_moments(model, rows):
     b = make_learner(copy.deepcopy(model), value_head=True)
     b.restore(state)
     step(b, 1)
-    for p, q in zip([*a.policy.parameters(), *a.value_head.parameters()], [*b.policy.parameters(), *b.value_head.parameters()]):
+    for p, q in zip(
+        [*a.policy.parameters(), *a.value_head.parameters()],
+        [*b.policy.parameters(), *b.value_head.parameters()],
+    ):
         assert torch.equal(p, q)
 
 
@@ -99,7 +125,7 @@ def test_out_of_memory_takes_smaller_micro_batches_then_says_so(model, rows):
             raise torch.OutOfMemoryError
         return loss(logprobs, values, rows)
 
-    options = dict(lr=0., minibatch=24, micro_batch=24, epochs=1, seed=0)
+    options = dict(lr=0.0, minibatch=24, micro_batch=24, epochs=1, seed=0)
     update(sgd(model), rows, lambda *args: hungry(*args, limit=6), **options)
     assert sizes == [24, 12, 6, 6, 6, 6]
     with pytest.raises(ValueError, match="one response at a time"):
@@ -115,11 +141,19 @@ def test_only_the_top_blocks_and_the_last_norm_are_trained(model, rows, layers, 
     update(learner, rows, loss, lr=1e-2, minibatch=24, micro_batch=24, epochs=1, seed=0)
     moved = {name for name, x in model.state_dict().items() if not torch.equal(x, before[name])}
     assert {name.split(".h.")[1][0] for name in moved if ".h." in name} == {str(i) for i in blocks}
-    assert not {name for name in moved if ".h." not in name} - {"transformer.ln_f.weight", "transformer.ln_f.bias"}
+    assert not {name for name in moved if ".h." not in name} - {
+        "transformer.ln_f.weight",
+        "transformer.ln_f.bias",
+    }
     assert "transformer.ln_f.weight" in moved
 
 
 def test_an_output_embedding_of_its_own_is_not_trained_either():
-    untied = GPT2LMHeadModel(GPT2Config(vocab_size=31, n_embd=16, n_layer=2, n_head=2, tie_word_embeddings=False))
+    untied = GPT2LMHeadModel(
+        GPT2Config(vocab_size=31, n_embd=16, n_layer=2, n_head=2, tie_word_embeddings=False)
+    )
     freeze(untied, 2)
-    assert not untied.lm_head.weight.requires_grad and untied.transformer.h[0].attn.c_attn.weight.requires_grad
+    assert (
+        not untied.lm_head.weight.requires_grad
+        and untied.transformer.h[0].attn.c_attn.weight.requires_grad
+    )

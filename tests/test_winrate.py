@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from minictrl import theory
-from minictrl.winrate import WEIGHTS, rewind_threshold, win_rate
+from minictrl.procedures import PROCEDURES, get_procedure
+from minictrl.procedures.rewind import threshold_of
+from minictrl.winrate import win_rate
 
 
 def scores(*shape, seed=0, levels=4):
@@ -25,31 +27,49 @@ def kept(select, drawn, procedure, threshold):
 @pytest.mark.parametrize("procedure", ["bon", "won", "rewind"])
 @pytest.mark.parametrize("n", [1, 3])
 def test_win_rate_is_the_mean_over_all_subsets(procedure, n):
-    select, judge, select_ref, judge_ref = (scores(3, 6, seed=s) for s in range(4))  # few levels: ties everywhere
+    # few levels: ties everywhere
+    select, judge, select_ref, judge_ref = (scores(3, 6, seed=s) for s in range(4))
     draw = permutations if procedure == "rewind" else combinations
     wins = []
     for x in range(3):
-        threshold = rewind_threshold(select_ref)[x]
+        threshold = threshold_of(select_ref)[x]
         ours = [kept(select[x], drawn, procedure, threshold) for drawn in draw(range(6), n)]
         theirs = [kept(select_ref[x], drawn, procedure, threshold) for drawn in draw(range(6), n)]
-        p, q = ([sum((i in k) / len(k) for k in each) / len(each) for i in range(6)] for each in (ours, theirs))
+        p, q = (
+            [sum((i in k) / len(k) for k in each) / len(each) for i in range(6)]
+            for each in (ours, theirs)
+        )
         wr = lambda a, b: 1.0 if a > b else 0.5 if a == b else 0.0  # noqa: E731
-        wins.append(sum(p[i] * q[j] * wr(judge[x, i], judge_ref[x, j]) for i in range(6) for j in range(6)))
-    assert win_rate(select, judge, select_ref, judge_ref, procedure, n)[0] == pytest.approx(mean(wins), abs=1e-12)
+        wins.append(
+            sum(p[i] * q[j] * wr(judge[x, i], judge_ref[x, j]) for i in range(6) for j in range(6))
+        )
+    assert win_rate(select, judge, select_ref, judge_ref, procedure, n)[0] == pytest.approx(
+        mean(wins), abs=1e-12
+    )
 
 
 def test_one_draw_is_the_standard_win_rate_and_all_draws_keep_the_extremes():
     a, b = torch.randn(2, 10, 8, generator=torch.Generator().manual_seed(0))
     standard = win_rate(a, a, b, b, "standard", 99)[0]
     assert standard == pytest.approx((a[:, :, None] > b[:, None]).double().mean().item())
-    assert win_rate(a, a, b, b, "bon", 1)[0] == win_rate(a, a, b, b, "won", 1)[0] == pytest.approx(standard)
-    assert win_rate(a, a, b, b, "bon", 8)[0] == pytest.approx((a.amax(1) > b.amax(1)).double().mean().item())
-    assert win_rate(a, a, b, b, "won", 8)[0] == pytest.approx((a.amin(1) > b.amin(1)).double().mean().item())
+    assert (
+        win_rate(a, a, b, b, "bon", 1)[0]
+        == win_rate(a, a, b, b, "won", 1)[0]
+        == pytest.approx(standard)
+    )
+    assert win_rate(a, a, b, b, "bon", 8)[0] == pytest.approx(
+        (a.amax(1) > b.amax(1)).double().mean().item()
+    )
+    assert win_rate(a, a, b, b, "won", 8)[0] == pytest.approx(
+        (a.amin(1) > b.amin(1)).double().mean().item()
+    )
 
 
 @pytest.mark.parametrize("procedure, n", [("standard", 1), ("bon", 4), ("won", 4), ("rewind", 32)])
 def test_samples_of_a_known_policy_have_the_theorys_win_rate(procedure, n):
-    """4 standard errors; for rewind 1 point more, for its threshold is estimated from 64 samples."""
+    """4 standard errors; for rewind 1 point more, for its threshold is estimated from 64
+    samples.
+    """
     u, v = torch.rand(2, 2000, 64, generator=torch.Generator().manual_seed(0))
     u = u ** (1 / 3)  # the log transform at beta 1/2
     win, stderr = win_rate(u, u, v, v, procedure, n)
@@ -66,30 +86,46 @@ def test_standard_error_is_the_bootstraps_over_prompts():
     assert win_rate(a, a, b, b, "bon", 2)[1] == pytest.approx(bootstrap.item(), rel=0.064)
 
 
-@pytest.mark.parametrize("procedure", WEIGHTS)
+@pytest.mark.parametrize("procedure", PROCEDURES)
 def test_weights_are_a_distribution(procedure):
     select = scores(5, 12)
-    weights = WEIGHTS[procedure](select.double(), 4, torch.tensor([-1.0, 0, 2, 3, 9], dtype=torch.float64))
+    weights = get_procedure(procedure).weights(
+        select.double(), 4, torch.tensor([-1.0, 0, 2, 3, 9], dtype=torch.float64)
+    )
     assert weights.sum(1).tolist() == pytest.approx([1] * 5) and (weights >= 0).all()
 
 
 def test_selection_and_judge_may_disagree():
     u, v = torch.rand(2, 200, 16, generator=torch.Generator().manual_seed(0))
-    assert win_rate(u, -u, v, -v, "bon", 8)[0] == pytest.approx(1 - win_rate(u, u, v, v, "bon", 8)[0])
+    assert win_rate(u, -u, v, -v, "bon", 8)[0] == pytest.approx(
+        1 - win_rate(u, u, v, v, "bon", 8)[0]
+    )
 
 
 @pytest.mark.parametrize(
     "change, procedure, n, message",
     [
-        ({}, "bon", 7, "n 7 with 6 samples a prompt.*draw 7 or more"),
+        ({}, "bon", 7, "n 7 with 6 samples per prompt.*draw 7 or more"),
         ({}, "beam", 2, "unknown procedure 'beam'; known: standard, bon, won, rewind"),
         ({}, "won", 0, "n 0"),
         ({"judge": torch.zeros(3, 5)}, "bon", 2, r"judge \(3, 5\)"),
-        ({"select_ref": torch.zeros(2, 6), "judge_ref": torch.zeros(2, 6)}, "bon", 2, r"select_ref \(2, 6\)"),
-        ({"judge_ref": torch.full((3, 6), torch.nan)}, "bon", 2, "judge_ref has 18 scores that are not finite"),
+        (
+            {"select_ref": torch.zeros(2, 6), "judge_ref": torch.zeros(2, 6)},
+            "bon",
+            2,
+            r"select_ref \(2, 6\)",
+        ),
+        (
+            {"judge_ref": torch.full((3, 6), torch.nan)},
+            "bon",
+            2,
+            "judge_ref has 18 scores that are not finite",
+        ),
     ],
 )
 def test_bad_scores_are_named(change, procedure, n, message):
-    given = {name: torch.zeros(3, 6) for name in ("select", "judge", "select_ref", "judge_ref")} | change
+    given = {
+        name: torch.zeros(3, 6) for name in ("select", "judge", "select_ref", "judge_ref")
+    } | change
     with pytest.raises(ValueError, match=message):
         win_rate(*given.values(), procedure, n)

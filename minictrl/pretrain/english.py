@@ -1,6 +1,6 @@
 """Does a policy write English? Nats a word by a model that has read more, and unknown words.
 
-    python -m minictrl.pretrain.english POLICY [POLICY ...] --data DIR    # some minutes on one core
+python -m minictrl.pretrain.english POLICY [POLICY ...] --data DIR    # some minutes on one core
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from minictrl.config import Parser, run_script
+from minictrl.cli import Parser, run_script
 from minictrl.models import load_policy
 from minictrl.pretrain.hub import answer_logprobs, answer_rows
 from minictrl.pretrain.packages import smollm2
@@ -22,19 +22,29 @@ from minictrl.sampling import sample
 WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)*")
 
 
-def nats_per_word(model: nn.Module, tokenizer, pairs: list[tuple[str, str]], *, eos: bool = True,
-                  max_tokens: int | None = None) -> tuple[float, float]:
+def nats_per_word(
+    model: nn.Module,
+    tokenizer,
+    pairs: list[tuple[str, str]],
+    *,
+    eos: bool = True,
+    max_tokens: int | None = None,
+) -> tuple[float, float]:
     """-log pi(response | prompt) in nats a word of the responses, its standard error over pairs.
 
     eos: the end of a response counts too. max_tokens: of a response only the first count.
     """
-    rows = [(x, y[:None if eos else -1]) for x, y in answer_rows(tokenizer, pairs)]
+    rows = [(x, y[: None if eos else -1]) for x, y in answer_rows(tokenizer, pairs)]
     rows = [(x, y[:max_tokens]) for x, y in rows]
     rows = sorted((row for row in rows if row[1]), key=lambda row: len(row[1]))
     texts = tokenizer.batch_decode([y for _, y in rows], skip_special_tokens=True)
     with torch.inference_mode():
-        logprobs = torch.cat([answer_logprobs(model, tokenizer, rows[i:i + 32]).cpu()
-                              for i in range(0, len(rows), 32)])
+        logprobs = torch.cat(
+            [
+                answer_logprobs(model, tokenizer, rows[i : i + 32]).cpu()
+                for i in range(0, len(rows), 32)
+            ]
+        )
     return ratio(-logprobs, torch.tensor([len(text.split()) for text in texts]))
 
 
@@ -69,7 +79,7 @@ def main(argv=None):
     parser.add_argument("--max-new-tokens", type=int, default=24, help="of a response (24)")
     args = parser.parse_args(argv)
     reviews = load_ratings("reviews", args.data)
-    human = cuts(reviews, "test")[:args.prompts]
+    human = cuts(reviews, "test")[: args.prompts]
     known, reader = words_of(reviews), load_policy(smollm2())
     others = words_of([row for row in reviews if split_of(row["index"]) != "test"])
     print("| text | nats a word by SmolLM2-135M-Instruct | unknown words, % |\n|---|---|---|")
@@ -77,19 +87,22 @@ def main(argv=None):
     def report(name: str, pairs: list[tuple[str, str]], known: set[str]):
         nats = nats_per_word(*reader, pairs, eos=False, max_tokens=24)
         new = unknown_words([text for _, text in pairs], known)
-        print(f"| {name} | {nats[0]:.2f} ± {nats[1]:.2f} "
-              f"| {100 * new[0]:.1f} ± {100 * new[1]:.1f} |", flush=True)
+        print(
+            f"| {name} | {nats[0]:.2f} ± {nats[1]:.2f} | {100 * new[0]:.1f} ± {100 * new[1]:.1f} |",
+            flush=True,
+        )
 
     report("held-out reviews, words of the others", human, others)
     for name in args.policies:
         policy, tokenizer = load_policy(name)
         prompts = [prompt for prompt, _ in human]
-        drawn = sample(policy, tokenizer, prompts, num_samples=1, seed=7,
-                       max_new_tokens=args.max_new_tokens)
+        drawn = sample(
+            policy, tokenizer, prompts, num_samples=1, seed=7, max_new_tokens=args.max_new_tokens
+        )
         ended = (drawn.tokens == tokenizer.eos_token_id).any(-1)[:, 0].tolist()
-        texts = [text for text, in drawn.texts]
+        texts = [text for (text,) in drawn.texts]
         report(name, list(zip(prompts, map(whole_words, texts, ended))), known)
-        for prompt, text in list(zip(prompts, texts))[:args.show]:
+        for prompt, text in list(zip(prompts, texts))[: args.show]:
             print(f"- {prompt} **|**{text}")
 
 

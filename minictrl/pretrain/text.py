@@ -23,7 +23,7 @@ from minictrl.models import load_policy, save_policy
 from minictrl.pretrain.ratings import cuts, split_of
 from minictrl.pretrain.vocabulary import prune
 
-TEMPERATURE = .8  # of all that the student learns from: it leaves the teacher fewer accidents
+TEMPERATURE = 0.8  # of all that the student learns from: it leaves the teacher fewer accidents
 
 
 def prune_policy(reviews: list[dict], policy: Path, out: Path, size: int):
@@ -43,7 +43,7 @@ def recorded(rows: int, T: int, top: int) -> Iterator[tuple[Tensor, Tensor]]:
     ids = torch.zeros(rows, T, top, dtype=torch.int32)
     logprobs = torch.zeros(rows, T, top, dtype=torch.float16)
 
-    class Wave(sampling._Wave):
+    class Recorder(sampling.Wave):
         def _extend(self, state: Tensor):
             logits = torch.cat([self.cache.head(x) for x in state.split(self.head_rows)])
             best = (logits / self.temperature).log_softmax(-1).topk(top)
@@ -51,15 +51,25 @@ def recorded(rows: int, T: int, top: int) -> Iterator[tuple[Tensor, Tensor]]:
             logprobs[self.row, self.t] = best.values.half()
             super()._extend(state)
 
-    plain, sampling._Wave = sampling._Wave, Wave
+    plain, sampling.Wave = sampling.Wave, Recorder
     try:
         yield ids, logprobs
     finally:
-        sampling._Wave = plain
+        sampling.Wave = plain
 
 
-def write_text(reviews: list[dict], policy: Path, out: Path, *, shards: int, prompts: int = 256,
-               num_samples: int = 4, max_new_tokens: int = 24, top: int = 32, seed: int = 0):
+def write_text(
+    reviews: list[dict],
+    policy: Path,
+    out: Path,
+    *,
+    shards: int,
+    prompts: int = 256,
+    num_samples: int = 4,
+    max_new_tokens: int = 24,
+    top: int = 32,
+    seed: int = 0,
+):
     """Shards 0 to `shards` - 1 of continuations of training prompts; those that are there stay.
 
     NNNNN.jsonl.gz: a line {"prompt", "texts", "ended"} for each prompt.
@@ -77,14 +87,26 @@ def write_text(reviews: list[dict], policy: Path, out: Path, *, shards: int, pro
         turn, first = divmod(i * prompts, len(texts))  # each turn has another order, other draws
         generator = torch.Generator().manual_seed(seed + turn)
         order = torch.randperm(len(texts), generator=generator).tolist()
-        part = [texts[j] for j in order[first:first + prompts]]
+        part = [texts[j] for j in order[first : first + prompts]]
         with recorded(len(part) * num_samples, max_new_tokens, top) as (ids, logprobs):
-            drawn = sampling.sample(model, tokenizer, part, num_samples=num_samples,
-                                    max_new_tokens=max_new_tokens, temperature=TEMPERATURE,
-                                    seed=seed + 1000 + turn)
+            drawn = sampling.sample(
+                model,
+                tokenizer,
+                part,
+                num_samples=num_samples,
+                max_new_tokens=max_new_tokens,
+                temperature=TEMPERATURE,
+                seed=seed + 1000 + turn,
+            )
         shape = (len(part), num_samples, max_new_tokens, top)
-        save_file({"tokens": drawn.tokens.to(torch.uint16), "logprobs": logprobs.view(shape),
-                   "ids": ids.to(torch.uint16).view(shape)}, out / f"{i:05}.safetensors")
+        save_file(
+            {
+                "tokens": drawn.tokens.to(torch.uint16),
+                "logprobs": logprobs.view(shape),
+                "ids": ids.to(torch.uint16).view(shape),
+            },
+            out / f"{i:05}.safetensors",
+        )
         ended = (drawn.tokens == tokenizer.eos_token_id).any(-1).tolist()
         rows = [{"prompt": x, "texts": y, "ended": e} for x, y, e in zip(part, drawn.texts, ended)]
         lines = "".join(json.dumps(row) + "\n" for row in rows)

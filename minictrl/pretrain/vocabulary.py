@@ -10,8 +10,9 @@ from torch import nn
 from transformers import AutoTokenizer
 
 
-def prune(model: nn.Module, tokenizer, texts: list[str], size: int,
-          folder: Path) -> tuple[nn.Module, object]:
+def prune(
+    model: nn.Module, tokenizer, texts: list[str], size: int, folder: Path
+) -> tuple[nn.Module, object]:
     """The model, changed in place, with the `size` tokens that the texts use most; its tokenizer.
 
     BPE or WordPiece. A token stays with those it is merged from; letters and special tokens always
@@ -27,8 +28,11 @@ def prune(model: nn.Module, tokenizer, texts: list[str], size: int,
     core["model"]["vocab"] = {token: i for token, i in new.items() if token in old}
     if bpe:
         core["model"]["merges"] = [x for x in core["model"]["merges"] if "".join(x) in new]
-    core["added_tokens"] = [token | {"id": new[token["content"]]} for token in core["added_tokens"]
-                            if token["content"] in new]
+    core["added_tokens"] = [
+        token | {"id": new[token["content"]]}
+        for token in core["added_tokens"]
+        if token["content"] in new
+    ]
     for token in ((core["post_processor"] or {}).get("special_tokens") or {}).values():
         token["ids"] = [new[name] for name in token["tokens"]]
     core["padding"] = core["truncation"] = None

@@ -1,8 +1,10 @@
-"""transformers' forward for sampling: a KV cache in which the samples of a prompt share its keys and values.
+"""transformers' forward for sampling: a KV cache in which the samples of a prompt share its keys
+and values.
 
-`PrefixCache` goes into the forward of any model of a family in SHARED_PREFIX, by transformers' interfaces for caches
-and attention. `RepeatedCache`, for any other causal LM, is transformers' cache with the prompt repeated for every row.
-Both have prefill, widen, step, head and compact; rows of the same step are decoded together.
+`PrefixCache` goes into the forward of any model of a family in SHARED_PREFIX, by transformers'
+interfaces for caches and attention. `RepeatedCache`, for any other causal LM, is transformers'
+cache with the prompt repeated for every row. Both have prefill, widen, step, head and compact; rows
+of the same step are decoded together.
 """
 
 import functools
@@ -15,17 +17,30 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface, Cache, DynamicCache
 
-from minictrl.device import free_memory
+from minictrl.lm.device import free_memory
 
-# Families whose attention is softmax(q k / sqrt(d)) v through transformers' attention interface, and whose logits are
-# the output embedding of the last hidden state, with nothing in between (no soft cap, sink, bias or scale).
-SHARED_PREFIX = {"gpt2", "gpt_neox", "llama", "mistral", "qwen2", "qwen3", "olmo2", "smollm3", "phi3"}
+# Families whose attention is softmax(q k / sqrt(d)) v through transformers' attention interface,
+# and whose logits are the output embedding of the last hidden state, with nothing in between (no
+# soft cap, sink, bias or scale).
+SHARED_PREFIX = {
+    "gpt2",
+    "gpt_neox",
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "olmo2",
+    "smollm3",
+    "phi3",
+}
 COLUMNS = 8  # response columns are attended to in blocks of this, two at least
 
 
 def is_plain(model) -> bool:
     """Whether the model takes the plain path: another family, or attention over a window."""
-    return model.config.model_type not in SHARED_PREFIX or bool(getattr(model.config, "sliding_window", None))
+    return model.config.model_type not in SHARED_PREFIX or bool(
+        getattr(model.config, "sliding_window", None)
+    )
 
 
 def head_logits(model, hidden: Tensor) -> Tensor:
@@ -34,11 +49,14 @@ def head_logits(model, hidden: Tensor) -> Tensor:
 
 
 def forward(model, ids: Tensor, cache=None, **kwargs):
-    """transformers' output for ids (N, L): of the model without its head, or of the whole in the plain path."""
+    """transformers' output for ids (N, L): of the model without its head, or of the whole in the
+    plain path.
+    """
     model = model if is_plain(model) else model.base_model
     names = _arguments(type(model))
     if cache is not None:
-        kwargs |= {"cache" if "cache" in names else "past_key_values": cache, "use_cache": True}  # renamed in 5.24
+        # renamed in 5.24
+        kwargs |= {"cache" if "cache" in names else "past_key_values": cache, "use_cache": True}
     if "position_ids" not in names:  # ALiBi: positions come from the mask
         del kwargs["position_ids"]
     return model(input_ids=ids, **kwargs)
@@ -50,7 +68,9 @@ def _arguments(model_class) -> frozenset[str]:
 
 
 class PrefixCache(Cache):
-    """Keys and values of G prompts and, in buffers made once, of the response tokens of R rows, each on a prompt."""
+    """Keys and values of G prompts and, in buffers made once, of the response tokens of R rows,
+    each on a prompt.
+    """
 
     def __init__(self, model):
         self.model, self.buffers = model, []
@@ -60,8 +80,10 @@ class PrefixCache(Cache):
         """Last hidden states (R, D) after each row's prompt; ids, mask: (G, P); group: (R,)."""
         P, on = ids.shape[1], mask.bool()
         causal = torch.ones(P, P, dtype=torch.bool, device=ids.device).tril()
-        see = causal & on[:, None, None] | torch.eye(P, dtype=torch.bool, device=ids.device)  # (G, 1, P, P)
-        self.prompt, self.own, self.t = [], [], None  # a layer each: pairs (G, H, P, D), (R, H, T, D)
+        # (G, 1, P, P)
+        see = causal & on[:, None, None] | torch.eye(P, dtype=torch.bool, device=ids.device)
+        # a layer each: pairs (G, H, P, D), (R, H, T, D)
+        self.prompt, self.own, self.t = [], [], None
         state = self._forward(ids, see, (mask.cumsum(1) - 1).clamp(min=0))
         self.group, self.T = group, T
         self.bias = torch.where(on, 0.0, -torch.inf)[:, None, None]  # (G, 1, 1, P)
@@ -69,33 +91,46 @@ class PrefixCache(Cache):
         return state[group]
 
     def widen(self, T: int) -> None:
-        """Read the columns of the first T tokens: whole blocks, for narrow products and softmaxes are slow."""
+        """Read the columns of the first T tokens: whole blocks, for narrow products and softmaxes
+        are slow.
+        """
         self.width = columns(T)
 
     def step(self, token: Tensor, position: Tensor, t: Tensor) -> Tensor:
-        """Last hidden states (R, D) after one more token of each row, the t-th (1,); token, position: (R, 1)."""
+        """Last hidden states (R, D) after one more token of each row, the t-th (1,); token,
+        position: (R, 1).
+        """
         self.t = t
         columns_to_come = torch.arange(self.width, device=token.device) > t
-        self.own_bias = torch.zeros(self.width, device=token.device).masked_fill(columns_to_come, -torch.inf)
+        self.own_bias = torch.zeros(self.width, device=token.device).masked_fill(
+            columns_to_come, -torch.inf
+        )
         return self._forward(token, self.bias, position)
 
     def head(self, state: Tensor) -> Tensor:
         return head_logits(self.model, state)
 
     def _forward(self, ids: Tensor, mask: Tensor, position_ids: Tensor) -> Tensor:
-        return forward(self.model, ids, self, attention_mask=mask, position_ids=position_ids).last_hidden_state[:, -1]
+        return forward(
+            self.model, ids, self, attention_mask=mask, position_ids=position_ids
+        ).last_hidden_state[:, -1]
 
     def compact(self, index: Tensor) -> None:
         """Keep the rows `index` (R',), row i going where i is; those that move, move in place."""
         moved = (index >= len(index)).nonzero()[:, 0]
-        self.own = [tuple(x.index_copy_(0, moved, x[index[moved]])[:len(index)] for x in layer) for layer in self.own]
+        self.own = [
+            tuple(x.index_copy_(0, moved, x[index[moved]])[: len(index)] for x in layer)
+            for layer in self.own
+        ]
         living, self.group = self.group[index].unique(return_inverse=True)
         self.prompt = [tuple(x[living] for x in layer) for layer in self.prompt]
         self.bias = self.bias[living]
         self._place_rows()
 
     def _place_rows(self) -> None:
-        """Index from rows to (G, k), the rows of a prompt side by side with gaps, and back; for each of H heads."""
+        """Index from rows to (G, k), the rows of a prompt side by side with gaps, and back; for
+        each of H heads.
+        """
         G, H, R = len(self.bias), self.prompt[0][0].shape[1], len(self.group)
         count = self.group.bincount(minlength=G)
         order, k = self.group.argsort(stable=True), int(count.max())
@@ -111,15 +146,21 @@ class PrefixCache(Cache):
         return 0 if self.t is None else self.bias.shape[-1] + self.width
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int, *args, **kwargs):
-        """What a layer attends to: in the prompt its own tensors, then the cache and the layer's index."""
+        """What a layer attends to: in the prompt its own tensors, then the cache and the layer's
+        index.
+        """
         if self.t is None:
             self.prompt.append((key, value))
             return key, value
         if len(self.own) == layer_idx:  # the first step of a wave
             shape = len(key), key.shape[1], columns(self.T), key.shape[3]
-            if len(self.buffers) == layer_idx or self.buffers[layer_idx][0].numel() < math.prod(shape):
-                self.buffers[layer_idx:layer_idx + 1] = [[x.new_zeros(math.prod(shape)) for x in (key, value)]]
-            self.own.append([x[:math.prod(shape)].view(shape) for x in self.buffers[layer_idx]])
+            if len(self.buffers) == layer_idx or self.buffers[layer_idx][0].numel() < math.prod(
+                shape
+            ):
+                self.buffers[layer_idx : layer_idx + 1] = [
+                    [x.new_zeros(math.prod(shape)) for x in (key, value)]
+                ]
+            self.own.append([x[: math.prod(shape)].view(shape) for x in self.buffers[layer_idx]])
         for buffer, new in zip(self.own[layer_idx], (key, value)):
             if buffer.is_cuda:  # nothing is read back, so that a step can be recorded
                 buffer.index_copy_(2, self.t, new)
@@ -128,21 +169,33 @@ class PrefixCache(Cache):
         return self, layer_idx
 
     def attend(self, layer_idx: int, query: Tensor, scaling: float) -> Tensor:
-        """One softmax over the prompt's columns and the row's own: query (R, heads, 1, D) -> (R, 1, heads, D)."""
-        own_key, own_value = (x[:, :, :self.width] for x in self.own[layer_idx])  # (R, H, t, D)
+        """One softmax over the prompt's columns and the row's own: query (R, heads, 1, D) -> (R, 1,
+        heads, D).
+        """
+        own_key, own_value = (x[:, :, : self.width] for x in self.own[layer_idx])  # (R, H, t, D)
         prompt_key, prompt_value = self.prompt[layer_idx]  # (G, H, P, D)
         R, H, _, D = own_key.shape
         q = query.reshape(R, H, -1, D) * scaling  # (R, H, heads / H, D)
-        scores = torch.cat([self._by_prompt(q, prompt_key.transpose(-1, -2), self.bias),
-                            q @ own_key.transpose(-1, -2) + self.own_bias], -1)
-        weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(q.dtype)
+        scores = torch.cat(
+            [
+                self._by_prompt(q, prompt_key.transpose(-1, -2), self.bias),
+                q @ own_key.transpose(-1, -2) + self.own_bias,
+            ],
+            -1,
+        )
+        weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(
+            q.dtype
+        )
         to_prompt, to_own = weights.split([prompt_key.shape[2], self.width], -1)
         return (self._by_prompt(to_prompt, prompt_value) + to_own @ own_value).reshape(R, 1, -1, D)
 
     def _by_prompt(self, x: Tensor, y: Tensor, bias: Tensor | float = 0.0) -> Tensor:
-        """x (R, H, n, D) times its prompt's y (G, H, D, m), as one product for all rows of a prompt: (R, H, n, m)."""
+        """x (R, H, n, D) times its prompt's y (G, H, D, m), as one product for all rows of a
+        prompt: (R, H, n, m).
+        """
         (R, H, n, D), (G, *_, m) = x.shape, y.shape
-        z = x.reshape(R * H, n * D).index_select(0, self.side_by_side).view(G, H, -1, D) @ y + bias  # (G, H, k n, m)
+        # (G, H, k n, m)
+        z = x.reshape(R * H, n * D).index_select(0, self.side_by_side).view(G, H, -1, D) @ y + bias
         return z.view(-1, n * m).index_select(0, self.back).view(R, H, n, m)
 
 
@@ -150,13 +203,18 @@ def columns(T: int) -> int:
     return max(2, -(-T // COLUMNS)) * COLUMNS
 
 
-def _attention(module, query: Tensor, key, value, mask: Tensor, scaling: float | None = None, **kwargs):
-    """Attention of a `PrefixCache` in transformers' interface: query (R, heads, L, D) -> (R, L, heads, D)."""
+def _attention(
+    module, query: Tensor, key, value, mask: Tensor, scaling: float | None = None, **kwargs
+):
+    """Attention of a `PrefixCache` in transformers' interface: query (R, heads, L, D) -> (R, L,
+    heads, D).
+    """
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if isinstance(key, PrefixCache):
         return key.attend(value, query, scaling), None
-    out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling,
-                                         enable_gqa=query.shape[1] != key.shape[1])
+    out = F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
+    )
     return out.transpose(1, 2), None
 
 
@@ -164,8 +222,8 @@ AttentionInterface.register("minictrl_prefix", _attention)
 
 
 class RepeatedCache:
-    """The plain path, for any other family: transformers' own cache and attention, the prompt repeated for every row.
-    Its state is the logits, which the family may cap or scale."""
+    """The plain path, for any other family: transformers' own cache and attention, the prompt
+    repeated for every row. Its state is the logits, which the family may cap or scale."""
 
     def __init__(self, model):
         self.model = model
@@ -187,7 +245,9 @@ class RepeatedCache:
         return state if state.dtype == torch.float64 else state.float()
 
     def _forward(self, ids: Tensor, position_ids: Tensor) -> Tensor:
-        return forward(self.model, ids, self.cache, attention_mask=self.mask, position_ids=position_ids).logits[:, -1]
+        return forward(
+            self.model, ids, self.cache, attention_mask=self.mask, position_ids=position_ids
+        ).logits[:, -1]
 
     def compact(self, index: Tensor) -> None:
         self.mask = self.mask[index]
@@ -196,7 +256,9 @@ class RepeatedCache:
 
 @contextmanager
 def decoding(model):
-    """Dropout off and, but on the plain path, `_attention` in transformers' forward; both as they were on leaving."""
+    """Dropout off and, but on the plain path, `_attention` in transformers' forward; both as they
+    were on leaving.
+    """
     training, attention = model.training, model.config._attn_implementation
     model.eval()
     if not is_plain(model):
@@ -209,7 +271,9 @@ def decoding(model):
 
 
 def fitting_rows(model, T: int) -> int:
-    """Rows whose keys and values of T tokens take 1/2 GB on a CPU, a third of what is free on a GPU; 2,048 at most."""
+    """Rows whose keys and values of T tokens take 1/2 GB on a CPU, a third of what is free on a
+    GPU; 2,048 at most.
+    """
     c, weight = model.config, model.get_input_embeddings().weight
     heads = getattr(c, "num_key_value_heads", None) or c.num_attention_heads
     width = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads

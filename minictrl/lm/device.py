@@ -13,7 +13,9 @@ Result = TypeVar("Result")
 
 
 def resolve_device(name: str) -> torch.device:
-    """auto (CUDA if there is one), cpu, or cuda[:INDEX]. Raises ValueError if there is no such device."""
+    """auto (CUDA if there is one), cpu, or cuda[:INDEX]. Raises ValueError if there is no such
+    device.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name != "cpu" and not (name.startswith("cuda") and torch.cuda.is_available()):
@@ -28,24 +30,32 @@ def free_memory(device: torch.device) -> int:
 
 
 def halving(size: int, work: Callable[[int], Result]) -> tuple[Result, int]:
-    """(work(size), size), with half the size as long as it runs out of GPU memory. Raises ValueError where 1 doesn't fit."""
+    """(work(size), size), with half the size as long as it runs out of GPU memory. Raises
+    ValueError where 1 doesn't fit.
+    """
     while True:
         try:
             return work(size), size
         except torch.OutOfMemoryError:
             if size == 1:
-                raise ValueError("out of GPU memory with one response at a time: use a smaller model, or shorter "
-                                 "prompts and responses") from None
+                raise ValueError(
+                    "out of GPU memory with one response at a time: use a smaller model, or shorter "
+                    "prompts and responses"
+                ) from None
             size //= 2
 
 
 @contextmanager
 def resident(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """The model on its device while it is used; then back on the CPU if it leaves a GPU less than half its memory."""
+    """The model on its device while it is used; then back on the CPU if it leaves a GPU less than
+    half its memory.
+    """
     try:
         model.to(device)
     except torch.OutOfMemoryError:
-        raise ValueError(f"out of GPU memory for {model.name_or_path}: use a smaller scorer, or --device cpu") from None
+        raise ValueError(
+            f"out of GPU memory for {model.name_or_path}: use a smaller scorer, or --device cpu"
+        ) from None
     yield
     if device.type == "cuda" and free_memory(device) < torch.cuda.mem_get_info(device)[1] / 2:
         model.to("cpu")

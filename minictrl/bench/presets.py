@@ -1,7 +1,8 @@
 """The GPU presets at their own shapes, with random weights: nothing to download.
 
-Each preset's policy (its architecture, in bfloat16) samples K = 100 responses per prompt, against transformers'
-generate; then one update of 64 responses in float32, as train.py makes it. `python -m minictrl.bench --rows presets`.
+Each preset's policy (its architecture, in bfloat16) samples K = 100 responses per prompt, against
+transformers' generate; then one update of 64 responses in float32, as train.py makes it. `python -m
+minictrl.bench --rows presets`.
 """
 
 from __future__ import annotations
@@ -11,10 +12,11 @@ from collections.abc import Iterator
 import torch
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, Qwen2Config
 
-from minictrl.bench_scaling import generate, known_rates, rate, seconds, update_mfu, update_step
+from minictrl.bench.scaling import generate, known_rates, rate, seconds, update_mfu, update_step
 from minictrl.data import load_prompts
+from minictrl.lm.prompts import encode_prompts
 from minictrl.models import load_policy
-from minictrl.sampling import encode_prompts, sample
+from minictrl.sampling import sample
 from minictrl.update import freeze
 
 K = 100  # samples per prompt
@@ -38,7 +40,8 @@ def grouped(kv_heads: int) -> dict:
     return {"num_key_value_heads": kv_heads, "tie_word_embeddings": True}
 
 
-# Name -> (the policy's architecture, prompt tokens, response tokens), the shapes of their published configs.
+# Name -> (the policy's architecture, prompt tokens, response tokens), the shapes of their published
+# configs.
 SHAPES = {
     "SmolLM2-135M": (shape(LlamaConfig, 576, 30, 9, 1536, 49152, **grouped(3)), 16, 24),
     "helpful, Qwen2.5-0.5B": (shape(Qwen2Config, 896, 24, 14, 4864, 151936, **grouped(2)), 128, 64),

@@ -12,8 +12,8 @@ from transformers import AutoTokenizer
 from transformers.utils import logging
 
 from minictrl.data import Prompt
-from minictrl.device import resident
-from minictrl.hub import from_hub
+from minictrl.lm.device import resident
+from minictrl.lm.hub import from_hub
 
 logging.set_verbosity_error()
 logging.disable_progress_bar()
@@ -22,14 +22,18 @@ BATCH_TOKENS = 16_384  # tokens that a scorer reads at a time; halved when a GPU
 
 
 def render(tokenizer, prompt: Prompt) -> str:
-    """The prompt as the tokenizer's model reads it: a text as it is, chat messages by its template, or else as HH's."""
+    """The prompt as the tokenizer's model reads it: a text as it is, chat messages by its template,
+    or else as HH's.
+    """
     if isinstance(prompt, str) or not tokenizer.chat_template:
         return plain(prompt)
     return chat(tokenizer, prompt, add_generation_prompt=True)
 
 
 def plain(prompt: Prompt) -> str:
-    """Chat messages as HH-RLHF writes them, for a model without a template: "\\n\\nHuman: … \\n\\nAssistant:"."""
+    """Chat messages as HH-RLHF writes them, for a model without a template: "\\n\\nHuman: …
+    \\n\\nAssistant:".
+    """
     if isinstance(prompt, str):
         return prompt
     names = {"user": "Human", "assistant": "Assistant", "system": "System"}
@@ -41,13 +45,15 @@ def chat(tokenizer, messages: list[dict], **options) -> str:
         return tokenizer.apply_chat_template(messages, tokenize=False, **options)
     except (TemplateError, ValueError, TypeError, KeyError) as error:
         roles = ", ".join(m["role"] for m in messages)
-        raise ValueError(f"the chat template of {tokenizer.name_or_path} fails on messages of {roles} ({error}): "
-                         "change the messages, or take the template out of its tokenizer_config.json") from None
+        raise ValueError(
+            f"the chat template of {tokenizer.name_or_path} fails on messages of {roles} ({error}): "
+            "change the messages, or take the template out of its tokenizer_config.json"
+        ) from None
 
 
 def written(tokenizer, prompt: Prompt, text: str, *, causal: bool) -> str:
-    """Prompt and response as a classifier reads them: in its chat template, or else one after the other, and for a
-    causal model EOS, where it is read."""
+    """Prompt and response as a classifier reads them: in its chat template, or else one after the
+    other, and for a causal model EOS, where it is read."""
     if tokenizer.chat_template:
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         return chat(tokenizer, [*messages, {"role": "assistant", "content": text}])
@@ -62,38 +68,62 @@ def token_ids(tokenizer, texts: list[str]) -> list[list[int]]:
 
 def scorer_tokenizer(model: nn.Module, name: str, role: str):
     """Its tokenizer, padding on the right; a text that is too long loses its beginning."""
-    tokenizer = from_hub(AutoTokenizer, f"tokenizer of {role} model", name, padding_side="right",
-                         truncation_side="left")
+    tokenizer = from_hub(
+        AutoTokenizer,
+        f"tokenizer of {role} model",
+        name,
+        padding_side="right",
+        truncation_side="left",
+    )
     longest = getattr(model.config, "max_position_embeddings", tokenizer.model_max_length)
     tokenizer.model_max_length = min(tokenizer.model_max_length, longest)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
-    if tokenizer.pad_token is None or tokenizer.pad_token_id >= model.get_input_embeddings().num_embeddings:
-        raise ValueError(f"{role} model {name}: its tokenizer has no pad, UNK or EOS token that the model knows; set "
-                         "pad_token in its tokenizer_config.json")
-    model.config.pad_token_id = tokenizer.pad_token_id  # a causal classifier reads the last token that isn't it
+    if (
+        tokenizer.pad_token is None
+        or tokenizer.pad_token_id >= model.get_input_embeddings().num_embeddings
+    ):
+        raise ValueError(
+            f"{role} model {name}: its tokenizer has no pad, UNK or EOS token that the model knows; set "
+            "pad_token in its tokenizer_config.json"
+        )
+    # a causal classifier reads the last token that isn't it
+    model.config.pad_token_id = tokenizer.pad_token_id
     return tokenizer
 
 
 @torch.inference_mode()
-def in_batches(model: nn.Module, tokenizer, device: torch.device, texts: list[str], read: Callable) -> Tensor:
+def in_batches(
+    model: nn.Module, tokenizer, device: torch.device, texts: list[str], read: Callable
+) -> Tensor:
     """read(inputs) -> (B,) of all texts, in batches alike in length."""
     ids = token_ids(tokenizer, texts) if texts else []
     if any(len(row) >= tokenizer.model_max_length for row in ids):
-        warnings.warn(f"{tokenizer.name_or_path}: texts of more than {tokenizer.model_max_length} tokens lose their "
-                      "beginning", stacklevel=2)
+        warnings.warn(
+            f"{tokenizer.name_or_path}: texts of more than {tokenizer.model_max_length} tokens lose their "
+            "beginning",
+            stacklevel=2,
+        )
     order, budget, first = sorted(range(len(ids)), key=lambda i: -len(ids[i])), BATCH_TOKENS, 0
     scores = torch.zeros(len(ids))
     with resident(model, device):
         while first < len(order):
-            part = order[first:first + max(1, budget // max(1, len(ids[order[first]])))]
-            inputs = tokenizer.pad({"input_ids": [ids[i] for i in part]}, return_tensors="pt").to(device)
+            part = order[first : first + max(1, budget // max(1, len(ids[order[first]])))]
+            inputs = tokenizer.pad({"input_ids": [ids[i] for i in part]}, return_tensors="pt").to(
+                device
+            )
             try:
-                scores[part] = read({name: inputs[name] for name in ("input_ids", "attention_mask")}).float().cpu()
+                scores[part] = (
+                    read({name: inputs[name] for name in ("input_ids", "attention_mask")})
+                    .float()
+                    .cpu()
+                )
                 first += len(part)
             except torch.OutOfMemoryError:
                 if len(part) == 1:
-                    raise ValueError(f"out of GPU memory with one text of {tokenizer.name_or_path}: use a smaller "
-                                     "scorer, or --device cpu") from None
+                    raise ValueError(
+                        f"out of GPU memory with one text of {tokenizer.name_or_path}: use a smaller "
+                        "scorer, or --device cpu"
+                    ) from None
                 budget //= 2
     return scores

@@ -1,6 +1,8 @@
-"""[0, 1] cut into cells: pi_ref's mass in each, a policy's log-ratio to it, KL. The arithmetic under theory.py.
+"""[0, 1] cut into cells: pi_ref's mass in each, a policy's log-ratio to it, KL. The arithmetic
+under theory.py.
 
-Shapes: (G,) for one policy, (prompts, G) where every prompt has cells of its own; `ref` is pi_ref's mass in each cell.
+Shapes: (G,) for one policy, (prompts, G) where every prompt has cells of its own; `ref` is pi_ref's
+mass in each cell.
 """
 
 import math
@@ -15,9 +17,11 @@ REWIND_QUANTILE = 0.85  # of pi_ref: the threshold of rewind-and-repeat (App. G)
 
 @lru_cache
 def grid(cells: int) -> Tensor:
-    """Widths (cells,) of cells that get narrow at both ends of [0, 1], down to 2e-9: equal steps of log u/(1 - u).
+    """Widths (cells,) of cells that get narrow at both ends of [0, 1], down to 2e-9: equal steps of
+    log u/(1 - u).
 
-    Sharp policies live there. REWIND_QUANTILE is an edge, so that no cell straddles the jump. Errors fall as 1/cells^2.
+    Sharp policies live there. REWIND_QUANTILE is an edge, so that no cell straddles the jump.
+    Errors fall as 1/cells^2.
     """
     step = math.log(REWIND_QUANTILE / (1 - REWIND_QUANTILE)) / round(0.0435 * cells)
     lower = torch.sigmoid(step * torch.arange(-(cells // 2), 1, dtype=torch.float64))
@@ -27,8 +31,12 @@ def grid(cells: int) -> Tensor:
 
 @lru_cache(maxsize=8)
 def spacings(K: int, prompts: int = 2000) -> Tensor:
-    """(prompts, K + 1) gaps between K sorted draws of C under pi_ref: what each C_hat = k / K covers, per prompt."""
-    gaps = -torch.log1p(-torch.rand(prompts, K + 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64))
+    """(prompts, K + 1) gaps between K sorted draws of C under pi_ref: what each C_hat = k / K
+    covers, per prompt.
+    """
+    gaps = -torch.log1p(
+        -torch.rand(prompts, K + 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    )
     return gaps / gaps.sum(-1, keepdim=True)
 
 
@@ -48,7 +56,9 @@ def centres(ref: Tensor) -> Tensor:
 
 
 def slopes(values: Tensor, centres: Tensor) -> Tensor:
-    """(G,) slope inside each cell, no steeper than to either neighbour, 0 at a peak: a jump between cells stays one."""
+    """(G,) slope inside each cell, no steeper than to either neighbour, 0 at a peak: a jump between
+    cells stays one.
+    """
     rise = values.diff() / centres.diff()
     left, right = torch.cat([rise[:1], rise]), torch.cat([rise, rise[-1:]])
     return torch.where(left * right > 0, torch.where(left.abs() < right.abs(), left, right), 0.0)
@@ -60,7 +70,9 @@ def kl(log_ratio: Tensor, ref: Tensor) -> float:
 
 
 def tilt(Phi: Tensor, scale: float, ref: Tensor, base: Tensor | float = 0.0) -> Tensor:
-    """log pi/pi_ref of pi = pi_ref e^{base + scale Phi} / Z (Eq. 5, scale = 1/beta); never overflows."""
+    """log pi/pi_ref of pi = pi_ref e^{base + scale Phi} / Z (Eq. 5, scale = 1/beta); never
+    overflows.
+    """
     log_ratio = base + scale * (Phi - Phi.max())
     return log_ratio - torch.logsumexp(log_ratio + ref.log(), -1, keepdim=True)
 
@@ -68,13 +80,17 @@ def tilt(Phi: Tensor, scale: float, ref: Tensor, base: Tensor | float = 0.0) -> 
 def tilt_to_kl(
     Phi: Tensor, kl: float, ref: Tensor, base: Tensor | float = 0.0, scale: float | None = None
 ) -> tuple[Tensor, float]:
-    """(log pi/pi_ref, scale) of the tilt at this KL: Newton's method in a bracket, for KL rises with scale.
+    """(log pi/pi_ref, scale) of the tilt at this KL: Newton's method in a bracket, for KL rises
+    with scale.
 
-    Raises ValueError on a KL out of reach: a Phi that is largest on a part of [0, 1] has no KL above -log of that part.
+    Raises ValueError on a KL out of reach: a Phi that is largest on a part of [0, 1] has no KL
+    above -log of that part.
     """
     most = -(ref * (Phi == Phi.max())).sum(-1).log().mean().item()
     if kl >= most:
-        raise ValueError(f"kl {kl:g} is out of reach: the largest of this transform is {most:.4g} nats; ask for less")
+        raise ValueError(
+            f"kl {kl:g} is out of reach: the largest of this transform is {most:.4g} nats; ask for less"
+        )
     shifted = Phi - Phi.max()  # not by the mean: e^{-50 u} would lose its top to rounding
     if scale is None:  # KL = scale^2 Var[Phi] / 2 where both are small
         variance = (ref * shifted**2).sum(-1) - (ref * shifted).sum(-1) ** 2
@@ -90,5 +106,7 @@ def tilt_to_kl(
         low, high = (scale, high) if missing > 0 else (low, scale)
         slope = (mass * (log_ratio - now) * shifted).sum(-1).mean().item()
         newton = scale + missing / slope if slope > 0 else math.nan
-        scale = newton if low < newton < high else 2 * scale if high == math.inf else (low + high) / 2
+        scale = (
+            newton if low < newton < high else 2 * scale if high == math.inf else (low + high) / 2
+        )
     return log_ratio, scale

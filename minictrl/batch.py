@@ -1,0 +1,68 @@
+"""What an update trains on, as one typed object; the axes of all tensors of training.
+
+P prompts, G responses per prompt, so B = P G rows; K reference samples per prompt; L tokens of a
+prompt, T tokens of a response. Masks are 1 where a token counts: EOS does, nothing after it does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Batch:
+    """B rows, each a prompt with a response. A field that a method has no use for is None.
+
+    Where a row has several responses to its prompt (a preference pair), there is an axis more:
+    (B, 2, T) in place of (B, T).
+    """
+
+    of: Tensor  # (B,) number of the row's prompt
+    tokens: Tensor  # (B, T) int64, right-padded
+    mask: Tensor  # (B, T) float32
+    prompt: Tensor | None = None  # (B, L) int64, left-padded
+    prompt_mask: Tensor | None = None  # (B, L) int64
+    old_logprobs: Tensor | None = None  # (B, T) nats, under the policy that drew the response
+    ref_logprobs: Tensor | None = None  # (B, T) nats, under pi_ref
+    R: Tensor | None = None  # (B,) the objective without its KL, in nats: Phi(C_hat) / beta
+    log_Z: Tensor | None = None  # (B,) nats, of the row's prompt
+    values: Tensor | None = None  # (B, T) expected reward to go, before each token
+    returns: Tensor | None = None  # (B, T) what a value head learns
+    advantages: Tensor | None = None  # (B, T), or (B,) for all tokens of a response
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def _map(self, function) -> Batch:
+        each = ((f.name, getattr(self, f.name)) for f in fields(self))
+        return Batch(**{name: x if x is None else function(name, x) for name, x in each})
+
+    def __getitem__(self, index: Tensor) -> Batch:
+        return self._map(lambda name, x: x[index])
+
+    def to(self, device: torch.device) -> Batch:
+        return self._map(lambda name, x: x.to(device))
+
+    def cut(self) -> Batch:
+        """The same rows, as wide as their longest prompt and response."""
+        T, L = int(self.mask.sum(-1).max()), int(self.prompt_mask.sum(1).max())
+
+        def narrow(name: str, x: Tensor) -> Tensor:
+            if x.dim() == 1:
+                return x
+            return x[:, -L:] if name.startswith("prompt") else x[..., :T]
+
+        return self._map(narrow)
+
+    def pieces(self, index: Tensor, size: int) -> Iterator[Tensor]:
+        """The rows of an index in pieces of at most `size`, alike in length: little padding."""
+        lengths = self.mask[index].sum(-1).view(len(index), -1).amax(1)
+        return iter(index[lengths.argsort(stable=True)].split(size))
+
+    def kl(self) -> Tensor:
+        """(B,) log pi/pi_ref of each response, in nats: k1, whose mean is KL(pi || pi_ref)."""
+        return (self.old_logprobs - self.ref_logprobs).sum(1)

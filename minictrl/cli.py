@@ -1,0 +1,30 @@
+"""What the scripts share: flags in full, and a bad input as one line."""
+
+import argparse
+import sys
+from pathlib import Path
+
+
+class Parser(argparse.ArgumentParser):
+    """Flags in full only, and a bad one is one line, without the usage."""
+
+    def __init__(self, prog: str, description: str):
+        super().__init__(prog=prog, description=description, allow_abbrev=False)
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: error: {message}; see --help\n")
+
+
+def run_script(main):
+    """Run a script's main: bad input is one line on stderr and exit status 2, never a traceback."""
+    try:
+        sys.exit(main())
+    except (ValueError, OSError) as error:
+        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(
+            f"{Path(sys.argv[0]).name}: stopped; the same command (train.py: with --resume) goes on",
+            file=sys.stderr,
+        )
+        sys.exit(130)

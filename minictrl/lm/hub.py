@@ -1,0 +1,102 @@
+"""The hub's names -> local copies or the hub, with errors of one line.
+
+A local copy is a folder of the hub's name in the hub's layout, under the working directory or
+$MINICTRL_HUB: what the hub calls Anthropic/hh-rlhf is read from ./Anthropic/hh-rlhf, if that is
+there. It serves models and data sets alike.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import socket
+import sys
+import urllib.request
+from contextlib import nullcontext, redirect_stderr
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from safetensors import SafetensorError
+
+
+def hub_name(name: str) -> str:
+    """A local copy of what the hub calls `name`, if there is one, else the name.
+
+    A hub that no one can reach is asked nothing: its client would try for half a minute before it
+    looks into its cache.
+    """
+    local = Path(os.environ.get("MINICTRL_HUB", ".")) / name
+    if local.exists():
+        return str(local)
+    from huggingface_hub import constants
+
+    try:
+        if not urllib.request.getproxies():
+            socket.getaddrinfo(urlsplit(constants.ENDPOINT).hostname, 443)
+    except OSError:
+        constants.HF_HUB_OFFLINE = True
+    return name
+
+
+def unreachable(kind: str, name: str, error: Exception) -> str:
+    """One line on why a hub's name or a directory gave nothing, and what to do."""
+    why = first_line(error)
+    if Path(name).exists():
+        return f"{kind} {name}: can't be read ({why}); give a directory in the hub's layout"
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
+        return f"{kind} {name}: there is no such file or directory; give a hub name or a path that exists"
+    return (
+        f"{kind} {name}: not in the hub's cache here, and the hub can't be reached or has none of that name "
+        f"({why}); put its files into ./{name}, or into $MINICTRL_HUB/{name}, or give a directory"
+    )
+
+
+def first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def from_hub(loader, kind: str, name: str, **options):
+    """loader.from_pretrained, where whatever can be wrong is a ValueError of one line, missing
+    weights included.
+    """
+    model, name = loader.__name__.startswith("AutoModelFor"), hub_name(name)
+    # a .gguf file's progress bar
+    quiet = nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO())
+    try:
+        with quiet:
+            loaded = loader.from_pretrained(
+                name, **options, **({"output_loading_info": True} if model else {})
+            )
+    except (
+        ImportError,
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        RuntimeError,
+        SafetensorError,
+    ) as error:
+        if "gguf_file" in options:
+            raise ValueError(
+                f"{kind} {name}/{options['gguf_file']}: can't be read ({first_line(error)}); a .gguf file "
+                "needs pip install -e '.[gguf]'"
+            ) from None
+        raise ValueError(unreachable(kind, name, error)) from None
+    if not model:
+        if (
+            loader.__name__ == "AutoTokenizer"
+            and not loaded("a", add_special_tokens=False)["input_ids"]
+        ):
+            raise ValueError(
+                f"{kind} {name}: there are no tokenizer files; put its tokenizer.json beside the weights"
+            )
+        return loaded
+    missing = sorted(loaded[1]["missing_keys"])
+    if missing:
+        raise ValueError(
+            f"{kind} {name}: has no weights for {', '.join(missing[:3])}{' …' * (len(missing) > 3)}; give "
+            f"a model saved as {loader.__name__.removeprefix('AutoModelFor')}"
+        )
+    return loaded[0]

@@ -1,0 +1,67 @@
+"""The log-probabilities of given responses: one forward for everything that trains."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from minictrl.lm.kvcache import forward, head_logits, is_plain
+
+
+def sequence_logprobs(
+    model,
+    prompt_ids: Tensor,
+    prompt_mask: Tensor,
+    tokens: Tensor,
+    mask: Tensor,
+    *,
+    temperature: float = 1.0,
+    return_hidden: bool = False,
+):
+    """log pi(token) of given responses, by one forward over prompt and response, with gradient if
+    enabled.
+
+    prompt_ids, prompt_mask: (N, P) left-padded, from `left_pad`. tokens, mask: (N, T),
+    right-padded, as in `Samples`. Returns (N, T) float32, nats, 0 where mask is 0; with
+    return_hidden also the last hidden states (N, T, D), those at t the state *before* token t,
+    which a value head reads. Dropout follows the model's own mode.
+    """
+    if not (
+        len(prompt_ids) == len(tokens)
+        and prompt_ids.shape == prompt_mask.shape
+        and tokens.shape == mask.shape
+    ):
+        raise ValueError(
+            f"shapes do not match: prompt_ids {tuple(prompt_ids.shape)}, prompt_mask "
+            f"{tuple(prompt_mask.shape)}, tokens {tuple(tokens.shape)}, mask {tuple(mask.shape)}"
+        )
+    logits, hidden = response_logits(model, prompt_ids, prompt_mask, tokens, mask)
+    kept = mask.bool()
+    picked = -F.cross_entropy(
+        logits if temperature == 1 else logits / temperature, tokens[kept], reduction="none"
+    )
+    logprobs = picked.new_zeros(tokens.shape).masked_scatter(kept, picked).float()
+    return (logprobs, hidden) if return_hidden else logprobs
+
+
+def response_logits(
+    model, prompt_ids: Tensor, prompt_mask: Tensor, tokens: Tensor, mask: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The logits (mask.sum(), V) float32 that each token that counts was drawn from, row by row,
+    and the (N, T, D) last hidden states. Arguments as those of `sequence_logprobs`, which checks
+    them."""
+    first, kept = prompt_ids.shape[1] - 1, mask.bool()
+    attention_mask = torch.cat([prompt_mask, mask.to(prompt_mask.dtype)], 1)
+    extra = {"output_hidden_states": True} if is_plain(model) else {}
+    out = forward(
+        model,
+        torch.cat([prompt_ids, tokens], 1),
+        attention_mask=attention_mask,
+        position_ids=(attention_mask.cumsum(1) - 1).clamp(min=0),
+        **extra,
+    )
+    if is_plain(model):
+        hidden, logits = out.hidden_states[-1][:, first:-1], out.logits[:, first:-1][kept].float()
+    else:  # the head only where a token counts
+        hidden = out.last_hidden_state[:, first:-1]
+        logits = head_logits(model, hidden[kept])
+    return logits, hidden

@@ -1,0 +1,172 @@
+"""What every method has: its transform, its beta and its loss; and the two kinds of methods."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from minictrl import budget, ppo
+from minictrl.batch import Batch
+from minictrl.config import Config
+from minictrl.reference import Reference
+from minictrl.transforms import RAW, get_transform
+
+
+class Method:
+    """A method with the settings of its run. `Online` and `Offline` say what else one has.
+
+    transform: the name of the Phi that its optimum has, None where it is the run's to choose.
+    """
+
+    online: bool
+    transform: str | None = None
+
+    def __init__(self, config: Config):
+        self.config = config
+        self.beta = config.beta or self.beta_for(config.kl)  # None: raw rewards, see `beta_for`
+        self.Phi = get_transform(
+            config.transform, procedure=config.procedure, n=config.n, beta=self.beta, K=config.K
+        )
+
+    @classmethod
+    def check(cls, config: Config) -> None:
+        """Raises ValueError on settings that the method can't have."""
+        if config.transform == "standardised" and config.K < 2:
+            raise ValueError(f"--K {config.K}: a prompt's samples are compared; use at least 2")
+
+    def beta_for(self, kl: float, r_ref: Tensor | None = None) -> float | None:
+        """beta for a KL in nats, by the theory of what the method converges to.
+
+        None for raw rewards without r_ref (P, K), because they have no theory. Raises ValueError
+        on a KL out of reach.
+        """
+        c = self.config
+        return budget.beta_for(c.transform, kl, procedure=c.procedure, n=c.n, K=c.K, r_ref=r_ref)
+
+    def loss(
+        self, logprobs: Tensor, values: Tensor | None, batch: Batch
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """(loss, its statistics) of a batch, from its log-probabilities and values (B, T)."""
+        raise NotImplementedError
+
+
+class Online(Method):
+    """Draws G responses per prompt from the current policy; R says what is good, PPO the rest."""
+
+    online = True
+
+    @classmethod
+    def check(cls, config: Config) -> None:
+        super().check(config)
+        others = config.G if config.transform in RAW else config.batch * config.G
+        if config.baseline == "loo" and others < 2:
+            raise ValueError(
+                f"--G {config.G}: a response is compared with the prompt's other samples, or with "
+                "those of the other prompts; use at least 2"
+            )
+
+    def reward(self, r: Tensor, C_hat: Tensor, Phi_C: Tensor, beta: float) -> Tensor:
+        """R (P, G), the objective in nats, from rewards r, C_hat and Phi(C_hat), (P, G) each."""
+        return self.Phi.in_nats(Phi_C, beta)
+
+    def extended(self, batch: Batch, reference: Reference, beta: float) -> Batch:
+        """The batch, with what else the loss reads. reference: the samples of its prompts."""
+        return batch
+
+    def loss(
+        self, logprobs: Tensor, values: Tensor | None, batch: Batch
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The clipped surrogate, plus the value head's error where there is one."""
+        loss, stats = ppo.policy_loss(
+            logprobs, batch.old_logprobs, batch.advantages, batch.mask, self.config.clip
+        )
+        return with_value_loss(loss, stats, values, batch)
+
+
+def with_value_loss(
+    loss: Tensor, stats: dict[str, Tensor], values: Tensor | None, batch: Batch
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss plus the value head's error, where there is a value head."""
+    if values is None:
+        return loss, stats
+    value_loss = ppo.value_loss(values, batch.returns, batch.mask)
+    return loss + value_loss, stats | {"value_loss": value_loss}
+
+
+class Offline(Method):
+    """Trains on the reference samples of the calibration."""
+
+    online = False
+
+    def rows(self, reference: Reference, beta: float) -> Batch:
+        """The rows of one epoch, without their prompts."""
+        raise NotImplementedError
+
+
+# --- rows of offline methods ---
+
+
+def responses(reference: Reference) -> Batch:
+    """All P K reference samples, a row each."""
+    P, K = reference.r_ref.shape
+    return Batch(
+        of=torch.arange(P).repeat_interleave(K),
+        tokens=reference.tokens.flatten(0, 1).long(),
+        mask=reference.mask.flatten(0, 1).float(),
+        ref_logprobs=reference.logprobs.flatten(0, 1),
+    )
+
+
+def pairs(reference: Reference, n: int, seed: int) -> Batch:
+    """The best and the worst of each n reference samples, a row each: (B, 2, T)."""
+    generator = torch.Generator().manual_seed(seed)
+    best, worst = best_and_worst(reference.r_ref, n, generator)
+    of = torch.arange(len(best)).repeat_interleave(best.shape[1])
+    index = torch.stack([best.flatten(), worst.flatten()], 1)  # (B, 2)
+    return Batch(
+        of=of,
+        tokens=reference.tokens[of[:, None], index].long(),
+        mask=reference.mask[of[:, None], index].float(),
+        ref_logprobs=reference.logprobs[of[:, None], index],
+    )
+
+
+def best_and_worst(
+    r_ref: Tensor, n: int, generator: torch.Generator | None = None
+) -> tuple[Tensor, Tensor]:
+    """The best and the worst of each group of n reference samples; n = 2: random pairs.
+
+    r_ref: (P, K). Returns two index tensors (P, K // n) into a prompt's K samples. The groups are
+    n neighbours (samples are i.i.d.), or with a generator (on the CPU) a random partition. Of equal
+    rewards the first is called best, the last worst: among two, a coin flip, as IPO asks for.
+    """
+    check_samples("r_ref", r_ref, n, least=2)
+    P, K = r_ref.shape
+    order = torch.arange(K).expand(P, K)
+    if generator is not None:
+        order = torch.rand(P, K, generator=generator).argsort(1)
+    order = order[:, : K // n * n].to(r_ref.device)
+    groups = r_ref.gather(1, order).view(P, K // n, n)
+    order = order.reshape(P, K // n, n)
+    best = groups.argmax(2, keepdim=True)
+    worst = n - 1 - groups.flip(2).argmin(2, keepdim=True)
+    return order.gather(2, best)[..., 0], order.gather(2, worst)[..., 0]
+
+
+# --- shapes ---
+
+
+def check_shapes(**tensors: Tensor) -> None:
+    """Raises ValueError unless all tensors have one shape."""
+    shapes = {name: tuple(x.shape) for name, x in tensors.items()}
+    if len(set(shapes.values())) > 1:
+        raise ValueError(f"{shapes} must have one shape: one number per response")
+
+
+def check_samples(name: str, x: Tensor, n: int, least: int = 1) -> None:
+    """Raises ValueError unless x is (prompts, samples) with at least n samples, n >= least."""
+    if x.dim() != 2 or not least <= n <= x.shape[1]:
+        raise ValueError(
+            f"{name} is {tuple(x.shape)} and n is {n}: must be (prompts, samples) and {least} <= n "
+            "<= samples; take more samples or a smaller n"
+        )

@@ -1,0 +1,46 @@
+"""GRPO (Shao et al. 2024): the raw reward, standardised within its group.
+
+Departure from the paper: the KL goes into the return (k1, `ppo.token_rewards`), not into the loss
+as k3, whose optimum is another policy; and the loss of a response is a sum over its tokens, not a
+mean. `grpo_fixed.py` has the loss as published.
+"""
+
+import math
+
+from torch import Tensor
+
+from minictrl.config import Config
+from minictrl.methods.base import Online, check_samples
+
+
+class Method(Online):
+    transform = "none"
+
+    @classmethod
+    def check(cls, config: Config) -> None:
+        super().check(config)
+        if config.G < 2:
+            raise ValueError(
+                f"--G {config.G}: raw rewards are compared with the prompt's other samples; use at "
+                "least 2"
+            )
+
+    def beta_for(self, kl: float, r_ref: Tensor | None = None) -> float:
+        """A standardised reward is taken for a normal one of deviation 1: KL = 1 / (2 beta^2)."""
+        return 1 / math.sqrt(2 * kl)
+
+    def reward(self, r: Tensor, C_hat: Tensor, Phi_C: Tensor, beta: float) -> Tensor:
+        return grpo_advantages(r) / beta
+
+
+def grpo_advantages(returns: Tensor, divide: bool = True) -> Tensor:
+    """(return - the group's mean) / the group's standard deviation (GRPO, Sec. 4.1.2). (P, G).
+
+    divide = True is the original: it forgets the scale of the reward, so beta means something else
+    in each prompt, and it blows up the noise of a group that has nearly converged. Without it, and
+    with the KL in the returns, this is (1 - 1/G) times `ppo.loo_advantages`. A group of equal
+    returns gets 0.
+    """
+    check_samples("returns", returns, 2, least=2)
+    centred = returns - returns.mean(1, keepdim=True)
+    return centred / (returns.std(1, keepdim=True) + 1e-6) if divide else centred

@@ -1,0 +1,41 @@
+"""GRPO's first outer iteration on the reference samples, with the loss as published (App. E.1).
+
+The paper's controlled setting: the rollouts are pi_ref's K samples, the loss is the clipped
+surrogate on standardised rewards plus k3, each response's mean over its tokens.
+"""
+
+from dataclasses import replace
+
+from torch import Tensor
+
+from minictrl import ppo
+from minictrl.batch import Batch
+from minictrl.config import Config
+from minictrl.methods.base import Offline, responses
+from minictrl.methods.grpo import Method as Grpo
+from minictrl.methods.grpo import grpo_advantages
+from minictrl.reference import Reference
+
+
+class Method(Offline):
+    transform = "none"
+    beta_for = Grpo.beta_for
+
+    @classmethod
+    def check(cls, config: Config) -> None:
+        if config.K < 2:
+            raise ValueError(f"--K {config.K}: a prompt's samples are compared; use at least 2")
+
+    def rows(self, reference: Reference, beta: float) -> Batch:
+        advantages = grpo_advantages(reference.r_ref).flatten() / beta
+        return replace(responses(reference), advantages=advantages)
+
+    def loss(
+        self, logprobs: Tensor, values: None, batch: Batch
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        mask, ref_logprobs = batch.mask, batch.ref_logprobs
+        lengths = mask.sum(1)  # (B,)
+        advantages = (batch.advantages / lengths)[:, None]
+        loss, stats = ppo.policy_loss(logprobs, ref_logprobs, advantages, mask, self.config.clip)
+        k3 = ppo.k3(logprobs, ref_logprobs).masked_fill(mask == 0, 0).sum(1) / lengths
+        return loss + k3.mean(), stats

@@ -1,0 +1,52 @@
+"""IPO (Azar et al. 2023): a regression on random pairs of reference samples, offline."""
+
+from torch import Tensor
+
+from minictrl.batch import Batch
+from minictrl.config import Config
+from minictrl.methods.base import Offline, check_shapes, pairs
+from minictrl.reference import Reference
+
+
+class Method(Offline):
+    """The reward says which of a pair is preferred; tau is beta."""
+
+    transform = "identity"
+
+    @classmethod
+    def check(cls, config: Config) -> None:
+        if config.K < 2:
+            raise ValueError(f"--K {config.K}: a prompt's samples are compared; use at least 2")
+
+    def rows(self, reference: Reference, beta: float) -> Batch:
+        self.tau = beta
+        return pairs(reference, 2, self.config.seed)
+
+    def loss(self, logprobs: Tensor, values: None, batch: Batch) -> tuple[Tensor, dict]:
+        chosen, rejected = logprobs.sum(-1).T
+        ref_chosen, ref_rejected = batch.ref_logprobs.sum(-1).T
+        return ipo_loss(chosen, rejected, ref_chosen, ref_rejected, tau=self.tau), {}
+
+
+def ipo_loss(
+    chosen_logprobs: Tensor,
+    rejected_logprobs: Tensor,
+    ref_chosen_logprobs: Tensor,
+    ref_rejected_logprobs: Tensor,
+    tau: float,
+) -> Tensor:
+    """(h - 1 / (2 tau))^2, h = log pi/pi_ref of the chosen minus that of the rejected (Eq. 17).
+
+    All (B,), sums over the response's tokens in nats. Mean over pairs. On pairs drawn from pi_ref
+    the optimum is pi_ref e^{C / tau} / Z: tau is beta. Raises ValueError on shapes or a tau <= 0.
+    """
+    check_shapes(
+        chosen_logprobs=chosen_logprobs,
+        rejected_logprobs=rejected_logprobs,
+        ref_chosen_logprobs=ref_chosen_logprobs,
+        ref_rejected_logprobs=ref_rejected_logprobs,
+    )
+    if not tau > 0:
+        raise ValueError(f"tau is {tau}: must be > 0, it is the KL's strength")
+    h = (chosen_logprobs - ref_chosen_logprobs) - (rejected_logprobs - ref_rejected_logprobs)
+    return (h - 1 / (2 * tau)).square().mean()

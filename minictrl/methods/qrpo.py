@@ -1,0 +1,53 @@
+"""QRPO (Matrenok et al. 2025): regression of log pi/pi_ref on Phi(C_hat) / beta - log Z, offline.
+
+Departures from the paper: Z is the mean of e^R over the prompt's own K samples, ties included; and
+the loss is divided by beta^2, so that one learning rate fits every transform.
+"""
+
+import math
+from dataclasses import replace
+
+from torch import Tensor
+
+from minictrl.batch import Batch
+from minictrl.calibration import leave_one_out_calibration
+from minictrl.config import Config
+from minictrl.methods.base import Offline, check_shapes, responses
+from minictrl.reference import Reference
+from minictrl.transforms import RAW
+
+
+class Method(Offline):
+    """Each reference sample is calibrated against the prompt's other K - 1."""
+
+    @classmethod
+    def check(cls, config: Config) -> None:
+        if config.transform in RAW:
+            raise ValueError(f"--transform {config.transform}: qrpo needs a calibrated reward")
+        if config.K < 2:
+            raise ValueError(f"--K {config.K}: a prompt's samples are compared; use at least 2")
+
+    def rows(self, reference: Reference, beta: float) -> Batch:
+        C_hat = leave_one_out_calibration(reference.r_ref)
+        R = self.Phi.in_nats(self.Phi(C_hat.double()), beta)  # (P, K)
+        log_Z = log_partition(R).expand_as(R).float().flatten()
+        return replace(responses(reference), R=R.float().flatten(), log_Z=log_Z)
+
+    def loss(self, logprobs: Tensor, values: None, batch: Batch) -> tuple[Tensor, dict]:
+        sums = logprobs.sum(-1), batch.ref_logprobs.sum(-1)
+        return qrpo_loss(*sums, batch.R, batch.log_Z), {}
+
+
+def log_partition(R: Tensor) -> Tensor:
+    """(P, 1) nats: log Z of each prompt, the mean of e^R over its K samples of pi_ref (P, K)."""
+    return R.logsumexp(1, keepdim=True) - math.log(R.shape[1])
+
+
+def qrpo_loss(logprobs: Tensor, ref_logprobs: Tensor, R: Tensor, log_Z: float | Tensor) -> Tensor:
+    """(R - log Z - log pi/pi_ref)^2, mean over y ~ pi_ref: the tilt pi_ref e^R / Z by regression.
+
+    All (B,), log-probabilities summed over the response's tokens; R = Phi(C_hat) / beta, log_Z that
+    of the response's prompt. Offline: nothing is drawn from pi. Raises ValueError on shapes.
+    """
+    check_shapes(logprobs=logprobs, ref_logprobs=ref_logprobs, R=R)
+    return (R - log_Z - (logprobs - ref_logprobs)).square().mean()

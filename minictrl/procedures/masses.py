@@ -1,0 +1,47 @@
+"""The win rate after a procedure, from masses of cells: the paper's T and Definition 4.
+
+A continuous policy has many narrow cells, an empirical calibration K + 1 wide ones, a tabular
+problem one for each distinct reward. Within a cell all responses tie.
+"""
+
+import math
+from collections.abc import Callable
+from operator import index
+
+from torch import Tensor
+
+from minictrl.procedures import get_procedure
+from minictrl.procedures.cells import cdf
+
+# mass (..., G) of each cell, the cells' edges (..., G + 1), N -> mass after the procedure
+MassMap = Callable[[Tensor, Tensor, int], Tensor]
+
+
+def mass_map(procedure: str | MassMap) -> MassMap:
+    """The map of masses behind a name; a function stays as it is. ValueError on an unknown name."""
+    return procedure if callable(procedure) else get_procedure(procedure).mass_after
+
+
+def mass_win_rate(mass: Tensor, ref: Tensor, procedure: str | MassMap, n: int) -> Tensor:
+    """W^T(pi > pi_ref) of Definition 4, from the masses of pi and pi_ref on the same ordered cells.
+
+    mass, ref: (..., G), each summing to 1 over the cells. A tie counts one half. Differentiable.
+    Returns a scalar, the mean over any leading dimensions: prompts, or the procedures of a mix.
+    """
+    T, edges = mass_map(procedure), cdf(ref)
+    ref_after = T(ref, edges, n)
+    return (T(mass, edges, n) * (ref_after.cumsum(-1) - ref_after / 2)).sum(-1).mean()
+
+
+def at_least_1(name: str, n: int) -> int:
+    """n as an int. Raises ValueError unless it is a whole number of at least 1."""
+    if isinstance(n, bool) or not hasattr(n, "__index__") or index(n) < 1:
+        raise ValueError(f"{name} {n!r}: must be a whole number of at least 1; use 1 for one draw")
+    return index(n)
+
+
+def positive(name: str, x: float) -> float:
+    """x as a float. Raises ValueError unless it is positive and finite."""
+    if not 0 < float(x) < math.inf:
+        raise ValueError(f"{name} {float(x):g}: must be positive and finite; try 1")
+    return float(x)

@@ -1,0 +1,141 @@
+"""Responses and their rewards: those of a step, and the reference samples of the calibration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from minictrl.batch import Batch
+from minictrl.reference import Reference, cached, digest
+from minictrl.sampling import Samples, sample
+from minictrl.task import Task
+
+
+def prompts_of(step: int, P: int, size: int, seed: int) -> Tensor:
+    """The `size` items of a step, out of P: random passes over all, the same whenever it is run."""
+    first = step * size
+    epochs = range(first // P, (first + size - 1) // P + 1)
+    generators = [torch.Generator().manual_seed(seed * 1_000_003 + epoch) for epoch in epochs]
+    order = torch.cat([torch.randperm(P, generator=generator) for generator in generators])
+    return order[first - epochs[0] * P :][:size]
+
+
+def rollout(task: Task, index: Tensor, *, num_samples: int, seed: int) -> tuple[Batch, Tensor]:
+    """G = num_samples responses y ~ pi(.|x) to each prompt of an index (P,): (batch, r (P, G))."""
+    samples, r = sample_and_score(task, task.policy, index, num_samples=num_samples, seed=seed)
+    return batch_of(task, index, samples), r
+
+
+def batch_of(task: Task, index: Tensor, samples: Samples) -> Batch:
+    """Samples (P, G, T) as B = P G rows with their prompts, those of an index (P,)."""
+    batch = Batch(
+        of=index.repeat_interleave(samples.tokens.shape[1]).to(samples.tokens.device),
+        tokens=samples.tokens.flatten(0, 1),
+        mask=samples.mask.flatten(0, 1),
+        old_logprobs=samples.logprobs.flatten(0, 1),
+    )
+    return with_prompts(task, batch)
+
+
+def with_prompts(task: Task, batch: Batch) -> Batch:
+    """The batch with the tokens of its rows' prompts."""
+    return replace(batch, prompt=task.ids[batch.of], prompt_mask=task.mask[batch.of])
+
+
+def sample_and_score(
+    task: Task,
+    model: nn.Module,
+    index: list[int] | Tensor,
+    *,
+    num_samples: int,
+    seed: int,
+    first_sample: int = 0,
+) -> tuple[Samples, Tensor]:
+    """Responses of a model to the prompts of an index, and their rewards (P, num_samples)."""
+    index = torch.as_tensor(index).tolist()
+    samples = sample(
+        model,
+        task.tokenizer,
+        [task.texts[i] for i in index],
+        num_samples=num_samples,
+        max_new_tokens=task.max_new_tokens,
+        seed=seed,
+        first_sample=first_sample,
+    )
+    return samples, score(task.reward, [task.prompts[i] for i in index], samples.texts)
+
+
+def score(scorer: Callable, prompts: list, texts: list[list[str]]) -> Tensor:
+    """(P, M) scores of M texts for each prompt; equal texts of a prompt are scored once."""
+    unique = list(dict.fromkeys((i, text) for i, row in enumerate(texts) for text in row))
+    scores = scorer([prompts[i] for i, _ in unique], [text for _, text in unique]).tolist()
+    known = dict(zip(unique, scores, strict=True))
+    return torch.tensor([[known[i, text] for text in row] for i, row in enumerate(texts)])
+
+
+def prefix_rewards(task: Task, batch: Batch, P: int) -> Tensor:
+    """(P, G T) rewards of the responses so far, before each token; behind their end, of none.
+
+    batch: G responses for each of P prompts, in a row.
+    """
+    tokens, lengths = batch.tokens.tolist(), batch.mask.sum(1).long().tolist()
+    prefixes = [
+        row[: t if t < length else 0]
+        for row, length in zip(tokens, lengths, strict=True)
+        for t in range(len(row))
+    ]
+    texts = task.tokenizer.batch_decode(prefixes, skip_special_tokens=True)
+    width = len(texts) // P
+    prompts = [task.prompts[i] for i in batch.of[:: len(batch) // P].tolist()]
+    return score(task.reward, prompts, [texts[i * width :][:width] for i in range(P)])
+
+
+def rollout_stats(batch: Batch, r: Tensor, C_hat: Tensor, Phi_C: Tensor) -> dict[str, float]:
+    """Means over a rollout: rewards, KL(pi || pi_ref) in nats per response, entropy per token.
+
+    r, C_hat, Phi_C: (P, G). Responses to one prompt are not independent, so the KL's standard
+    error is that over prompts.
+    """
+    kl = batch.kl()  # (B,)
+    independent = kl.view(r.shape).mean(1) if len(r) > 1 else kl
+    means = {
+        "reward": r.mean(),
+        "C_hat": C_hat.mean(),
+        "Phi": Phi_C.mean(),
+        "kl_ref": kl.mean(),
+        "kl_ref_stderr": independent.std() / len(independent) ** 0.5,
+        "entropy": -batch.old_logprobs.sum() / batch.mask.sum(),
+    }
+    return {name: float(value) for name, value in means.items()}
+
+
+# --- reference samples ---
+
+
+def reference_samples(task: Task, K: int, *, seed: int, cache: str, name: str) -> Reference:
+    """K samples of pi_ref for each prompt with their rewards, from the cache as far as it has them.
+
+    cache: its directory. name: of the progress bar.
+    """
+
+    def draw(index: list[int], first: int, count: int) -> Reference:
+        samples, r = sample_and_score(
+            task, task.policy, index, num_samples=count, seed=seed, first_sample=first
+        )
+        tokens, mask = samples.tokens.int().cpu(), samples.mask.bool().cpu()
+        return Reference(r, tokens, samples.logprobs.cpu(), mask)
+
+    def bar(chunks):
+        return tqdm(chunks, name, disable=None)
+
+    return cached(draw, task.texts, K, Path(cache), reference_key(task, seed), bar)
+
+
+def reference_key(task: Task, seed: int, *prompts: list[str]) -> str:
+    """Digest of what reference samples depend on, beside the prompts or with them."""
+    return digest(task.policy, task.reward.digest, task.max_new_tokens, seed, *prompts)

@@ -1,0 +1,57 @@
+"""What a run works on: its models and its prompts, checked together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from minictrl.config import Config
+from minictrl.data import load_prompts
+from minictrl.lm.device import resolve_device
+from minictrl.lm.prompts import check_lengths, encode_prompts, left_pad
+from minictrl.models import load_policy, load_scorer, render
+
+
+@dataclass(frozen=True)
+class Task:
+    """A run's models and prompts. P prompts of at most L tokens."""
+
+    policy: nn.Module
+    tokenizer: object
+    reward: Callable
+    prompts: list  # as given: text or chat messages, what scorers read
+    texts: list[str]  # as the policy reads them
+    ids: Tensor  # (P, L) left-padded
+    mask: Tensor  # (P, L)
+    max_new_tokens: int
+
+
+def load_task(config: Config, split: str) -> Task:
+    """Models and prompts of a run: every prompt fits the context together with its response.
+
+    A task's prompts that are longer than max_prompt_tokens are left out; those of a file are the
+    user's, so they raise ValueError.
+    """
+    model, tokenizer = load_policy(config.policy)
+    prompts, texts, encoded = [], [], []
+    for prompt in load_prompts(config.task, split):
+        text = render(tokenizer, prompt)
+        ids = encode_prompts(tokenizer, [text])[0]
+        if len(ids) <= config.max_prompt_tokens or config.task.endswith(".jsonl"):
+            prompts.append(prompt)
+            texts.append(text)
+            encoded.append(ids)
+        if len(prompts) == config.prompts:
+            break
+    if not prompts:
+        raise ValueError(
+            f"--max-prompt-tokens {config.max_prompt_tokens}: every prompt of {config.task} is "
+            "longer; use more"
+        )
+    check_lengths(model, texts, encoded, config.max_new_tokens)
+    model.to(resolve_device(config.device))
+    ids, mask = left_pad(encoded, tokenizer.pad_token_id, model.device)
+    reward = load_scorer(config.reward, "reward", device=config.device)
+    return Task(model, tokenizer, reward, prompts, texts, ids, mask, config.max_new_tokens)
