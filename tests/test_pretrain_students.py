@@ -23,7 +23,7 @@ def test_pruning_keeps_the_text_and_the_logits(tmp_path):
     kept = torch.tensor(old.convert_tokens_to_ids(new.convert_ids_to_tokens(range(len(new)))))
     ids = [torch.tensor([tokenizer(TEXTS[0])["input_ids"]]) for tokenizer in (old, new)]
     assert new.decode(ids[1][0], skip_special_tokens=True).strip() == TEXTS[0]
-    logits = [model(x).logits for model, x in zip((before, after), ids)]
+    logits = [model(x).logits for model, x in zip((before, after), ids, strict=True)]
     torch.testing.assert_close(logits[0][..., kept], logits[1])
 
 

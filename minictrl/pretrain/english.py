@@ -101,8 +101,8 @@ def main(argv=None):
         )
         ended = (drawn.tokens == tokenizer.eos_token_id).any(-1)[:, 0].tolist()
         texts = [text for (text,) in drawn.texts]
-        report(name, list(zip(prompts, map(whole_words, texts, ended))), known)
-        for prompt, text in list(zip(prompts, texts))[: args.show]:
+        report(name, list(zip(prompts, map(whole_words, texts, ended), strict=True)), known)
+        for prompt, text in list(zip(prompts, texts, strict=True))[: args.show]:
             print(f"- {prompt} **|**{text}")
 
 

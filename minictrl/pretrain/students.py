@@ -109,8 +109,10 @@ def written_lessons(folder: Path, tokenizer) -> Lessons:
         kept = ends.cumsum(-1) - ends == 0  # EOS counts, nothing after it does
         ids.append(shard["ids"].int()[kept])
         logprobs.append(shard["logprobs"][kept])
-        for prompt, group, counts in zip(prompts, tokens.tolist(), kept.sum(-1).tolist()):
-            for line, count in zip(group, counts):
+        for prompt, group, counts in zip(
+            prompts, tokens.tolist(), kept.sum(-1).tolist(), strict=True
+        ):
+            for line, count in zip(group, counts, strict=True):
                 rows.append((prompt + line[:count], range(n, n + count)))
                 n += count
     return Lessons(rows, torch.cat(ids), torch.cat(logprobs))
@@ -147,8 +149,12 @@ def review_lessons(
             batch = nn.utils.rnn.pad_sequence(part, batch_first=True)  # on the right, and causal:
             logits = model(batch).logits / TEMPERATURE  # no mask is needed
             best = logits.log_softmax(-1).topk(top)
-            ids += [row[: len(line) - 1].int() for row, line in zip(best.indices, part)]
-            logprobs += [row[: len(line) - 1].half() for row, line in zip(best.values, part)]
+            ids += [
+                row[: len(line) - 1].int() for row, line in zip(best.indices, part, strict=True)
+            ]
+            logprobs += [
+                row[: len(line) - 1].half() for row, line in zip(best.values, part, strict=True)
+            ]
         temporary = file.with_suffix(".tmp")
         save_file({"ids": torch.cat(ids), "logprobs": torch.cat(logprobs)}, temporary)
         temporary.replace(file)

@@ -170,7 +170,7 @@ def fit_scorer(
     """
     causal = hasattr(model, "score")
     ids = token_ids(tokenizer, [written(tokenizer, "", text, causal=causal) for text in texts])
-    rows = [(row, [label]) for row, label in zip(ids, labels.tolist())]
+    rows = [(row, [label]) for row, label in zip(ids, labels.tolist(), strict=True)]
 
     def scores(part: list) -> Tensor:
         inputs = tokenizer.pad({"input_ids": [row for row, _ in part]}, return_tensors="pt")

@@ -108,7 +108,10 @@ def write_text(
             out / f"{i:05}.safetensors",
         )
         ended = (drawn.tokens == tokenizer.eos_token_id).any(-1).tolist()
-        rows = [{"prompt": x, "texts": y, "ended": e} for x, y, e in zip(part, drawn.texts, ended)]
+        rows = [
+            {"prompt": x, "texts": y, "ended": e}
+            for x, y, e in zip(part, drawn.texts, ended, strict=True)
+        ]
         lines = "".join(json.dumps(row) + "\n" for row in rows)
         temporary = out / f"{i:05}.tmp"
         temporary.write_bytes(gzip.compress(lines.encode()))
