@@ -14,6 +14,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 
@@ -170,21 +171,24 @@ class Training:
         self.end = steps
         self.step, self.tokens, self.seconds = 0, 0, 0.0
         self.stopped = False  # by Ctrl-C
-        self._restore()
+        self.open = ExitStack()  # what has to be closed again
 
     def __enter__(self) -> Training:
-        self.interrupt = Interrupt().__enter__()
-        self.metrics = open(self.out / "metrics.jsonl", "a", buffering=1)
-        self.bar = tqdm(total=self.end, desc="train", initial=self.step, disable=None)
+        self.interrupt = self.open.enter_context(Interrupt())
         return self
 
     def __exit__(self, *error):
-        self.bar.close()
-        self.metrics.close()
-        self.interrupt.__exit__()
+        self.open.close()
 
     def steps(self) -> Iterator[int]:
-        """The numbers of the steps, from 0; a checkpoint now and then, at the end, and at Ctrl-C."""
+        """The numbers of the steps that are left, from the last checkpoint, which is restored now.
+
+        A checkpoint is written now and then, at the end, and at Ctrl-C.
+        """
+        self._restore()
+        self.metrics = self.open.enter_context(open(self.out / "metrics.jsonl", "a", buffering=1))
+        bar = tqdm(total=self.end, desc="train", initial=self.step, disable=None)
+        self.bar = self.open.enter_context(bar)
         saved, pause = time.time(), CHECKPOINT
         while self.step < self.end and not self.stopped:
             self.began = time.time()

@@ -1,22 +1,24 @@
 """The speed rows compare the same work and keep their form."""
 
-import csv
 import json
 from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import GPT2Config, LlamaConfig
 
 from minictrl.bench import __main__ as bench
-from minictrl.bench import scaling
+from minictrl.bench import calibration, growth, presets, roofline, sampling, step, timing
+from minictrl.bench.random_model import random_model
 from minictrl.models import load_policy
 from minictrl.sampling import sample
+
+CPU = torch.device("cpu")
 
 
 def test_a_ratio_is_the_median_of_neighbours():
     rates = iter([10, 2, 30, 10, 8, 1])  # ours, theirs, ours, …: ratios 5, 3 and 8
-    assert bench.paired(rates.__next__, rates.__next__, 3) == {"ours": 10, "theirs": 2, "ratio": 5}
+    compared = timing.compare(rates.__next__, rates.__next__, 3)
+    assert compared == {"ours": 10, "theirs": 2, "ratio": 5}
 
 
 def test_tokens_of_generate_count_up_to_eos():
@@ -29,147 +31,140 @@ def test_tokens_of_generate_count_up_to_eos():
         return torch.cat([input_ids.repeat(4, 1), responses], 1)
 
     stub = SimpleNamespace(device="cpu", generate=answer)
-    assert (
-        bench.generate(
-            stub, tokenizer, ["this film is"], 1, "dynamic", num_samples=4, max_new_tokens=3
-        )
-        == 9
-    )
+    assert sampling.generate(stub, tokenizer, ["this film is"], 3, 1, "dynamic") == 9
 
 
-def test_generate_draws_from_the_same_distribution():
-    """Mean length of 150 responses on both sides, within 4 standard errors of their difference;
-    seeded.
+def test_generate_draws_from_the_same_distribution(monkeypatch):
+    """Mean length of 150 responses on both sides, within 4 standard errors of their difference.
+
+    The seeds are fixed.
     """
+    monkeypatch.setattr(sampling, "K", 150)
     model, tokenizer = load_policy("reviews")
     torch.manual_seed(0)
-    drawn = {"num_samples": 150, "max_new_tokens": bench.T}
-    theirs = bench.generate(model, tokenizer, ["this film is a"], 1, "dynamic", **drawn) / 150
-    lengths = sample(model, tokenizer, ["this film is a"], seed=0, **drawn).mask.sum(-1)
+    texts, T = ["this film is a"], sampling.T
+    theirs = sampling.generate(model, tokenizer, texts, T, 1, "dynamic") / 150
+    ours = sample(model, tokenizer, texts, num_samples=150, max_new_tokens=T, seed=0)
+    lengths = ours.mask.sum(-1)
     assert abs(lengths.mean() - theirs) < 4 * lengths.std() * (2 / 150) ** 0.5
 
 
 def test_rows_are_printed_and_written(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(bench, "K", 2)
-    monkeypatch.setattr(bench, "T", 3)
-    bench.main(
-        [
-            "--quick",
-            "--device",
-            "cpu",
-            "--rows",
-            "sample_vs_generate",
-            "--json",
-            str(tmp_path / "rows.json"),
-        ]
-    )
-    (row,) = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    monkeypatch.setattr(sampling, "K", 2)
+    monkeypatch.setattr(sampling, "T", 3)
+    file = tmp_path / "rows.json"
+    arguments = ["--quick", "--device", "cpu", "--rows", "sample_vs_generate", "--json", str(file)]
+    bench.main(arguments)
+    (row,) = json.loads(file.read_text())["rows"]
     assert set(row) == {"name", "ours", "theirs", "ratio", "unit", "setting"}
     assert row["name"] == "sample_vs_generate" and row["ours"] > 0 and row["theirs"] > 0
     assert capsys.readouterr().out.startswith("| name | ours | theirs | ratio | unit | setting |")
 
 
-def test_a_row_whose_library_is_missing_is_left_out_with_what_to_install(monkeypatch, capsys):
-    monkeypatch.setattr(bench, "find_spec", lambda name: None)
-    bench.main(
-        ["--device", "cpu", "--rows", "ppo_step_vs_trl", "rloo_step_vs_trl", "decode_roofline"]
-    )
+def test_a_row_is_written_as_soon_as_it_is_there(monkeypatch, tmp_path):
+    file, row = tmp_path / "rows.json", dict(ours=1.0, theirs=1.0, ratio=1.0, unit="", setting="")
+
+    def rows(*_):
+        yield row
+        assert json.loads(file.read_text()) == {"rows": [{"name": "presets"} | row]}
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(bench.ROWS, "presets", rows)
+    with pytest.raises(KeyboardInterrupt):
+        bench.main(["--device", "cpu", "--rows", "presets", "--json", str(file)])
+    assert len(json.loads(file.read_text())["rows"]) == 1
+
+
+def test_a_row_that_cannot_be_measured_is_left_out_with_what_it_needs(monkeypatch, capsys):
+    monkeypatch.setattr(step, "find_spec", lambda name: None)
+    names = ["ppo_step_vs_trl", "decode_roofline", "presets"]
+    bench.main(["--device", "cpu", "--rows", *names])
     captured = capsys.readouterr()
     assert len(captured.out.splitlines()) == 2  # the table's head
-    assert (
-        captured.err.count("pip install") == 2
-        and captured.err.count("\n") == captured.err.count("left out") == 3
-    )
+    assert captured.err.count("\n") == captured.err.count("left out") == 3
+    assert captured.err.count("pip install") == 1
 
 
-@pytest.mark.parametrize("method", ("ppo", "rloo"))
-def test_a_step_is_timed_against_trl(method, monkeypatch):
-    """TRL draws 4 prompts x 2 responses of 1 to 4 tokens."""
+def test_a_step_is_timed_against_trl(monkeypatch):
+    """Both sides take 4 prompts x 2 responses; TRL's trainer draws and trains on all of them."""
     pytest.importorskip("trl")
-    monkeypatch.setattr(bench, "T", 4)
-    monkeypatch.setattr(bench, "BATCH", bench.BATCH | {"batch": 4, "G": 2, "minibatch": 4})
-    monkeypatch.setattr(bench, "rate", lambda work: work())
-    row = bench.step_vs_trl(method, "reviews", torch.device("cpu"), quick=True)
-    assert 8 <= row["theirs"] <= 32 and row["ours"] > 0
+    for name, value in {"T": 4, "PROMPTS": 4, "G": 2, "MINIBATCH": 4}.items():
+        monkeypatch.setattr(step, name, value)
+    drawn = []
+    make = step.ppo_trainer
+
+    def watched(*args):
+        trainer = make(*args)
+        generate = trainer.policy_model.generate
+
+        def watch(*args, **settings):
+            drawn.append(len(settings["input_ids"]))
+            return generate(*args, **settings)
+
+        trainer.policy_model.generate = watch
+        return trainer
+
+    monkeypatch.setattr(step, "ppo_trainer", watched)
+    (row,) = step.ppo_step_vs_trl("reviews", CPU, quick=True)
+    assert row["ours"] > 0 and row["theirs"] > 0
+    assert sum(drawn) == 2 * 4 * 2  # a warm-up and a step
+
+
+def test_train_py_takes_the_flags_of_a_step(tmp_path):
+    """3 steps of 4 prompts x 2 responses, at most 4 tokens each."""
+    same = {"batch": 4, "G": 2, "minibatch": 4, "max-new-tokens": 4, "prompts": 4, "layers": 1}
+    metrics = step.train(str(tmp_path), "reviews", CPU, 3, same | {"baseline": "value"})
+    assert [row["step"] for row in metrics] == [1, 2, 3]
+    assert 8 * 3 <= metrics[-1]["tokens"] <= 32 * 3 and metrics[-1]["seconds"] > 0
 
 
 def test_the_share_of_calibration_is_of_calibration_and_steps(monkeypatch):
-    """1 s for half the prompts; (4 - 2) / 2 s a step, the first left out; 80 epochs are 80 x 256 /
-    512 steps.
+    """128 prompts in 128 s: 1 s per prompt. (4 - 2) / 2 s per step of 512 responses, the first
+    left out: 80 responses take 80 / 512 s.
     """
-    monkeypatch.setattr(bench, "seconds", lambda work: 1.0)
-    monkeypatch.setattr(bench, "rollout", lambda *args, **settings: None)
-    monkeypatch.setattr(bench, "train_rate", lambda folder, **settings: None)
-    monkeypatch.setattr(
-        bench, "read_metrics", lambda run: [{"seconds": s} for s in (2.0, 2.7, 4.0)]
-    )
-    row = bench.calibration_share("reviews", torch.device("cpu"), quick=False)
-    # 2 / 47
-    assert (
-        row["ours"] == pytest.approx(100 * 2 / 42)
-        and "4.3 % of the default run's 45" in row["setting"]
-    )
+    monkeypatch.setattr(calibration, "seconds", lambda work: 128.0)
+    monkeypatch.setattr(calibration, "sample", lambda *_, **__: SimpleNamespace(texts=[]))
+    monkeypatch.setattr(calibration, "score", lambda *_: None)
+    metrics = [{"seconds": s} for s in (2.0, 2.7, 4.0)]
+    monkeypatch.setattr(calibration, "train", lambda *_: metrics)
+    (row,) = calibration.calibration_share("reviews", CPU, quick=False)
+    assert row["ours"] == pytest.approx(100 / (1 + 80 / 512))
 
 
-def test_bytes_of_a_decode_step():
-    """GPT-2, 3 layers, 4 heads of 5: 2 x 3 x 20 numbers a token; Llama with 2 key-value heads of 8:
-    2 x 3 x 16.
+def test_bytes_per_second_of_a_decode_step(monkeypatch):
+    """A GPT-2 with 2 layers of width 8 and 10 numbers per layer and token; K = 3, 2 prompts.
+
+    20 s for 64 tokens and 148 s for 128 are 2 s per step. It reads the weights, 5 + 4 tokens of
+    the prompts once, and 6 rows of 96 tokens, 4 bytes per number.
     """
-    assert scaling.cache_bytes(GPT2Config(n_layer=3, n_head=4, n_embd=20)) == 2 * 120
-    llama = LlamaConfig(
-        num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, hidden_size=32
-    )
-    assert scaling.cache_bytes(llama, size=4) == 4 * 96
-    # 1,000 of weights, two prompts of 5 tokens, once each, and 20 rows with 3 tokens of their own;
-    # 10 a token
-    assert (
-        scaling.decode_bytes(1000, 10, rows=20, prompts=2, prompt_tokens=5, t=3) == 1000 + 100 + 600
-    )
+    config = SimpleNamespace(num_hidden_layers=2, hidden_size=8)
+    model = SimpleNamespace(config=config, dtype=torch.float32, num_parameters=lambda: 1000)
+    monkeypatch.setattr(roofline, "K", 3)
+    monkeypatch.setattr(roofline, "encode_prompts", lambda *_: [[1] * 5, [1] * 4])
+    spent = {64: 20.0, 128: 148.0}
+    monkeypatch.setattr(roofline, "seconds", lambda work: spent[work.keywords["max_new_tokens"]])
+    rate = roofline.decode_rate(model, None, ["a", "b"])
+    assert rate == pytest.approx(4 * (1000 + (9 + 6 * 96) * 2 * 2 * 8) / 2)
 
 
-def test_the_roofline_of_a_tiny_model_is_measured(monkeypatch):
-    monkeypatch.setattr(scaling, "K", 4)
-    shares, mfu = scaling.roofline("cpu", 1e12, 1e12, depth=1, prompts=(1, 2), lengths=(4, 24))
-    assert (
-        list(shares) == [4, 8] and all(0 < share < 1 for share in shares.values()) and 0 < mfu < 1
-    )
+def test_growth_is_the_exponent_of_the_time(monkeypatch):
+    monkeypatch.setattr(growth, "VARIED", {"K": (10, 30, 100), "layers": (1, 2)})
+    monkeypatch.setattr(growth, "sampling_time", lambda device, K, layers, **_: K**2 * layers)
+    by_K, by_layers = growth.growth("reviews", CPU, quick=False)
+    assert by_K["ours"] == pytest.approx(2) and by_layers["ours"] == pytest.approx(1)
 
 
-def test_cost_on_paper_is_that_of_a_hand_computed_case(monkeypatch):
-    """A GPU of 1 B/s and 1 FLOP/s, K = 2, 10 prompts of 3 tokens, responses of 4, 5 epochs; 1
-    parameter, 1 B a token. Memory 37 - 2 holds 5 rows of 7. A step moves 2 + 2.5 x 3 + 5 x 2 = 19.5
-    B, and computes 2 x 5 FLOP: 19.5 s."""
-    for name, value in dict(
-        PROMPTS=10,
-        K=2,
-        T=4,
-        PROMPT_TOKENS=3,
-        EPOCHS=5,
-        BANDWIDTH=1.0,
-        FLOPS=1.0,
-        MEMORY=37.0,
-        DECODE=1.0,
-        MFU=1.0,
-    ).items():
-        monkeypatch.setattr(scaling, name, value)
-    cost, decode = scaling.paper_cost(1, 1, 1), 4 * 19.5 / 5
-    seconds = {
-        "sampling": 10 * (2 * decode + 3 * 2),
-        "scoring": 10 * 2 * 7 * 2,
-        "rollouts": 10 * 5 * (decode + 3 * 2),
-        "updates": 10 * 5 * 7 * (6 + 6),
-    }
-    assert {name: 3600 * cost[name] for name in seconds} == pytest.approx(seconds)
-    assert cost["share"] == pytest.approx((372 + 280) / (372 + 280 + 1080 + 4200))
+def test_sampling_from_a_random_model_is_timed():
+    assert growth.sampling_time(CPU, K=2, prompts=1, length=2, layers=1) > 0
 
 
-def test_growth_is_written_and_its_slope_is_an_exponent(monkeypatch, tmp_path):
-    assert scaling.slope([1, 2, 4], [3, 12, 48]) == pytest.approx(2)
-    monkeypatch.setattr(scaling, "START", {"K": 2, "prompts": 1, "length": 2, "depth": 1})
-    monkeypatch.setattr(scaling, "GROWTH", {"K": ((2, 4), {})})
-    bench.main(["--growth", str(tmp_path), "--device", "cpu"])
-    rows = list(csv.DictReader(open(tmp_path / "growth.csv")))
-    assert [row["K"] for row in rows] == ["2", "4"] and all(
-        float(row["memory_mb"]) > 50 for row in rows
-    )
-    assert (tmp_path / "growth.png").stat().st_size > 1000
+def test_every_preset_is_sampled_from_at_its_shape(monkeypatch):
+    """Models of one block and width 24, from the families of the presets."""
+    monkeypatch.setattr(sampling, "K", 2)
+    _, tokenizer = load_policy("reviews")
+    vocabulary = len(tokenizer)
+    for family, *_, T in presets.SHAPES.values():
+        others = {"intermediate_size": 8, "num_key_value_heads": 3}
+        model = random_model(family, 24, 1, 3, vocabulary, **others)
+        row = sampling.against_generate("tiny", model, tokenizer, ["a film"], T, ["dynamic"], 1)
+        assert row["ours"] > 0 and row["theirs"] > 0

@@ -24,7 +24,6 @@ from transformers import (
 )
 
 from minictrl.models import load_policy, load_scorer, render, save_policy
-from minictrl.scorers.generative import load_pairwise, wins
 from minictrl.scorers.text import in_batches
 
 TEMPLATE = (
@@ -267,21 +266,6 @@ def test_a_causal_lm_judges_by_the_probability_of_its_next_token(tmp_path):
     assert torch.allclose(
         score[0], logits.log_softmax(-1)[yes] - logits.log_softmax(-1)[no], atol=1e-4
     )
-
-
-def test_a_pairwise_judge_has_no_position_bias_and_ties_count_half(tmp_path):
-    path = save(tmp_path / "a", Qwen2ForCausalLM(Qwen2Config(**LONG)))
-    judge, x, y, z = (
-        load_pairwise(path, device="cpu"),
-        ["Why?"] * 2,
-        ["Because.", "same"],
-        ["No idea at all", "same"],
-    )
-    p, q = judge(x, y, z), judge(x, z, y)
-    assert (
-        torch.allclose(p + q, torch.ones(2), atol=1e-6) and p[0] != 0.5 and abs(p[1] - 0.5) < 1e-6
-    )
-    assert wins(torch.tensor([0.9, 0.5, 0.2])).tolist() == [1, 0.5, 0]
 
 
 # --- GGUF ---

@@ -1,0 +1,87 @@
+"""`minictrl.sampling.sample` against transformers' `generate`, in response tokens per second.
+
+Both read the prompts and draw K responses to each from the same distribution. generate runs at the
+best of its settings: prompts per call, and a dynamic or a static cache.
+"""
+
+from collections.abc import Iterator
+from itertools import product
+
+import torch
+
+from minictrl.bench.timing import compare, describe, rate
+from minictrl.data import load_prompts
+from minictrl.lm.prompts import encode_prompts, left_pad
+from minictrl.models import load_policy
+from minictrl.sampling import sample
+
+K, T = 100, 24  # responses per prompt, as in calibration, and the tokens of the longest
+
+
+def sample_vs_generate(policy: str, device: torch.device, quick: bool) -> Iterator[dict]:
+    """32 prompts of the embedded task (8 with --quick), bfloat16 on a GPU."""
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    model, tokenizer = load_policy(policy, dtype=dtype)
+    count, repeats = (8, 3) if quick else (32, 5)
+    if device.type == "cpu" and model.num_parameters() > 5e7:
+        count, repeats = 2, 3
+    caches = ["dynamic"] if quick else ["dynamic", "static"]
+    texts = load_prompts("reviews")[:count]
+    yield against_generate(policy, model.to(device), tokenizer, texts, T, caches, repeats)
+
+
+def against_generate(
+    name: str, model, tokenizer, texts: list[str], T: int, caches: list[str], repeats: int
+) -> dict:
+    def ours() -> float:
+        samples = sample(model, tokenizer, texts, num_samples=K, max_new_tokens=T, seed=0)
+        return samples.mask.sum().item()
+
+    def theirs(setting: tuple[int, str], some: list[str]) -> float:
+        return rate(lambda: generate(model, tokenizer, some, T, *setting))
+
+    def speed(setting: tuple[int, str]) -> float:
+        """The faster of two calls, because the first may compile."""
+        return max(theirs(setting, texts[:16]) for _ in range(2))
+
+    sizes = [size for size in (1, 4, 16) if size <= len(texts)]
+    best = max(product(sizes, caches), key=speed)
+    ours()  # a warm-up
+    result = compare(lambda: rate(ours), lambda: theirs(best, texts), repeats)
+    length = sum(map(len, encode_prompts(tokenizer, texts))) / len(texts)
+    setting = (
+        f"{describe(name, model)}, {len(texts)} prompts of {length:.0f} tokens, "
+        f"K = {K}, at most {T} new tokens; generate with {best[0]} prompts per call "
+        f"and a {best[1]} cache (best of {sizes} and {caches})"
+    )
+    return result | {"unit": "tokens/s", "setting": setting}
+
+
+def generate(model, tokenizer, texts: list[str], T: int, per_call: int, cache: str) -> int:
+    """Draws K responses to each text, `per_call` texts at a time; returns how many tokens."""
+    count, eos, pad = 0, tokenizer.eos_token_id, tokenizer.pad_token_id
+    for i in range(0, len(texts), per_call):
+        some = encode_prompts(tokenizer, texts[i : i + per_call])
+        ids, mask = left_pad(some, pad, model.device)
+        tokens = model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            num_return_sequences=K,
+            max_new_tokens=T,
+            do_sample=True,
+            top_k=0,
+            top_p=1.0,
+            temperature=1.0,
+            repetition_penalty=1.0,
+            pad_token_id=pad,
+            eos_token_id=eos,
+            cache_implementation=cache,
+        )
+        count += response_tokens(tokens[:, ids.shape[1] :], eos)
+    return count
+
+
+def response_tokens(tokens: torch.Tensor, eos: int) -> int:
+    """How many tokens (B, T) responses have: EOS counts, nothing after it does."""
+    ends = (tokens == eos).cumsum(1)
+    return int((ends == 0).sum() + (ends > 0).any(1).sum())

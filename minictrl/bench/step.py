@@ -1,0 +1,135 @@
+"""A whole PPO step, with rollout, scoring and update: train.py against TRL's PPOTrainer.
+
+Both sides have the same policy, prompts and reward model, a classifier of the policy's size with
+random weights. They make the same optimizer steps: one epoch over minibatches, in float32, without
+dropout, all blocks trained and no embedding. TRL's value model is a model of its own, train.py's a
+head on the policy's trunk. Unit: responses per second, because both sides draw from one policy, so
+that their responses are alike in length.
+"""
+
+import contextlib
+import copy
+import io
+import json
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from transformers import AutoModelForSequenceClassification
+
+from minictrl.bench.timing import LeftOut, compare, describe, seconds
+from minictrl.data import load_prompts
+from minictrl.lm.prompts import encode_prompts
+from minictrl.models import load_policy
+from minictrl.studies.sweep import script
+from minictrl.update import freeze
+
+PROMPTS, G, MINIBATCH = 64, 8, 256  # G responses per prompt; the defaults of train.py
+T = 24  # tokens of the longest response
+LR = 1e-6  # so small that both sides go on sampling from the policy they start with
+
+
+def ppo_step_vs_trl(policy: str, device: torch.device, quick: bool) -> Iterator[dict]:
+    """Rates over two steps (one with --quick), after a warm-up; nothing of the calibration."""
+    if not all(map(find_spec, ("trl", "datasets", "accelerate"))):
+        raise LeftOut("pip install -e '.[bench]' (trl==1.12.0, the last that has PPO)")
+    steps, repeats = (1, 1) if quick else (2, 3)
+    model, tokenizer = load_policy(policy)
+    model.to(device)
+    freeze(model, None)  # trains all blocks, as --layers below asks train.py to
+    same = {
+        "baseline": "value",
+        "prompts": PROMPTS,
+        "batch": PROMPTS,
+        "G": G,
+        "minibatch": MINIBATCH,
+        "ppo-epochs": 1,
+        "max-new-tokens": T,
+        "lr": LR,
+        "layers": model.config.num_hidden_layers,
+    }
+    with TemporaryDirectory() as folder:
+        scorer = random_classifier(model, tokenizer)
+        same["reward"] = f"{folder}/reward"
+        scorer.save_pretrained(same["reward"])
+        tokenizer.save_pretrained(same["reward"])
+        trainer = ppo_trainer(model, tokenizer, scorer, steps, folder)
+
+        def ours() -> float:
+            return PROMPTS * G * steps / train(folder, policy, device, steps, same)[-1]["seconds"]
+
+        def theirs() -> float:
+            with contextlib.redirect_stdout(io.StringIO()):
+                return PROMPTS * G * steps / seconds(trainer.train)
+
+        compare(ours, theirs, 1)  # a warm-up
+        result = compare(ours, theirs, repeats)
+    setting = (
+        f"{describe(policy, model)}; a whole step: {PROMPTS} prompts x {G} responses of at most "
+        f"{T} tokens, scored by a classifier of the policy's size, one epoch, minibatches of "
+        f"{MINIBATCH}, float32, no dropout, no embedding trained; a value head on the policy's "
+        "trunk against TRL's separate value model; trl 1.12.0"
+    )
+    yield result | {"unit": "responses/s", "setting": setting}
+
+
+def train(folder: str, policy: str, device: torch.device, steps: int, others: dict) -> list[dict]:
+    """Runs train.py; returns the rows of its metrics.jsonl, whose seconds hold no calibration."""
+    flags = others | {
+        "policy": policy,
+        "device": device.type,
+        "K": 2,
+        "steps": steps,
+        "out": f"{folder}/run",
+        "cache": f"{folder}/cache",
+    }
+    arguments = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    with contextlib.redirect_stdout(io.StringIO()):
+        script("train").main(["--overwrite", *arguments])
+    return [json.loads(line) for line in Path(folder, "run", "metrics.jsonl").open()]
+
+
+def random_classifier(policy, tokenizer):
+    config = copy.deepcopy(policy.config)
+    config.num_labels, config.pad_token_id = 1, tokenizer.pad_token_id
+    return AutoModelForSequenceClassification.from_config(config).eval()
+
+
+def ppo_trainer(model, tokenizer, scorer, steps: int, folder: str):
+    """TRL's PPO draws one response per prompt, so each prompt comes G times.
+
+    With micro-batches it would step the optimizer once per batch: one micro-batch per minibatch
+    is the setting with a step per minibatch.
+    """
+    from datasets import Dataset
+    from trl.experimental.ppo import PPOConfig, PPOTrainer
+
+    args = PPOConfig(
+        output_dir=folder,
+        per_device_train_batch_size=PROMPTS * G,
+        num_mini_batches=PROMPTS * G // MINIBATCH,
+        num_ppo_epochs=1,
+        total_episodes=PROMPTS * G * steps,
+        response_length=T,
+        stop_token="eos",
+        temperature=1.0,
+        learning_rate=LR,
+        kl_coef=0.1,
+        local_rollout_forward_batch_size=128,
+        bf16=False,
+        gradient_checkpointing=False,
+        use_cpu=model.device.type == "cpu",
+        num_sample_generations=0,
+        report_to="none",
+        save_strategy="no",
+        logging_steps=10**9,
+        disable_tqdm=True,
+    )
+    prompts = encode_prompts(tokenizer, load_prompts("reviews")[:PROMPTS])
+    data = Dataset.from_list([{"input_ids": ids} for ids in prompts] * G)
+    reference, value_model = copy.deepcopy(model), copy.deepcopy(scorer)
+    return PPOTrainer(
+        args, tokenizer, model, reference, scorer, data, value_model, eval_dataset=data
+    )
