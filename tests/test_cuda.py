@@ -122,9 +122,9 @@ def test_gradients_are_the_cpus():
     inputs = [ids.repeat_interleave(4, 0), mask.repeat_interleave(4, 0)]
     inputs += [samples.tokens.flatten(0, 1), samples.mask.flatten(0, 1)]
     gradients = []
-    for device in ("cpu", DEVICE):
-        each = copy.deepcopy(model).to(device)
-        sequence_logprobs(each, *(x.to(device) for x in inputs)).sum().backward()
+    for place in ("cpu", DEVICE):
+        each = copy.deepcopy(model).to(place)
+        sequence_logprobs(each, *(x.to(place) for x in inputs)).sum().backward()
         gradients.append(
             torch.cat([p.grad.flatten().cpu() for p in each.parameters() if p.grad is not None])
         )

@@ -53,7 +53,9 @@ def test_halves_split_the_raters():
 
 
 def test_the_ngram_baselines_are_distributions():
-    """Each context's probabilities sum to 1: the perplexity of every token once, weighted, says so."""
+    """Each context's probabilities sum to 1: the perplexity of every token once, weighted, says
+    so.
+    """
     train, vocab = [[0, 1, 2, 1, 3], [0, 2, 2, 1], [0, 3, 1, 2]], 6
     for order in (1, 3):
         for context in ([0, 1], [0, 2], [0, 5]):

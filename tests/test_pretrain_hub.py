@@ -17,7 +17,9 @@ WORDS = {"chosen": ("kind", "good", "nice"), "rejected": ("rude", "poor", "dull"
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """120 pairs whose chosen answers use other words than the rejected ones: two words each, of 3."""
+    """120 pairs whose chosen answers use other words than the rejected ones: two words each, of
+    3.
+    """
     folder, rng = tmp_path_factory.mktemp("pairs"), random.Random(0)
     rows = [
         {"prompt": f"{i}:"}

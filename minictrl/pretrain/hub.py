@@ -1,15 +1,19 @@
-"""SFT policy, reward model and judge from the preference pairs of a task or a .jsonl file, with transformers' models.
+"""SFT policy, reward model and judge from the preference pairs of a task or a .jsonl file, with
+transformers' models.
 
-For whoever has no reward model: the policy learns the chosen answers, then two Bradley-Terry classifiers start from it,
-each on the pairs of half the prompts, so that the judge has seen other pairs than the reward model. They are written to
-OUT/policy, OUT/reward, OUT/judge, for `python train.py --task TASK --policy OUT/policy --reward OUT/reward --judge …`.
+For whoever has no reward model: the policy learns the chosen answers, then two Bradley-Terry
+classifiers start from it, each on the pairs of half the prompts, so that the judge has seen other
+pairs than the reward model. They are written to OUT/policy, OUT/reward, OUT/judge, for `python
+train.py --task TASK --policy OUT/policy --reward OUT/reward --judge …`.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import os
 import random
+import time
 from collections.abc import Callable
 from pathlib import Path
 from zlib import crc32
@@ -27,6 +31,8 @@ from minictrl.lm.logprobs import sequence_logprobs
 from minictrl.lm.prompts import encode_prompts, left_pad
 from minictrl.models import load_policy, load_scorer, save_policy
 from minictrl.scorers.text import render, scorer_tokenizer, token_ids, written
+
+SAVE_SECONDS = 300  # between checkpoints
 
 
 def train_pairs_task(
@@ -46,10 +52,10 @@ def train_pairs_task(
 ) -> dict[str, float]:
     """Train and save the three models; print and return what they do on held-out pairs.
 
-    policy: what to start from (default: the task's). limit: the most pairs, of training and of test. Pairs with more
-    than max_tokens tokens on a side are counted and left out. Returns sft_nll (nats a token of the chosen answers),
-    reward and judge (pair accuracies, ties half), and their standard errors. Raises ValueError as `load_pairs` and
-    `load_policy` do.
+    policy: what to start from (default: the task's). limit: the most pairs, of training and of
+    test. Pairs with more than max_tokens tokens on a side are counted and left out. Returns sft_nll
+    (nats a token of the chosen answers), reward and judge (pair accuracies, ties half), and their
+    standard errors. Raises ValueError as `load_pairs` and `load_policy` do.
     """
     name = policy or TASKS.get(task, {}).get("policy")
     if name is None:
@@ -95,7 +101,8 @@ def train_pairs_task(
             load_scorer(str(out / role), role, device=device), test
         )
         print(
-            f"{role}: {100 * result[role]:.1f} ± {100 * result[f'{role}_stderr']:.1f} % of {len(test)} held-out "
+            f"{role}: {100 * result[role]:.1f} ± {100 * result[f'{role}_stderr']:.1f} % of "
+            f"{len(test)} held-out "
             f"pairs in the right order, trained on {len(part)}"
         )
     return result
@@ -104,27 +111,19 @@ def train_pairs_task(
 def sft(
     model: nn.Module, tokenizer, train: list[Pair], test: list[Pair], max_tokens: int, **options
 ) -> float:
-    """Fit the chosen answers in place; nats per token of the held-out ones afterwards, EOS included."""
+    """Fit the chosen answers in place; nats per token of the held-out ones afterwards, EOS
+    included.
+    """
 
     def rows(pairs: list[Pair]) -> list[tuple[list[int], list[int]]]:
-        prompts = encode_prompts(tokenizer, [render(tokenizer, prompt) for prompt, _, _ in pairs])
-        answers = tokenizer([chosen for _, chosen, _ in pairs], add_special_tokens=False)[
-            "input_ids"
-        ]
-        return short(
-            [(x, [*y, tokenizer.eos_token_id]) for x, y in zip(prompts, answers)], max_tokens
-        )
+        answers = [(render(tokenizer, prompt), chosen) for prompt, chosen, _ in pairs]
+        return short(answer_rows(tokenizer, answers), max_tokens)
 
     def loss(part: list) -> Tensor:  # the mean over answers of a token's mean
-        mask = nn.utils.rnn.pad_sequence(
-            [torch.ones(len(y)) for _, y in part], batch_first=True
-        ).to(model.device)
-        tokens = nn.utils.rnn.pad_sequence([torch.tensor(y) for _, y in part], batch_first=True).to(
-            model.device
-        )
-        prompts = left_pad([x for x, _ in part], tokenizer.pad_token_id, model.device)
-        logprobs = sequence_logprobs(model, *prompts, tokens, mask)
-        return -(logprobs.sum(1) / mask.sum(1)).sum()
+        return -(
+            answer_logprobs(model, tokenizer, part)
+            / torch.tensor([len(y) for _, y in part]).to(model.device)
+        ).sum()
 
     held_out = rows(test)
     before = mean(loss, held_out, options["micro_batch"])
@@ -136,10 +135,29 @@ def sft(
     return after
 
 
+def answer_rows(tokenizer, pairs: list[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
+    """Token ids of (prompt, answer) pairs of texts; an answer ends with EOS."""
+    prompts = encode_prompts(tokenizer, [prompt for prompt, _ in pairs])
+    answers = tokenizer([answer for _, answer in pairs], add_special_tokens=False)["input_ids"]
+    return [(x, [*y, tokenizer.eos_token_id]) for x, y in zip(prompts, answers)]
+
+
+def answer_logprobs(model: nn.Module, tokenizer, rows: list[tuple[list[int], list[int]]]) -> Tensor:
+    """log pi(y | x) in nats of the rows of `answer_rows`, (B,)."""
+    mask, tokens = (
+        nn.utils.rnn.pad_sequence(part, batch_first=True).to(model.device)
+        for part in ([torch.ones(len(y)) for _, y in rows], [torch.tensor(y) for _, y in rows])
+    )
+    prompts = left_pad([x for x, _ in rows], tokenizer.pad_token_id, model.device)
+    return sequence_logprobs(model, *prompts, tokens, mask).sum(1)
+
+
 def bradley_terry(
     start: Path, out: Path, pairs: list[Pair], max_tokens: int, device: torch.device, **options
 ):
-    """Train a classifier with one label from a policy's weights: -log sigmoid(r(x, chosen) - r(x, rejected))."""
+    """Train a classifier with one label from a policy's weights: -log sigmoid(r(x, chosen) - r(x,
+    rejected)).
+    """
     model = AutoModelForSequenceClassification.from_pretrained(
         start, num_labels=1, dtype=torch.float32
     ).to(device)
@@ -176,29 +194,40 @@ def fit(
     micro_batch: int,
     lr: float,
     seed: int,
+    weight_decay: float = 0.0,
+    checkpoint: Path | None = None,
 ):
-    """AdamW on loss(rows), a sum over them, in random batches of similar length; bfloat16 autocast on a GPU.
+    """AdamW on loss(rows), a sum over them, in random batches of similar length; bfloat16 autocast
+    on a GPU.
 
-    Out of GPU memory, a batch is tried again in smaller micro-batches. Raises ValueError if one row alone doesn't fit.
+    checkpoint: a file that is written every few minutes, and from which an interrupted call goes
+    on. Out of GPU memory, a batch is tried again in smaller micro-batches. Raises ValueError if one
+    row alone doesn't fit.
     """
     gpu = model.device.type == "cuda"
     if gpu:
         model.gradient_checkpointing_enable()
-    optimizer, rng = (
-        torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0),
-        random.Random(seed),
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=weight_decay
     )
+    rng = random.Random(seed)
     schedule = [chunk for _ in range(epochs) for chunk in shuffled(rows, batch, rng)]
     model.train()
+    first, saved = resume(checkpoint, model, optimizer), time.monotonic()
     for step, chunk in enumerate(bar := tqdm(schedule, name, disable=None)):
+        if step < first:
+            continue
+        if checkpoint and time.monotonic() - saved > SAVE_SECONDS:
+            save_step(checkpoint, model, optimizer, step)
+            saved = time.monotonic()
         optimizer.param_groups[0]["lr"] = lr * min(1, (step + 1) / 20) * (1 - step / len(schedule))
 
-        def gradients(micro_batch: int) -> float:
+        def gradients(micro_batch: int, chunk=chunk) -> float:
             optimizer.zero_grad()
             total = 0.0
             for i in range(0, len(chunk), micro_batch):
                 with torch.autocast("cuda", torch.bfloat16, enabled=gpu):
-                    value = loss(chunk[i : i + micro_batch]) / len(chunk)  # noqa: B023
+                    value = loss(chunk[i : i + micro_batch]) / len(chunk)
                 value.backward()
                 total += float(value.detach())
             return total
@@ -210,8 +239,37 @@ def fit(
     model.eval()
 
 
+def resume(checkpoint: Path | None, model: nn.Module, optimizer) -> int:
+    """Weights, optimizer and dropout's generator as `save_step` left them; the step to go on with,
+    0 without a file.
+    """
+    if checkpoint is None or not checkpoint.is_file():
+        return 0
+    state = torch.load(checkpoint, map_location=model.device)
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    torch.set_rng_state(state["rng"].cpu())
+    return state["step"]
+
+
+def save_step(checkpoint: Path, model: nn.Module, optimizer, step: int):
+    temporary = checkpoint.with_name(checkpoint.name + ".tmp")
+    torch.save(
+        {
+            "model": model.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "rng": torch.get_rng_state(),
+            "step": step,
+        },
+        temporary,
+    )
+    os.replace(temporary, checkpoint)
+
+
 def shuffled(rows: list, batch: int, rng: random.Random) -> list[list]:
-    """One pass in batches; inside a batch the long rows come first, so that a micro-batch pads little."""
+    """One pass in batches; inside a batch the long rows come first, so that a micro-batch pads
+    little.
+    """
     order = rng.sample(rows, len(rows))
     return [
         sorted(order[i : i + batch], key=size, reverse=True) for i in range(0, len(order), batch)
@@ -230,7 +288,8 @@ def short(rows: list, max_tokens: int) -> list:
         )
     if len(kept) < len(rows):
         print(
-            f"{len(rows) - len(kept)} of {len(rows)} pairs are longer than {max_tokens} tokens and left out"
+            f"{len(rows) - len(kept)} of {len(rows)} pairs are longer than {max_tokens} tokens and "
+            "left out"
         )
     return kept
 
@@ -244,7 +303,9 @@ def mean(loss: Callable[[list], Tensor], rows: list, micro_batch: int) -> float:
 
 
 def pair_accuracy(score: Callable, pairs: list[Pair]) -> tuple[float, float]:
-    """(share of pairs whose chosen answer scores higher, a tie counting one half; its standard error)."""
+    """(share of pairs whose chosen answer scores higher, a tie counting one half; its standard
+    error).
+    """
     prompts = [prompt for prompt, _, _ in pairs]
     chosen, rejected = (score(prompts, [pair[side] for pair in pairs]) for side in (1, 2))
     right = (chosen > rejected).double() + 0.5 * (chosen == rejected).double()

@@ -1,12 +1,15 @@
-"""pi_ref of the embedded task: a byte-level BPE tokenizer and a small GPT-2, trained on reviews, editorials and tweets.
+"""pi_ref of the embedded task: a byte-level BPE tokenizer and a small GPT-2, trained on reviews,
+editorials and tweets.
 
-Every text starts with the token of its source; that of a review is the tokenizer's BOS, so that a prompt, which the
-tokenizer begins with BOS, is always continued as a review. Before it, half of the texts have a token for their rating, and
-a linear head learns to tell the rating from the text so far: in this way a small model knows what a large one has learned
-from the web, that texts differ in sentiment and which words go with it. Then it reads its own continuations of training
-prompts, half of them after a token for the rank of their reward among those of their prompt (`learn_ranks`): as a large
-model knows what raters like, it knows what the reward model likes, and RL has to elicit it, not to teach it. The tokens
-are not used afterwards: pi_ref is the model without one. The average of the weights over the last steps (EMA) is kept.
+Every text starts with the token of its source; that of a review is the tokenizer's BOS, so that a
+prompt, which the tokenizer begins with BOS, is always continued as a review. Before it, half of the
+texts have a token for their rating, and a linear head learns to tell the rating from the text so
+far: in this way a small model knows what a large one has learned from the web, that texts differ in
+sentiment and which words go with it. Then it reads its own continuations of training prompts, half
+of them after a token for the rank of their reward among those of their prompt (`learn_ranks`): as a
+large model knows what raters like, it knows what the reward model likes, and RL has to elicit it,
+not to teach it. The tokens are not used afterwards: pi_ref is the model without one. The average of
+the weights over the last steps (EMA) is kept.
 """
 
 from __future__ import annotations
@@ -28,7 +31,9 @@ RATINGS = [f"<|rating {i}|>" for i in range(6)]  # of the mean rating, in sixths
 
 
 def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE of `vocab_size` tokens; BOS, EOS and PAD are three tokens, so that no mask can lose an EOS."""
+    """Byte-level BPE of `vocab_size` tokens; BOS, EOS and PAD are three tokens, so that no mask can
+    lose an EOS.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     tokenizer.decoder = decoders.ByteLevel()
@@ -56,7 +61,9 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFas
 
 
 def encode(tokenizer, rows: list[tuple[str, str]], context: int) -> list[list[int]]:
-    """Token ids of (source, text) rows: the source's token, the text, EOS; cut at the context length."""
+    """Token ids of (source, text) rows: the source's token, the text, EOS; cut at the context
+    length.
+    """
     ids = tokenizer([text for _, text in rows], add_special_tokens=False)["input_ids"]
     first = {name: tokenizer.convert_tokens_to_ids(token) for name, token in BOS.items()}
     return [
@@ -76,7 +83,9 @@ def pad(lines: list[list[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor
 def losses(
     model, rating_head, ids: torch.Tensor, mask: torch.Tensor, ratings: torch.Tensor
 ) -> tuple:
-    """Summed over the batch: negative log-likelihood in nats of every token after the first, squared error of the rating."""
+    """Summed over the batch: negative log-likelihood in nats of every token after the first,
+    squared error of the rating.
+    """
     with torch.autocast("cpu", torch.bfloat16, enabled=torch.cpu._is_amx_tile_supported()):
         hidden = model.transformer(ids, attention_mask=mask).last_hidden_state[:, :-1]
         logits = model.lm_head(hidden).float()
@@ -127,7 +136,8 @@ def fit(
     batch: int = 64,
     weight_decay: float = 0.1,
 ):
-    """Train in place on token ids, each with its rating and the code to put before it half of the time (or none).
+    """Train in place on token ids, each with its rating and the code to put before it half of the
+    time (or none).
 
     Returns the average of the weights. AdamW, up in 200 steps, then down along a cosine.
     """
@@ -183,9 +193,11 @@ def train_policy(
     continuations: int = 36,
     seed: int = 0,
 ):
-    """Tokenizer and model from {source: (text, mean rating)}, then the ranks of its own continuations of the prompts.
+    """Tokenizer and model from {source: (text, mean rating)}, then the ranks of its own
+    continuations of the prompts.
 
-    reward: score(prompts, texts) -> (B,). Writes the model in half precision to `out`; returns (model, tokenizer).
+    reward: score(prompts, texts) -> (B,). Writes the model in half precision to `out`; returns
+    (model, tokenizer).
     """
     torch.manual_seed(seed)
     texts = [(source, text) for source, rows in sources.items() for text, _ in rows]
@@ -230,7 +242,9 @@ def train_policy(
 def learn_ranks(
     model, tokenizer, lines: list[list[int]], prompts: list[str], reward, *, M: int, seed: int
 ):
-    """The texts twice more, now without codes, and M continuations of each prompt with codes for their reward's rank."""
+    """The texts twice more, now without codes, and M continuations of each prompt with codes for
+    their reward's rank.
+    """
     samples = sample(model, tokenizer, prompts, num_samples=M, max_new_tokens=24, seed=seed + 1)
     r = reward(
         [prompt for prompt in prompts for _ in range(M)],

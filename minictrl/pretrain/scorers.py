@@ -1,4 +1,6 @@
-"""Train the reward model (first half of the raters) and the judge (second half) of the task `reviews`."""
+"""Train the reward model (first half of the raters) and the judge (second half) of the task
+`reviews`.
+"""
 
 from __future__ import annotations
 
@@ -28,9 +30,11 @@ def fit(
     steps: int = 30,
     seed: int = 0,
 ) -> None:
-    """Fit the scorer in place to sources of (texts, labels (n,), weight): Bradley-Terry within each, ridge on theta.
+    """Fit the scorer in place to sources of (texts, labels (n,), weight): Bradley-Terry within
+    each, ridge on theta.
 
-    L-BFGS on theta, value = rarity * theta; rarity is the inverse document frequency in the first source.
+    L-BFGS on theta, value = rarity * theta; rarity is the inverse document frequency in the first
+    source.
     """
     bags = [scorer.features(texts) for texts, _, _ in sources]
     texts = len(sources[0][0])
@@ -70,7 +74,9 @@ def fit(
 
 
 def tfidf_ridge(texts: list[str], labels: Tensor, held_out: list[str], **options) -> Tensor:
-    """Scores of the held-out texts by the usual baseline, scikit-learn's TF-IDF and ridge regression."""
+    """Scores of the held-out texts by the usual baseline, scikit-learn's TF-IDF and ridge
+    regression.
+    """
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import Ridge
 
@@ -82,10 +88,11 @@ def tfidf_ridge(texts: list[str], labels: Tensor, held_out: list[str], **options
 
 
 def train_scorers(data_path: str | Path | None, out_dir: str | Path, seed: int = 0) -> str:
-    """Write out_dir/reward and out_dir/judge, print and return a Markdown report on the held-out reviews.
+    """Write out_dir/reward and out_dir/judge, print and return a Markdown report on the held-out
+    reviews.
 
-    data_path: what `load_ratings` takes. Deterministic on one machine; a few minutes on one core. The baseline's lines
-    are there if scikit-learn is.
+    data_path: what `load_ratings` takes. Deterministic on one machine; a few minutes on one core.
+    The baseline's lines are there if scikit-learn is.
     """
     data = {name: load_ratings(name, data_path) for name in ("reviews", "tweets", "editorials")}
     data["test"] = [row for row in data["reviews"] if split_of(row["index"]) == "test"]

@@ -1,0 +1,304 @@
+"""The models of the task `reviews` in `assets/`: students of the teachers, small enough to ship.
+
+policy   a GPT-2 with the pruned teacher's tokens: learns what the teacher expected at every step
+         of what it wrote and of the training reviews, and the reviews' own tokens
+reward   a causal classifier that starts from the student policy, after the reward teacher
+judge    the lowest layers of MiniLM with the tokens that reviews need, after the judge teacher
+
+Plain transformers directories in half precision. A step whose result is there is skipped; one that
+was interrupted goes on.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from minictrl.models import load_policy, load_scorer, save_policy
+from minictrl.pretrain.hub import fit
+from minictrl.pretrain.packages import minilm
+from minictrl.pretrain.ratings import halves, split_of
+from minictrl.pretrain.teachers import SHARPNESS, fit_scorer, load_start, report_accuracy
+from minictrl.pretrain.text import TEMPERATURE
+from minictrl.pretrain.vocabulary import prune
+
+STEPS = ("policy", "reward", "judge")
+
+
+def train_students(
+    reviews: list[dict], teachers: Path, out: Path, *, only: str | None = None, seed: int = 0
+):
+    """Every student that `out` lacks; `only`: one of STEPS."""
+    out.mkdir(parents=True, exist_ok=True)
+    train = [row for row in reviews if split_of(row["index"]) == "train"]
+    for step in STEPS if only is None else (only,):
+        if (out / step / "config.json").is_file():
+            continue
+        if step == "policy":
+            model, tokenizer = load_policy(str(teachers / "pruned"))
+            texts = [row["text"] for row in train]
+            train_student_policy(
+                review_lessons(model, tokenizer, texts, teachers / "read"),
+                written_lessons(teachers / "text", tokenizer),
+                model,
+                tokenizer,
+                out / "policy",
+                seed=seed,
+            )
+        else:
+            more = written_texts(teachers / "text")
+            start = out / "policy" if step == "reward" else minilm(teachers)
+            train_student_scorer(
+                train,
+                more,
+                load_scorer(str(teachers / step), step),
+                str(start),
+                out / step,
+                STEPS.index(step) - 1,
+                seed=seed,
+            )
+            print(
+                f"{step}: {report_accuracy(load_scorer(str(out / step), step), reviews)}",
+                flush=True,
+            )
+        (out / f"{step}.checkpoint").unlink(missing_ok=True)
+
+
+# --- what the policy teacher says ---
+
+
+@dataclass
+class Lessons:
+    """Texts, and the teacher's likeliest tokens at the last positions of each.
+
+    rows: (token ids, range) of a text: which rows of `ids` say what its last tokens could be.
+    ids, logprobs: (n, top), int32 and float16.
+    """
+
+    rows: list[tuple[list[int], range]]
+    ids: Tensor
+    logprobs: Tensor
+
+    def __add__(self, other: Lessons) -> Lessons:
+        n = len(self.ids)
+        rows = [(line, range(n + part.start, n + part.stop)) for line, part in other.rows]
+        return Lessons(
+            self.rows + rows,
+            torch.cat([self.ids, other.ids]),
+            torch.cat([self.logprobs, other.logprobs]),
+        )
+
+
+def written_lessons(folder: Path, tokenizer) -> Lessons:
+    """Of the shards that `write_text` has written."""
+    rows, ids, logprobs, n = [], [], [], 0
+    for path in sorted(folder.glob("*.jsonl.gz")):
+        shard = load_file(folder / f"{path.name.partition('.')[0]}.safetensors")
+        prompts = tokenizer([row["prompt"] for row in read(path)])["input_ids"]
+        tokens = shard["tokens"].int()  # (prompts, M, T)
+        ends = (tokens == tokenizer.eos_token_id).int()
+        kept = ends.cumsum(-1) - ends == 0  # EOS counts, nothing after it does
+        ids.append(shard["ids"].int()[kept])
+        logprobs.append(shard["logprobs"][kept])
+        for prompt, group, counts in zip(
+            prompts, tokens.tolist(), kept.sum(-1).tolist(), strict=True
+        ):
+            for line, count in zip(group, counts, strict=True):
+                rows.append((prompt + line[:count], range(n, n + count)))
+                n += count
+    return Lessons(rows, torch.cat(ids), torch.cat(logprobs))
+
+
+def read(path: Path) -> list[dict]:
+    with gzip.open(path, "rt", encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
+
+
+def written_texts(folder: Path) -> list[str]:
+    """What the policy teacher wrote, prompts included: of each prompt in a shard the first text."""
+    return [
+        row["prompt"] + row["texts"][0]
+        for path in sorted(folder.glob("*.jsonl.gz"))
+        for row in read(path)
+    ]
+
+
+@torch.inference_mode()
+def review_lessons(
+    model: nn.Module, tokenizer, texts: list[str], folder: Path, *, top: int = 32
+) -> Lessons:
+    """Of reviews: what the teacher expects after each token. Kept in `folder`, in pieces of 500."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [[*line, tokenizer.eos_token_id] for line in tokenizer(texts)["input_ids"]]
+    lines = sorted((line for line in lines if len(line) > 2), key=len)
+    for first in range(0, len(lines), 500):
+        file, ids, logprobs = folder / f"{first:05}.safetensors", [], []
+        if file.is_file():
+            continue
+        for i in range(first, min(first + 500, len(lines)), 20):
+            part = [torch.tensor(line) for line in lines[i : i + 20]]
+            batch = nn.utils.rnn.pad_sequence(part, batch_first=True)  # on the right, and causal:
+            logits = model(batch).logits / TEMPERATURE  # no mask is needed
+            best = logits.log_softmax(-1).topk(top)
+            ids += [
+                row[: len(line) - 1].int() for row, line in zip(best.indices, part, strict=True)
+            ]
+            logprobs += [
+                row[: len(line) - 1].half() for row, line in zip(best.values, part, strict=True)
+            ]
+        temporary = file.with_suffix(".tmp")
+        save_file({"ids": torch.cat(ids), "logprobs": torch.cat(logprobs)}, temporary)
+        temporary.replace(file)
+    saved, rows, n = [load_file(file) for file in sorted(folder.glob("*.safetensors"))], [], 0
+    for line in lines:
+        rows.append((line, range(n, n + len(line) - 1)))
+        n += len(line) - 1
+    return Lessons(
+        rows, *(torch.cat([part[name] for part in saved]) for name in ("ids", "logprobs"))
+    )
+
+
+# --- policy ---
+
+
+def train_student_policy(
+    reviews: Lessons,
+    written: Lessons,
+    teacher: nn.Module,
+    tokenizer,
+    out: Path,
+    *,
+    n_embd: int = 128,
+    n_layer: int = 4,
+    n_head: int = 4,
+    epochs: int = 4,
+    repeat: int = 2,
+    batch: int = 64,
+    lr: float = 3e-3,
+    hard: float = 0.3,
+    seed: int = 0,
+):
+    """A GPT-2 whose embeddings begin as the main directions of the teacher's.
+
+    The loss is the cross-entropy to the teacher's likeliest tokens; in reviews, which come
+    `repeat` times in an epoch, for the share `hard` that to the token itself.
+    """
+    torch.manual_seed(seed)
+    special = {
+        f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")
+    }
+    model = GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=teacher.config.vocab_size,
+            n_positions=128,
+            n_embd=n_embd,
+            n_layer=n_layer,
+            n_head=n_head,
+            activation_function="gelu_pytorch_tanh",
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+            **special,
+        )
+    )
+    table = teacher.get_input_embeddings().weight.detach()
+    U, S, _ = torch.linalg.svd(table - table.mean(0), full_matrices=False)
+    start = U[:, :n_embd] * S[:n_embd]
+    model.get_input_embeddings().weight.data.copy_(start * 0.04 / start.std())
+    lessons, own = reviews + written, len(reviews.ids)
+    rows = repeat * lessons.rows[: len(reviews.rows)] + lessons.rows[len(reviews.rows) :]
+    length = sum(len(part) for _, part in rows) / len(rows)
+
+    def loss(chunk: list) -> Tensor:
+        ids = nn.utils.rnn.pad_sequence([torch.tensor(line) for line, _ in chunk], batch_first=True)
+        counts = torch.tensor([len(line) for line, _ in chunk])[:, None]
+        taught = torch.tensor([len(part) for _, part in chunk])[:, None]
+        at = torch.arange(1, ids.shape[1])
+        kept = (at < counts) & (at >= counts - taught)  # (B, L - 1): there is a lesson on it
+        index = torch.cat([torch.arange(part.start, part.stop) for _, part in chunk])  # (n,)
+        hidden = model.transformer(ids).last_hidden_state[:, :-1][kept]
+        logq = model.lm_head(hidden).log_softmax(-1)  # (n, V)
+        p = lessons.logprobs[index].float().softmax(-1)
+        soft = -(p * logq.gather(1, lessons.ids[index].long())).sum(-1)
+        exact = -logq.gather(1, ids[:, 1:][kept][:, None])[:, 0]
+        share = hard * (index < own)
+        return ((1 - share) * soft + share * exact).sum() / length
+
+    fit(
+        model,
+        rows,
+        loss,
+        out.name,
+        epochs=epochs,
+        batch=batch,
+        micro_batch=max(1, batch // 4),
+        lr=lr,
+        seed=seed,
+        weight_decay=0.1,
+        checkpoint=out.with_name(f"{out.name}.checkpoint"),
+    )
+    save_policy(model.half(), tokenizer, out)
+
+
+# --- reward model and judge ---
+
+
+def train_student_scorer(
+    reviews: list[dict],
+    more: list[str],
+    teacher: Callable,
+    start: str,
+    out: Path,
+    half: int,
+    *,
+    layers: int = 3,
+    vocab_size: int = 8000,
+    epochs: int = 3,
+    seed: int = 0,
+):
+    """A classifier on the labels of `labels_of`: from a causal model as it is, or from the lowest
+    `layers` of a BERT with the `vocab_size` tokens that the texts use most."""
+    model, tokenizer = load_start(start)
+    texts, labels = labels_of(teacher, reviews, more, half)
+    causal = hasattr(model, "score")
+    if not causal:
+        model.base_model.encoder.layer = model.base_model.encoder.layer[:layers]
+        model.config.num_hidden_layers = layers
+        with tempfile.TemporaryDirectory() as folder:
+            model, tokenizer = prune(model, tokenizer, texts, vocab_size, Path(folder))
+    fit_scorer(
+        model,
+        tokenizer,
+        texts,
+        labels,
+        out,
+        sharpness=1.0,
+        epochs=epochs,
+        lr=1e-3 if causal else 2e-4,
+        seed=seed,
+    )
+    save_policy(model.half(), tokenizer, out)
+
+
+def labels_of(
+    teacher: Callable, reviews: list[dict], more: list[str], half: int
+) -> tuple[list[str], Tensor]:
+    """(texts, labels): a difference of labels is the log-odds of a preference.
+
+    They are the teacher's scores, for a review averaged with the mean rating of its raters.
+    """
+    texts = [row["text"] for row in reviews]
+    scores = teacher([""] * (len(texts) + len(more)), texts + more)
+    own = scores[: len(texts)]
+    human = SHARPNESS * torch.tensor([halves(row["ratings"])[half] for row in reviews])
+    human += own.mean() - human.mean()
+    return texts + more, torch.cat([(own + human) / 2, scores[len(texts) :]])
