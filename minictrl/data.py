@@ -1,4 +1,4 @@
-"""A task's name or a .jsonl file -> prompts and preference pairs.
+"""A task's name or a .jsonl file -> prompts.
 
 A prompt is text, which the policy continues as it stands, or a list of chat messages {"role",
 "content"}, which it answers. Public data sets (`data` and `pairs` of an entry of TASKS) are read
@@ -18,7 +18,6 @@ from minictrl.lm.hub import hub_name, unreachable
 
 ASSETS = Path(__file__).parent / "assets"
 Prompt = str | list[dict]
-Pair = tuple[Prompt, str, str]  # prompt, chosen, rejected
 
 
 def load_prompts(task_or_file: str, split: str = "train") -> list[Prompt]:
@@ -47,38 +46,6 @@ def load_prompts(task_or_file: str, split: str = "train") -> list[Prompt]:
     seen = {json.dumps(prompt) for prompt in train}
     test = unique(convert(read_hub(source, "test"), prompt_of, skip_bad=source["skip_bad"]))
     return [prompt for prompt in test if json.dumps(prompt) not in seen]
-
-
-def load_pairs(
-    task_or_file: str, split: str = "train", *, skip_bad: bool | None = None
-) -> list[Pair]:
-    """(prompt, chosen, rejected) of a task or of a .jsonl file, for SFT and a Bradley-Terry reward
-    model.
-
-    A row is {"prompt", "chosen", "rejected"}, or HH-RLHF's {"chosen", "rejected"}, two transcripts
-    with one prompt. A row without one of its sides raises ValueError with its line; with skip_bad
-    (default: as the task's entry says, else False) such rows are counted in a warning and left out.
-    split: as in `load_prompts`, by prompt.
-    """
-    check_split(split)
-    if task_or_file.endswith(".jsonl"):
-        pairs = convert(read_jsonl(Path(task_or_file)), pair_of, skip_bad=bool(skip_bad))
-        held_out = {
-            json.dumps(prompt) for prompt in unique(prompt for prompt, _, _ in pairs)[9::10]
-        }
-        return [pair for pair in pairs if (json.dumps(pair[0]) in held_out) == (split == "test")]
-    entry = task(task_or_file)
-    source = entry.get("pairs", entry.get("data"))
-    if source is None:
-        raise ValueError(
-            f"task {task_or_file!r} has no preference pairs: use a .jsonl file, or one of "
-            f"{', '.join(name for name in TASKS if 'data' in TASKS[name])}"
-        )
-    return convert(
-        read_hub(source, split),
-        pair_of,
-        skip_bad=source["skip_bad"] if skip_bad is None else skip_bad,
-    )
 
 
 def check_split(split: str):
@@ -169,32 +136,6 @@ def prompt_of(row) -> Prompt:
         'give "prompt", a text that is not empty, or "messages", a list of {"role": system, user '
         f'or assistant, "content": …}} that ends with the user\'s; it holds {str(row)[:80]}'
     )
-
-
-def pair_of(row) -> Pair:
-    """(prompt, chosen, rejected) of a row."""
-    prompt, sides = prompt_of(row), []
-    for side in ("chosen", "rejected"):
-        answer = row.get(side)
-        if isinstance(answer, str) and "prompt" not in row:  # HH: the whole transcript
-            *before, answer = parse_hh(answer)
-            if before != prompt:
-                raise ValueError(
-                    "chosen and rejected have different prompts: give two answers to one prompt"
-                )
-            answer = answer["content"]
-        # messages, the answer last
-        elif isinstance(answer, list) and answer and isinstance(answer[-1], dict):
-            answer = answer[-1].get("content")
-            if isinstance(prompt, str) and isinstance(answer, str):
-                answer = " " + answer.strip()  # what continues a text is set off by a space
-        if not isinstance(answer, str) or not answer.strip():
-            raise ValueError(
-                f'"{side}" is missing or empty: give both sides, or leave such rows out '
-                "(skip_bad=True)"
-            )
-        sides.append(answer)
-    return prompt, *sides
 
 
 def parse_hh(text: str) -> list[dict]:

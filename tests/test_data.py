@@ -7,7 +7,8 @@ import socket
 import pytest
 
 from minictrl.config import TASKS
-from minictrl.data import load_pairs, load_prompts, parse_hh
+from minictrl.data import load_prompts, parse_hh
+from minictrl.pretrain.pairs import load_pairs
 
 
 def hh(*turns: str) -> str:

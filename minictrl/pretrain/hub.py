@@ -25,11 +25,11 @@ from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification
 
 from minictrl.config import TASKS
-from minictrl.data import Pair, load_pairs
 from minictrl.lm.device import halving, resolve_device
 from minictrl.lm.logprobs import sequence_logprobs
 from minictrl.lm.prompts import encode_prompts, left_pad
 from minictrl.models import load_policy, load_scorer, save_policy
+from minictrl.pretrain.pairs import Pair, load_pairs
 from minictrl.scorers.text import render, scorer_tokenizer, token_ids, written
 
 SAVE_SECONDS = 300  # between checkpoints

@@ -1,0 +1,79 @@
+"""A task's name or a .jsonl file -> preference pairs, for SFT and a Bradley-Terry reward model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from minictrl.config import TASKS
+from minictrl.data import (
+    Prompt,
+    check_split,
+    convert,
+    parse_hh,
+    prompt_of,
+    read_hub,
+    read_jsonl,
+    task,
+    unique,
+)
+
+Pair = tuple[Prompt, str, str]  # prompt, chosen, rejected
+
+
+def load_pairs(
+    task_or_file: str, split: str = "train", *, skip_bad: bool | None = None
+) -> list[Pair]:
+    """(prompt, chosen, rejected) of a task or of a .jsonl file, for SFT and a Bradley-Terry reward
+    model.
+
+    A row is {"prompt", "chosen", "rejected"}, or HH-RLHF's {"chosen", "rejected"}, two transcripts
+    with one prompt. A row without one of its sides raises ValueError with its line; with skip_bad
+    (default: as the task's entry says, else False) such rows are counted in a warning and left out.
+    split: as in `load_prompts`, by prompt.
+    """
+    check_split(split)
+    if task_or_file.endswith(".jsonl"):
+        pairs = convert(read_jsonl(Path(task_or_file)), pair_of, skip_bad=bool(skip_bad))
+        held_out = {
+            json.dumps(prompt) for prompt in unique(prompt for prompt, _, _ in pairs)[9::10]
+        }
+        return [pair for pair in pairs if (json.dumps(pair[0]) in held_out) == (split == "test")]
+    entry = task(task_or_file)
+    source = entry.get("pairs", entry.get("data"))
+    if source is None:
+        raise ValueError(
+            f"task {task_or_file!r} has no preference pairs: use a .jsonl file, or one of "
+            f"{', '.join(name for name in TASKS if 'data' in TASKS[name])}"
+        )
+    return convert(
+        read_hub(source, split),
+        pair_of,
+        skip_bad=source["skip_bad"] if skip_bad is None else skip_bad,
+    )
+
+
+def pair_of(row) -> Pair:
+    """(prompt, chosen, rejected) of a row."""
+    prompt, sides = prompt_of(row), []
+    for side in ("chosen", "rejected"):
+        answer = row.get(side)
+        if isinstance(answer, str) and "prompt" not in row:  # HH: the whole transcript
+            *before, answer = parse_hh(answer)
+            if before != prompt:
+                raise ValueError(
+                    "chosen and rejected have different prompts: give two answers to one prompt"
+                )
+            answer = answer["content"]
+        # messages, the answer last
+        elif isinstance(answer, list) and answer and isinstance(answer[-1], dict):
+            answer = answer[-1].get("content")
+            if isinstance(prompt, str) and isinstance(answer, str):
+                answer = " " + answer.strip()  # what continues a text is set off by a space
+        if not isinstance(answer, str) or not answer.strip():
+            raise ValueError(
+                f'"{side}" is missing or empty: give both sides, or leave such rows out '
+                "(skip_bad=True)"
+            )
+        sides.append(answer)
+    return prompt, *sides
