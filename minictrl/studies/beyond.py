@@ -22,8 +22,10 @@ from minictrl.task import load_task
 
 def summary(out: Path, quick: bool):
     """Every method at the KL where most have runs: win rates, distance to the optimum, cost."""
-    rows, table, (figure, axes) = sweep(out, quick, METHODS), [], panels(1, 2)
-    kl, drawn = common_kl(rows), {"bon": [], "won": []}
+    figure, axes = panels(1, 2)
+    rows, table = sweep(out, quick, METHODS), []
+    kl = common_kl(rows)
+    drawn = {"bon": [], "won": []}
     for (name,), mine in grouped(rows, "method").items():
         spent = cost(Path(max(mine, key=lambda row: row["kl"])["run"]))
         entry = {"method": name, "kl": kl}
@@ -78,7 +80,8 @@ def tuned(out: Path, quick: bool):
     methods = {f"bon_fp {n}": {"transform": "bon_fp", "n": n} for n in (2, 32)}
     methods |= {name: METHODS[name] for name in ("bon_fp", "exp5", "exp10")}
     rows = sweep(out, quick, methods, budgets=(2.0,) if quick else (0.5, 1.0, 2.0))
-    kl, table, (figure, (axis,)) = common_kl(rows), [], panels(1, 1)
+    figure, (axis,) = panels(1, 1)
+    kl, table = common_kl(rows), []
     for name, settings in methods.items():
         Phi, N = settings["transform"], settings.get("n", 4)
         if Phi == "bon_fp":
@@ -97,11 +100,13 @@ def held_out(out: Path, quick: bool):
     points.
     """
     names = ("none", "identity", "exp10", "ipo", "qrpo exp10", "pkpo bon")
-    methods, budgets = {name: METHODS[name] for name in names}, (2.0,) if quick else (1.0,)
-    table, (figure, (axis,)) = [], panels(1, 1, width=7)
+    methods = {name: METHODS[name] for name in names}
+    budgets = (2.0,) if quick else (1.0,)
+    figure, (axis,) = panels(1, 1, width=7)
+    table = []
     for split in ("train", "test"):
-        rows = points(sweep(out, quick, methods, budgets=budgets, split=split))
-        for point in where(rows, procedure="bon", n=4):
+        rows = sweep(out, quick, methods, budgets=budgets, split=split)
+        for point in points(where(rows, procedure="bon", n=4)):
             gap = 100 * (point["optimal"] - point["win_rate"])
             table.append({"split": split} | point | {"below_optimum": gap})
     drawn = [row | {"error": 100 * row["stderr"]} for row in where(table, scorer="reward")]
@@ -126,7 +131,8 @@ def ablation(out: Path, quick: bool):
         methods[f"{name} K {K}"] = {"transform": name, "K": K}
     methods |= {name: METHODS[name] for name in ("identity", "exp10")}  # K = 100, as in the sweep
     rows = sweep(out, quick, methods, budgets=(2.0,) if quick else (0.5, 1.0, 2.0))
-    kl, cases, table = common_kl(rows), (("standard", 1), ("bon", 4)), []
+    cases = (("standard", 1), ("bon", 4))
+    kl, table = common_kl(rows), []
     for name, (procedure, n) in product(methods, cases):
         variant = f"{name} K 100" if name in ("identity", "exp10") else name
         row = {"variant": variant, "procedure": procedure, "n": n}

@@ -22,24 +22,19 @@ from minictrl.models import load_scorer
 from minictrl.rollout import score
 from minictrl.task import Task, load_task
 
-# Settings of train.py beside --kl and --seed. CTRL's are those with a transform of the calibrated
-# reward.
-CTRL = {
-    name: {"transform": name}
-    for name in ("identity", "log", "exp5", "exp10", "exp-5", "exp-10", "bon_fp")
-}
-CTRL["won_fp"] = {"transform": "won_fp", "procedure": "won"}
-OTHERS = {
+# Methods are settings of train.py beside --kl and --seed.
+CTRL = ("identity", "log", "exp5", "exp10", "exp-5", "exp-10", "bon_fp")
+OTHERS = ("none", "ipo", "bonbon", "bond", "grpo", "grpo_fixed")  # made for no procedure
+METHODS = {
+    **{name: {"transform": name} for name in CTRL},
+    "won_fp": {"transform": "won_fp", "procedure": "won"},
     "none": {"transform": "none"},
-    **{name: {"method": name} for name in ("ipo", "bonbon", "bond", "grpo", "grpo_fixed")},
-}
-NEWER = {
+    **{name: {"method": name} for name in OTHERS[1:]},
     "qrpo exp10": {"method": "qrpo", "transform": "exp10"},
     "pkpo bon": {"method": "pkpo"},
     "qrpo exp-10": {"method": "qrpo", "transform": "exp-10"},
     "pkpo won": {"method": "pkpo", "procedure": "won"},
 }
-METHODS = CTRL | OTHERS | NEWER
 AWARE = {  # procedure -> the methods that are made for it
     "standard": ("identity", "log"),
     "bon": ("exp5", "exp10", "bon_fp", "qrpo exp10", "pkpo bon"),

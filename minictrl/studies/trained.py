@@ -95,9 +95,10 @@ def against_kl(rows: list[dict], cases: list[tuple[str, int]], methods: list[str
 
     methods: those drawn (default: those made for the procedure, and those made for none).
     """
-    table, (figure, axes) = points(rows), panels(2, len(cases))
+    figure, axes = panels(2, len(cases))
+    table = points(rows)
     for axis, (scorer, (procedure, n)) in zip(axes, product(SCORERS, cases)):
-        drawn = methods or list(dict.fromkeys([*AWARE[procedure], "identity", *OTHERS]))
+        drawn = methods or [*AWARE[procedure], "identity", *OTHERS]
         draw_measured(axis, table, drawn, procedure, n, scorer)
     kept = [row for row in rows if (row["procedure"], row["n"]) in cases]
     return [{name: row.get(name) for name in FIELDS} for row in kept], figure
@@ -105,11 +106,15 @@ def against_kl(rows: list[dict], cases: list[tuple[str, int]], methods: list[str
 
 def draw_measured(axis, table: list[dict], methods: list[str], procedure: str, n: int, scorer: str):
     """Measured curves of these methods, the theory of their transforms, and the optimum."""
-    table = sorted(where(table, procedure=procedure, n=n, scorer=scorer), key=lambda p: p["kl"])
-    rows = [point for name in methods for point in where(table, method=name)]
-    transforms = {name: METHODS.get(name, {}).get("transform", "none") for name in methods}
+    rows = where(table, procedure=procedure, n=n, scorer=scorer)
+    rows = [row for row in rows if row["method"] in methods]
+    rows.sort(key=lambda row: (methods.index(row["method"]), row["kl"]))
     no_curve = {"none", *theory.FIXED_POINTS}  # none's is not known; the others' is the optimum
-    expected = {name: each for name, each in transforms.items() if each not in no_curve}
+    expected = {}
+    for name in methods:
+        transform = METHODS.get(name, {}).get("transform", "none")
+        if transform not in no_curve:
+            expected[name] = transform
     tradeoff(axis, rows, procedure, n, by="method", expected=expected)
     axis.set_title(f"{title(procedure, n)}, by {scorer}")
     axis.legend()
@@ -136,11 +141,22 @@ def best_of(out: Path, quick: bool) -> list[dict]:
         weight_ref = get_procedure(procedure).weights(select_ref, n, torch.empty(0))
         for scorer, x in scores.items():
             wins = (weight * winrate.beaten(x[:, M:], x[:, :M], weight_ref)).sum(1)  # (P,)
-            row = {"method": "Best-of-n", "budget": size, "seed": 0}
-            row |= {"procedure": procedure, "n": n, "scorer": scorer}
-            row |= {"win_rate": wins.mean().item(), "stderr": wins.std().item() / P**0.5}
-            row |= {"kl": kl, "kl_stderr": 0.0, "theory": theory.at_kl("log", kl, procedure, n)}
-            rows.append(row | {"optimal": theory.optimal_win_rate(kl, procedure, n)})
+            win_rate, stderr = mean_stderr(wins.tolist())
+            row = {
+                "method": "Best-of-n",
+                "budget": size,
+                "seed": 0,
+                "procedure": procedure,
+                "n": n,
+                "scorer": scorer,
+                "win_rate": win_rate,
+                "stderr": stderr,
+                "kl": kl,
+                "kl_stderr": 0.0,
+                "theory": theory.at_kl("log", kl, procedure, n),
+                "optimal": theory.optimal_win_rate(kl, procedure, n),
+            }
+            rows.append(row)
     return rows
 
 
@@ -171,7 +187,8 @@ def which_t(out: Path, quick: bool):
 
     Paper: exp5 for Best-of-2, exp10 for Best-of-4, as theory says without training.
     """
-    rows, table, (figure, axes) = sweep(out, quick, METHODS), [], panels(1, 2)
+    figure, axes = panels(1, 2)
+    rows, table = sweep(out, quick, METHODS), []
     families = {"bon": ("identity", "exp5", "exp10"), "won": ("identity", "exp-5", "exp-10")}
     for axis, (procedure, names) in zip(axes, families.items()):
         kl = common_kl(rows, names)
@@ -201,7 +218,8 @@ def fig9(out: Path, quick: bool):
 
     Paper: CTRL is above the other methods in expected raw judge reward too.
     """
-    rows, table, (figure, axes) = sweep(out, quick, METHODS), [], panels(1, 2)
+    figure, axes = panels(1, 2)
+    rows, table = sweep(out, quick, METHODS), []
     for (run,), group in grouped(rows, "run").items():
         row = {name: group[0][name] for name in ("method", "budget", "seed", "kl")}
         for scorer in SCORERS:
@@ -214,9 +232,7 @@ def fig9(out: Path, quick: bool):
             kl = fmean(column(group, "kl"))
             means.append({"method": method, "kl": kl, "gain": gain, "stderr": stderr})
         means.sort(key=lambda row: row["kl"])
-        drawn = [
-            row for name in ("identity", "exp10", *OTHERS) for row in where(means, method=name)
-        ]
+        drawn = [row for row in means if row["method"] in ("identity", "exp10", *OTHERS)]
         errorbars(axis, drawn, "kl", "gain", by="method", yerr="stderr")
         axis.set(title=f"raw {scorer}", xlabel=KL, ylabel="mean score minus pi_ref's")
         axis.legend()
@@ -239,8 +255,8 @@ def fig12(out: Path, quick: bool):
         rows += rewound(Path(run), group[0])
     table = points(rows)
     for point in table:
-        mine = column(rows, "draws", method=point["method"], budget=point["budget"])
-        point["draws"] = fmean(mine)
+        run_of = {name: point[name] for name in ("method", "budget")}
+        point["draws"] = fmean(column(rows, "draws", **run_of))
     for axis, scorer in zip(axes, SCORERS):
         draw_measured(axis, table, list(methods), "rewind", 32, scorer)
     errorbars(axes[2], where(rows, scorer="reward"), "kl", "draws", by="method", fmt="o")
@@ -255,21 +271,29 @@ def rewound(run: Path, row: dict) -> list[dict]:
 
     From the samples behind its eval.json, drawn again from their seeds.
     """
-    config, M = replace(runs.load_finished(run), prompts=row["prompts"]), row["samples"]
-    task, index = load_task(config, "test"), range(row["prompts"])
-    policy = load_policy(str(run / "policy"))[0].to(task.ids.device)
+    prompts, M = row["prompts"], row["samples"]
+    config = replace(runs.load_finished(run), prompts=prompts)
+    task = load_task(config, "test")
+    policy, _ = load_policy(str(run / "policy"))
+    policy.to(task.ids.device)
     r_ref, texts_ref = evaluation.draw_reference(task, config, M)
     seed = evaluation.POLICY_SEED
-    samples, r = sample_and_score(task, policy, index, num_samples=M, seed=seed)
+    samples, r = sample_and_score(task, policy, range(prompts), num_samples=M, seed=seed)
     scores = {"reward": (r, r_ref), "judge": (judged(task, samples.texts), judged(task, texts_ref))}
-    draws = mean_draws(r, rewind.threshold_of(r_ref), 32)
-    best = theory.optimal_win_rate(row["kl"], "rewind", 32)
     rows = []
     for scorer, (x, x_ref) in scores.items():
         win_rate, stderr = winrate.win_rate(r, x, r_ref, x_ref, "rewind", 32)
-        case = {"procedure": "rewind", "n": 32, "scorer": scorer}
-        measured = {"win_rate": win_rate, "stderr": stderr, "draws": draws}
-        rows.append(row | case | measured | {"theory": None, "optimal": best})
+        measured = {
+            "procedure": "rewind",
+            "n": 32,
+            "scorer": scorer,
+            "win_rate": win_rate,
+            "stderr": stderr,
+            "theory": None,
+            "optimal": theory.optimal_win_rate(row["kl"], "rewind", 32),
+            "draws": mean_draws(r, rewind.threshold_of(r_ref), 32),
+        }
+        rows.append(row | measured)
     return rows
 
 
