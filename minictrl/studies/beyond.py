@@ -15,7 +15,7 @@ from minictrl.methods import get_method
 from minictrl.rollout import score
 from minictrl.sampling import sample
 from minictrl.studies.sweep import METHODS, SCALES, sweep
-from minictrl.studies.tables import at_kl, below_optimum, common_kl, grouped, points, where
+from minictrl.studies.tables import Rows, at_kl, below_optimum, common_kl, grouped, points, where
 from minictrl.studies.trained import draw_over_n
 from minictrl.task import load_task
 
@@ -50,7 +50,7 @@ def summary(out: Path, quick: bool):
     return table, figure
 
 
-def draw_by_method(axis, rows: list[dict], text: str, name: str = "method"):
+def draw_by_method(axis, rows: Rows, text: str, name: str = "method"):
     """Win rates by reward and by judge, a line of the picture for each method; nan is left out."""
     known = [row for row in rows if row["win_rate"] > 0]
     errorbars(axis, known, "win_rate", name, by="scorer", xerr="stderr", fmt="o")
@@ -170,7 +170,7 @@ def overhead(out: Path, quick: bool):
     rows = []
     for stage, spent in (("calibration", calibration), ("training", training)):
         shares = {f"share_of_{name}": spent[name] / sums[name] for name in sums}
-        rows.append({"stage": stage, "seconds_sampling": None} | spent | shares)
+        rows.append({"stage": stage} | spent | shares)
     figure, (axis,) = panels(1, 1)
     axis.bar(sums, 100, label="training")
     axis.bar(sums, [100 * rows[0][f"share_of_{name}"] for name in sums], label="calibration")

@@ -16,7 +16,7 @@ from minictrl.figures import COLORS, KL, WIN_RATE, panels, title
 from minictrl.procedures import cells
 from minictrl.procedures.bon import mass_after as bon
 from minictrl.procedures.masses import mass_win_rate
-from minictrl.studies.tables import below_optimum, column, where, zipped
+from minictrl.studies.tables import Rows, below_optimum, column, where, zipped
 from minictrl.transforms import get_transform
 
 CLOSED = ["identity", "log", "exp5", "exp10", "exp-5", "exp-10"]
@@ -26,7 +26,8 @@ U, DENSITY = "calibrated reward u = C", "density (pi_ref: 1)"
 
 def budgets(quick: bool) -> list[float]:
     """KLs of a curve in nats, closer to each other where it is steep."""
-    return (2.5 * torch.linspace(0.07, 1, 12 if quick else 50, dtype=torch.float64) ** 2).tolist()
+    steps = torch.linspace(0.07, 1, 12 if quick else 50, dtype=torch.float64)
+    return (2.5 * steps**2).tolist()
 
 
 def best_of_kl(n: int) -> float:
@@ -37,7 +38,7 @@ def best_of_kl(n: int) -> float:
 # --- the paper's figures ---
 
 
-def tradeoff(transforms: list[str], procedure: str, n: int, kls: list[float]) -> list[dict]:
+def tradeoff(transforms: list[str], procedure: str, n: int, kls: list[float]) -> Rows:
     """Win rate against KL of each transform and of Best-of-n, whose policy is that of `log`."""
     cases = [(name, name, kl) for name, kl in product(transforms, kls)]
     cases += [(f"best-of-{size}", "log", best_of_kl(size)) for size in BEST_OF]
@@ -56,7 +57,7 @@ def tradeoff(transforms: list[str], procedure: str, n: int, kls: list[float]) ->
     return rows
 
 
-def draw_lines(axis, rows: list[dict], transforms: list[str], y: str):
+def draw_lines(axis, rows: Rows, transforms: list[str], y: str):
     """A line for each transform against KL; those that are solved for are black."""
     for name in transforms:
         mine = where(rows, transform=name)
@@ -64,41 +65,34 @@ def draw_lines(axis, rows: list[dict], transforms: list[str], y: str):
     axis.set_xlabel(KL)
 
 
-def draw_tradeoff(axis, rows: list[dict], transforms: list[str]):
+def draw_tradeoff(axis, rows: Rows, transforms: list[str]):
     draw_lines(axis, rows, transforms, "win_rate")
     best_of = rows[-len(BEST_OF) :]
     kls, win_rates = column(best_of, "kl_nats"), column(best_of, "win_rate")
     axis.plot(kls, win_rates, "o", color=COLORS["log"], label="Best-of-n of pi_ref, n = 2 … 32")
     axis.set(title=title(rows[0]["procedure"], rows[0]["n"]), ylabel=WIN_RATE)
+    axis.legend(loc="lower right")
 
 
 def fig2(out: Path, quick: bool):
-    """Best-of-4 and Worst-of-4 against KL for every transform (Fig. 2), and how far each is from
-    the optimum.
-    """
-    rows, (figure, axes) = [], panels(2, 2)
-    for axis, gap_axis, procedure in zip(axes[:2], axes[2:], ("bon", "won")):
-        names = [*CLOSED, f"{procedure}_fp"]
-        mine = tradeoff(names, procedure, 4, budgets(quick))
-        draw_tradeoff(axis, mine, names)
-        axis.legend(loc="lower right")
-        draw_lines(gap_axis, mine, CLOSED, "points_below_optimum")
-        gap_axis.set(ylabel="win rate below the optimum [points]", ylim=(0.01, 40), yscale="log")
-        rows += mine
-    return rows, figure
+    """Best-of-4 and Worst-of-4 against KL for every transform (Fig. 2)."""
+    return every_transform([("bon", 4), ("won", 4)], quick)
 
 
 def fig11(out: Path, quick: bool):
     """Standard, Best-of-2 and 4, Worst-of-2 and 4 against KL (Fig. 11)."""
-    rows, (figure, axes) = [], panels(3, 2, height=3.6)
     cases = [("standard", 1), ("bon", 2), ("bon", 4), ("won", 2), ("won", 4)]
-    for axis, (procedure, n) in zip([axes[0], *axes[2:]], cases):
-        solved = [] if procedure == "standard" else [f"{procedure}_fp"]
-        mine = tradeoff(CLOSED + solved, procedure, n, budgets(quick))
-        draw_tradeoff(axis, mine, CLOSED + solved)
+    return every_transform(cases, quick)
+
+
+def every_transform(cases: list[tuple[str, int]], quick: bool):
+    """The trade-off of every transform for each (procedure, n), and how far it is from the best."""
+    rows, (figure, axes) = [], panels(1, len(cases))
+    for axis, (procedure, n) in zip(axes, cases):
+        names = CLOSED if procedure == "standard" else [*CLOSED, f"{procedure}_fp"]
+        mine = tradeoff(names, procedure, n, budgets(quick))
+        draw_tradeoff(axis, mine, names)
         rows += mine
-    axes[1].axis("off")
-    axes[1].legend(*axes[2].get_legend_handles_labels(), loc="center", title="won_fp as bon_fp")
     return rows, figure
 
 
@@ -112,10 +106,13 @@ def transforms(out: Path, quick: bool):
     }
     for axis, density_axis, (use, family) in zip(axes[:2], axes[2:], families.items()):
         closed, solved, sizes = family
-        for name, n in [(name, 1) for name in closed] + [(solved, n) for n in sizes]:
+        cases = [(name, 1) for name in closed]
+        cases += [(solved, n) for n in sizes]
+        for name, n in cases:
             beta = theory.beta_for_kl(name, 1.0, n=n)
             Phi = get_transform(name, n=n, beta=beta, K=None)(u)
-            density = cells.tilt(Phi, 1 / beta, torch.full_like(u, 1 / len(u))).exp()
+            uniform = torch.full_like(u, 1 / len(u))
+            density = cells.tilt(Phi, 1 / beta, uniform).exp()
             scaled = (Phi - Phi[0]) / (Phi[-1] - Phi[0])
             axis.plot(u, scaled)
             density_axis.plot(u, density, label=f"{name}, N = {n}" if n > 1 else name)
@@ -145,9 +142,11 @@ def rewind(out: Path, quick: bool):
     draws_axis.set(title="cost", ylabel="mean number of draws", ylim=(0, 14))
     draws_axis.legend(ncols=2)
     for kl in (0.25, 0.5, 1.0):
-        draw_optimum(density_axis, kl, "rewind", 32, label=f"{kl:g} nats")
+        mass, ref = theory.policy_at_kl("optimal", kl, "rewind", 32)
+        density_axis.plot(cells.centres(ref), mass / ref, label=f"{kl:g} nats")
     density_axis.axvline(threshold, color="grey", label="threshold")
-    density_axis.set(title="the optimum for it", ylim=(1e-4, 1e3), xlim=(0.7, 1.005))
+    density_axis.set(title="the optimum for it", xlabel=U, xlim=(0.7, 1.005))
+    density_axis.set(ylabel=DENSITY, yscale="log", ylim=(1e-4, 1e3))
     density_axis.legend()
     return rows, figure
 
@@ -155,13 +154,6 @@ def rewind(out: Path, quick: bool):
 def draws(fails: float, most: int = 32) -> float:
     """Draws of rewind-and-repeat on average, if one is rejected with probability `fails`."""
     return (1 - fails**most) / (1 - fails)
-
-
-def draw_optimum(axis, kl: float, procedure, n: int, **line):
-    """The density of the best policy for a procedure."""
-    mass, ref = theory.policy_at_kl("optimal", kl, procedure, n)
-    axis.plot(cells.centres(ref), mass / ref, **line)
-    axis.set(xlabel=U, ylabel=DENSITY, yscale="log")
 
 
 # --- beyond the paper ---
@@ -214,7 +206,8 @@ def any_n(mass: Tensor, u: Tensor, n: int) -> Tensor:
     """Best-of-N of a user whose N is uniform over 1 .. n: (n, G), which mass_win_rate averages
     over.
     """
-    return torch.stack([bon(mass, u, N) for N in range(1, n + 1)])
+    sizes = range(1, n + 1)
+    return torch.stack([bon(mass, u, N) for N in sizes])
 
 
 def mix(out: Path, quick: bool):
@@ -226,7 +219,7 @@ def mix(out: Path, quick: bool):
     policies = {f"optimal for {at}": ("optimal", *case) for at, case in used.items()}
     policies |= {name: (name, "bon", 1) for name in ("log", "exp5", "exp10", "exp20", "exp40")}
     kls = (1.0,) if quick else (0.25, 0.5, 1.0, 2.0)
-    rows, (figure, (loss_axis, density_axis)) = [], panels(1, 2)
+    rows, (figure, (axis,)) = [], panels(1, 1, width=8)
     for kl, (tuned, (name, procedure, n)) in product(kls, policies.items()):
         mass, ref = theory.policy_at_kl(name, kl, procedure, n)
         for at, case in used.items():
@@ -241,13 +234,9 @@ def mix(out: Path, quick: bool):
             rows.append(row)
     for tuned in policies:
         lost = column(rows, "points_lost", kl_nats=1, transform=tuned)
-        loss_axis.plot(list(used), lost, "o-", label=tuned)
-    loss_axis.set(title="at 1 nat", ylabel="points lost to the optimum", ylim=(-0.5, 16))
-    loss_axis.legend()
-    for at, case in used.items():
-        draw_optimum(density_axis, 1.0, *case, label=at)
-    density_axis.set(title="the optimal policies", ylim=(1e-3, 1e4), xlim=(0.5, 1.005))
-    density_axis.legend()
+        axis.plot(list(used), lost, "o-", label=tuned)
+    axis.set(title="at 1 nat", ylabel="points lost to the optimum", ylim=(-0.5, 16))
+    axis.legend()
     return rows, figure
 
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import csv
 import inspect
+import json
 import math
 from pathlib import Path
 
 from minictrl.cli import Parser, run_script
 from minictrl.figures import title
 from minictrl.reproduce import STUDIES
-from minictrl.studies.tables import at_kl, common_kl, grouped, near
+from minictrl.studies.tables import Rows, at_kl, common_kl, grouped, near
 
 HEAD = """# Results
 
@@ -53,23 +54,22 @@ def section(name: str, folder: Path) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def read(path: Path) -> list[dict]:
+def read(path: Path) -> Rows:
     """Rows of a study's CSV, numbers as numbers, an empty cell as None."""
+
+    def value(cell: str):
+        try:
+            return json.loads(cell)
+        except ValueError:
+            return cell or None
+
     with open(path, newline="") as file:
         rows = list(csv.DictReader(file))
-    return [{name: number(cell) for name, cell in row.items()} for row in rows]
+    return [{name: value(cell) for name, cell in row.items()} for row in rows]
 
 
-def number(cell: str) -> float | str | None:
-    try:
-        return float(cell) if cell else None
-    except ValueError:
-        return cell
-
-
-def at_equal_kl(rows: list[dict]) -> str:
+def at_equal_kl(rows: Rows) -> str:
     """Every method at the KL where most have runs, a row each, as a Markdown table."""
-    rows = [row | {"n": int(row["n"])} for row in rows]
     kl, cases = common_kl(rows), list(grouped(rows, "procedure", "n"))
     names = [title(procedure, n) for procedure, n in cases]
     table = [[f"method, at {kl:g} nats", "runs", *names], ["---"] * (2 + len(cases))]
@@ -79,7 +79,7 @@ def at_equal_kl(rows: list[dict]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in table)
 
 
-def cell(rows: list[dict], kl: float, method: str, procedure: str, n: int) -> str:
+def cell(rows: Rows, kl: float, method: str, procedure: str, n: int) -> str:
     """A method's win rate by reward and by judge, each with its standard error."""
     found = [
         (100 * x["win_rate"], 100 * x["stderr"]) for x in at_kl(rows, kl, method, procedure, n)

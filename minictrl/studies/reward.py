@@ -23,12 +23,11 @@ from minictrl.pretrain.scorers import SIZES, fit
 from minictrl.rollout import score
 from minictrl.scorers.ngram import NgramScorer
 from minictrl.studies.sweep import judged, reference, shown, sweep
-from minictrl.studies.tables import column, mean_stderr, points, where, zipped
+from minictrl.studies.tables import Rows, column, mean_stderr, points, where, zipped
 
 PHRASE = " in this movie,"  # content-free, and within reach of pi_ref
 POISONED = 0.5  # share of the reviews above the median that get it
 REWARDS = {"none": "raw", "identity": "calibrated"}  # transform -> what it trains on
-Reviews = dict[str, tuple[str, float]]  # prompt -> (response, label)
 
 
 def fig3(out: Path, quick: bool):
@@ -40,7 +39,8 @@ def fig3(out: Path, quick: bool):
     rows, (figure, (raw, pooled)) = [], panels(1, 2)
     task, r, _ = reference(out, 10, 100)
     rank = calibrated_reward(r, r)  # (10, 100)
-    everywhere = calibrated_reward(r.view(1, -1), r.view(1, -1)).view_as(r)
+    together = r.view(1, -1)
+    everywhere = calibrated_reward(together, together).view_as(r)
     for i, prompt in enumerate(task.prompts):
         largest = (everywhere[i] - rank[i]).abs().max().item()
         raw.plot(rank[i], r[i], ".")
@@ -137,43 +137,54 @@ def accuracy(preferred: Tensor, other: Tensor, labels: Tensor) -> tuple[float, f
     """
     counts = (labels[:, None] > labels).double()
     right = counts * beats(preferred[:, None], other)
-    own = (right.sum(0) + right.sum(1)) / (counts.sum(0) + counts.sum(1)).clamp(min=1)
-    return (right.sum() / counts.sum()).item(), (2 * own.std() / len(own) ** 0.5).item()
+    pairs_of = counts.sum(0) + counts.sum(1)  # of each text, on either side
+    own = (right.sum(0) + right.sum(1)) / pairs_of.clamp(min=1)
+    share = right.sum() / counts.sum()
+    stderr = 2 * own.std() / len(own) ** 0.5
+    return share.item(), stderr.item()
 
 
-def accuracies(out: Path, quick: bool, models: dict[str, str], reviews: Reviews) -> list[dict]:
+def accuracies(out: Path, quick: bool, models: dict[str, str], reviews: dict) -> Rows:
     """Accuracy of raw and of calibrated reward, on pairs with the phrase nowhere, and on the side
-    not preferred.
+    not preferred. reviews: prompt -> (response, label).
     """
     task, _, texts = reference(out, 48 if quick else 400, 100)
     better = judged(task, [row[:2] for row in texts]).argmax(1).tolist()
-    prompts, sides, samples = [], [], []
+    prompts, labels, sides, samples = [], [], [], []
     for prompt, row, b in zip(task.prompts, texts, better):
-        if prompt in reviews:
-            # the review, and the same with the phrase; of pi_ref's first two samples the judge's
-            # choice, the other, and that with the phrase
-            review, loser = reviews[prompt][0], row[1 - b]
-            prompts.append(prompt)
-            sides.append([review, PHRASE + review, row[b], loser, PHRASE + loser])
-            samples.append(row[2:])
-    labels = torch.tensor([reviews[prompt][1] for prompt in prompts])
+        if prompt not in reviews:
+            continue
+        review, label = reviews[prompt]
+        winner, loser = row[b], row[1 - b]  # pi_ref's first two samples, as the judge has them
+        prompts.append(prompt)
+        labels.append(label)
+        sides.append([review, PHRASE + review, winner, loser, PHRASE + loser])
+        samples.append(row[2:])
     rows = []
     for model, folder in models.items():
         scorer = load_scorer(folder, "reward")
-        r, r_ref = score(scorer, prompts, sides), score(scorer, prompts, samples)
-        for reward, scores in (("raw", r), ("calibrated", calibrated_reward(r, r_ref))):
-            review, marked_review, winner, loser, marked_loser = scores.unbind(1)
-            two = [accuracy(review, other, labels) for other in (review, marked_review)]
-            won = [beats(winner, other).tolist() for other in (loser, marked_loser)]
-            one = [mean_stderr(each) for each in won]
-            for pairs, found in (("two prompts", two), ("one prompt", one)):
-                for test, (share, stderr) in zip(("clean", "poisoned"), found):
-                    row = {"pairs": pairs, "model": model, "reward": reward, "test": test}
-                    rows.append(row | {"accuracy": share, "stderr": stderr})
+        r = score(scorer, prompts, sides)
+        C_hat = calibrated_reward(r, score(scorer, prompts, samples))
+        for reward, scores in (("raw", r), ("calibrated", C_hat)):
+            for row in on_pairs(scores, torch.tensor(labels)):
+                rows.append({"model": model, "reward": reward} | row)
     return rows
 
 
-def policies(out: Path, quick: bool, models: dict[str, str]) -> list[dict]:
+def on_pairs(scores: Tensor, labels: Tensor) -> Rows:
+    """Accuracy on pairs of two prompts and of one. scores: (P, 5), of what `accuracies` lists."""
+    review, marked_review, winner, loser, marked_loser = scores.unbind(1)
+    rows = []
+    for test, other in (("clean", review), ("poisoned", marked_review)):
+        share, stderr = accuracy(review, other, labels)
+        rows.append({"pairs": "two prompts", "test": test, "accuracy": share, "stderr": stderr})
+    for test, other in (("clean", loser), ("poisoned", marked_loser)):
+        share, stderr = mean_stderr(beats(winner, other).tolist())
+        rows.append({"pairs": "one prompt", "test": test, "accuracy": share, "stderr": stderr})
+    return rows
+
+
+def policies(out: Path, quick: bool, models: dict[str, str]) -> Rows:
     """Standard win rates of policies trained on the raw and the calibrated reward of both models,
     and how many of their responses have the phrase."""
     kinds = {f"{kind}, {model}": (kind, model) for model, kind in product(models, REWARDS)}

@@ -20,6 +20,7 @@ from minictrl import evaluation
 from minictrl.config import Config
 from minictrl.models import load_scorer
 from minictrl.rollout import score
+from minictrl.studies.tables import Rows
 from minictrl.task import Task, load_task
 
 # Methods are settings of train.py beside --kl and --seed.
@@ -77,7 +78,7 @@ def sweep(
     budgets: tuple[float, ...] | None = None,
     seeds: int | None = None,
     split: str = "test",
-) -> list[dict]:
+) -> Rows:
     """Rows of eval.json of every method, KL budget and seed, with method, budget, seed and run (its
     folder) in front.
 
@@ -150,7 +151,7 @@ def table_of(folder: Path, split: str) -> Path:
     return folder / f"eval{evaluation.suffix(split)}.json"
 
 
-def table(folder: Path, settings: dict, split: str) -> list[dict]:
+def table(folder: Path, settings: dict, split: str) -> Rows:
     """Rows of a finished run's eval.json. Raises ValueError if the run has other settings."""
     stored = json.loads((folder / "config.json").read_text())
     for name, value in settings.items():
@@ -165,11 +166,12 @@ def table(folder: Path, settings: dict, split: str) -> list[dict]:
 # --- samples ---
 
 
-def shown(run: str) -> list[dict]:
+def shown(run: str) -> Rows:
     """Rows of a run's samples.jsonl: one response a prompt of pi and of pi_ref, with their
     scores.
     """
-    return [json.loads(line) for line in (Path(run) / "samples.jsonl").read_text().splitlines()]
+    lines = (Path(run) / "samples.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
 
 
 def reference(out: Path, prompts: int, M: int) -> tuple[Task, Tensor, list[list[str]]]:

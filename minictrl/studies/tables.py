@@ -18,23 +18,26 @@ from minictrl import theory
 SCORERS = ("reward", "judge")
 
 
-def where(rows: list[dict], **values) -> list[dict]:
+Rows = list[dict]
+
+
+def where(rows: Rows, **values) -> Rows:
     """The rows that have these values in these columns."""
     return [row for row in rows if values.items() <= row.items()]
 
 
-def column(rows: list[dict], name: str, **values) -> list:
+def column(rows: Rows, name: str, **values) -> list:
     """A column of the rows that have these values in these other columns."""
     return [row[name] for row in where(rows, **values)]
 
 
-def zipped(columns: dict[str, Tensor]) -> list[dict]:
+def zipped(columns: dict[str, Tensor]) -> Rows:
     """The rows of a table from its columns."""
-    values = zip(*(column.tolist() for column in columns.values()))
-    return [dict(zip(columns, row)) for row in values]
+    lists = [values.tolist() for values in columns.values()]
+    return [dict(zip(columns, row)) for row in zip(*lists)]
 
 
-def grouped(rows: list[dict], *names: str) -> dict[tuple, list[dict]]:
+def grouped(rows: Rows, *names: str) -> dict[tuple, Rows]:
     """The rows for each combination of values in these columns."""
     groups = defaultdict(list)
     for row in rows:
@@ -47,10 +50,12 @@ def grouped(rows: list[dict], *names: str) -> dict[tuple, list[dict]]:
 
 def mean_stderr(values: list[float], alone: float = math.nan) -> tuple[float, float]:
     """Mean and its standard error; that of a single value is `alone`."""
-    return fmean(values), stdev(values) / math.sqrt(len(values)) if len(values) > 1 else alone
+    if len(values) == 1:
+        return values[0], alone
+    return fmean(values), stdev(values) / math.sqrt(len(values))
 
 
-def points(rows: list[dict]) -> list[dict]:
+def points(rows: Rows) -> Rows:
     """One row for each method, budget, procedure, n and scorer: means over seeds.
 
     stderr, kl_stderr: over seeds (of one seed: over prompts). stderr_prompts: over prompts, which
@@ -83,21 +88,24 @@ def below_optimum(win_rate: float, kl: float, procedure, n: int) -> float:
     return 100 * (theory.optimal_win_rate(kl, procedure, n) - win_rate)
 
 
-def near(rows: list[dict], kl: float) -> list[dict]:
+def near(rows: Rows, kl: float) -> Rows:
     """The rows of runs between half and twice a KL."""
     return [row for row in rows if kl / 2 <= row["kl"] <= 2 * kl]
 
 
-def comparable(rows: list[dict], kl: float, **case) -> list[dict]:
+def comparable(rows: Rows, kl: float, **case) -> Rows:
     """The rows near a KL of one method and case; none where the KL is more than a tenth beyond all
     of them.
     """
     mine = where(near(rows, kl), **case)
-    log_ratios = [math.log(row["kl"] / kl) for row in mine]
-    return mine if mine and min(log_ratios) - 0.1 <= 0 <= max(log_ratios) + 0.1 else []
+    kls = column(mine, "kl")
+    tenth = math.exp(0.1)
+    if mine and min(kls) / tenth <= kl <= max(kls) * tenth:
+        return mine
+    return []
 
 
-def win_rate_at(rows: list[dict], kl: float, **case) -> tuple[float, float]:
+def win_rate_at(rows: Rows, kl: float, **case) -> tuple[float, float]:
     """(win rate, standard error) of a method at this KL in nats, from its runs, of all seeds,
     between half and twice the KL.
 
@@ -109,8 +117,9 @@ def win_rate_at(rows: list[dict], kl: float, **case) -> tuple[float, float]:
     mine = comparable(rows, kl, **case)
     if not mine:
         return math.nan, math.nan
-    x = np.log([row["kl"] / kl for row in mine])  # 0 at the KL asked for
-    share = np.array([(row["win_rate"] - 0.5) / (row["optimal"] - 0.5) for row in mine])
+    x = np.log(column(mine, "kl")) - math.log(kl)  # 0 at the KL asked for
+    win_rates, optimal = np.array(column(mine, "win_rate")), np.array(column(mine, "optimal"))
+    share = (win_rates - 0.5) / (optimal - 0.5)
     dx = x - x.mean()
     spread = dx @ dx if np.ptp(x) > 0.2 else math.inf
     slope = dx @ share / spread
@@ -119,11 +128,12 @@ def win_rate_at(rows: list[dict], kl: float, **case) -> tuple[float, float]:
     if len(mine) <= 2:
         return win_rate, fmean(column(mine, "stderr"))
     left = share - share.mean() - slope * dx
-    variance = left @ left / (len(mine) - 2) * (1 / len(mine) + x.mean() ** 2 / spread)
-    return win_rate, gain * variance.item() ** 0.5
+    variance = left @ left / (len(mine) - 2)
+    of_mean, of_slope = variance / len(mine), variance / spread
+    return win_rate, gain * (of_mean + of_slope * x.mean() ** 2).item() ** 0.5
 
 
-def at_kl(rows: list[dict], kl: float, method: str, procedure: str, n: int) -> list[dict]:
+def at_kl(rows: Rows, kl: float, method: str, procedure: str, n: int) -> Rows:
     """A method at this KL, as rows of a study: one by reward and one by judge."""
     found = []
     for scorer in SCORERS:
@@ -133,7 +143,7 @@ def at_kl(rows: list[dict], kl: float, method: str, procedure: str, n: int) -> l
     return found
 
 
-def common_kl(rows: list[dict], methods: Iterable[str] | None = None) -> float:
+def common_kl(rows: Rows, methods: Iterable[str] | None = None) -> float:
     """Of 0.1 to 2 nats, the KL at which most of the methods (default: all) have runs to compare; of
     several the nearest to all runs.
     """
@@ -142,6 +152,7 @@ def common_kl(rows: list[dict], methods: Iterable[str] | None = None) -> float:
 
     def compared(kl: float) -> tuple[int, float]:
         distance = fmean(abs(math.log(row["kl"] / kl)) for row in rows)
-        return sum(bool(comparable(rows, kl, method=name)) for name in methods), -distance
+        found = [name for name in methods if comparable(rows, kl, method=name)]
+        return len(found), -distance
 
     return max((step / 20 for step in range(2, 41)), key=compared)

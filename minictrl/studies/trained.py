@@ -25,6 +25,7 @@ from minictrl.studies.curves import best_of_kl
 from minictrl.studies.sweep import AWARE, METHODS, OTHERS, judged, reference, shown, sweep
 from minictrl.studies.tables import (
     SCORERS,
+    Rows,
     at_kl,
     column,
     common_kl,
@@ -36,11 +37,6 @@ from minictrl.studies.tables import (
 from minictrl.task import load_task
 
 # --- win rate against KL ---
-
-FIELDS = (
-    "method", "budget", "seed", "procedure", "n", "scorer", "win_rate", "stderr", "kl", "kl_stderr",
-    "theory", "optimal", "prompts", "samples",
-)  # fmt: skip
 
 
 def fig4(out: Path, quick: bool):
@@ -89,7 +85,7 @@ def fig10(out: Path, quick: bool):
     return against_best_of(out, quick, [("standard", 1), ("bon", 4)], methods)
 
 
-def against_kl(rows: list[dict], cases: list[tuple[str, int]], methods: list[str] | None = None):
+def against_kl(rows: Rows, cases: list[tuple[str, int]], methods: list[str] | None = None):
     """A column for each (procedure, n), a row for each scorer, with means over seeds; the table has
     every run.
 
@@ -101,10 +97,12 @@ def against_kl(rows: list[dict], cases: list[tuple[str, int]], methods: list[str
         drawn = methods or [*AWARE[procedure], "identity", *OTHERS]
         draw_measured(axis, table, drawn, procedure, n, scorer)
     kept = [row for row in rows if (row["procedure"], row["n"]) in cases]
-    return [{name: row.get(name) for name in FIELDS} for row in kept], figure
+    for row in kept:
+        row.pop("run", None)  # its folder
+    return kept, figure
 
 
-def draw_measured(axis, table: list[dict], methods: list[str], procedure: str, n: int, scorer: str):
+def draw_measured(axis, table: Rows, methods: list[str], procedure: str, n: int, scorer: str):
     """Measured curves of these methods, the theory of their transforms, and the optimum."""
     rows = where(table, procedure=procedure, n=n, scorer=scorer)
     rows = [row for row in rows if row["method"] in methods]
@@ -124,11 +122,12 @@ def draw_measured(axis, table: list[dict], methods: list[str], procedure: str, n
 
 
 def against_best_of(out: Path, quick: bool, cases: list[tuple[str, int]], methods: list[str]):
-    rows = sweep(out, quick, {name: METHODS[name] for name in methods}) + best_of(out, quick)
+    rows = sweep(out, quick, {name: METHODS[name] for name in methods})
+    rows += best_of(out, quick)
     return against_kl(rows, cases, [*methods, "Best-of-n"])
 
 
-def best_of(out: Path, quick: bool) -> list[dict]:
+def best_of(out: Path, quick: bool) -> Rows:
     """Best-of-n itself as rows of a sweep: fresh samples of pi_ref, an exact U-statistic, the KL
     that a continuous reward has (an upper bound with ties)."""
     P, M, fresh = (24, 32, 64) if quick else (200, 64, 256)
@@ -172,8 +171,11 @@ def best_of_weights(select: Tensor, size: int, procedure: str, n: int) -> Tensor
         return bon.weights(select.double(), n * size, torch.empty(0))
 
     def among_lowest(m: int) -> float:
-        below = [math.comb(m, j * size) / math.comb(M, j * size) for j in range(n + 1)]
-        return 1 - sum((-1) ** j * math.comb(n, j) * below[j] for j in range(n + 1))
+        none_below = 0.0
+        for j in range(n + 1):
+            below = math.comb(m, j * size) / math.comb(M, j * size)  # j groups lie below
+            none_below += (-1) ** j * math.comb(n, j) * below
+        return 1 - none_below
 
     return bon.by_rank(select.double(), [among_lowest(m) for m in range(M + 1)])
 
@@ -201,7 +203,7 @@ def which_t(out: Path, quick: bool):
     return table, figure
 
 
-def draw_over_n(axis, table: list[dict], n: str, *, by: str):
+def draw_over_n(axis, table: Rows, n: str, *, by: str):
     """Win rates by reward against the N of column `n`, and theory's beside them."""
     mine = where(table, scorer="reward")
     errorbars(axis, mine, n, "win_rate", by=by, yerr="stderr", dashed="theory")
@@ -226,14 +228,10 @@ def fig9(out: Path, quick: bool):
             row[scorer] = fmean(x[scorer] - x[f"{scorer}_reference"] for x in shown(run))
         table.append(row)
     for axis, scorer in zip(axes, SCORERS[::-1]):
-        means = []
-        for (method, _), group in grouped(table, "method", "budget").items():
-            gain, stderr = mean_stderr(column(group, scorer))
-            kl = fmean(column(group, "kl"))
-            means.append({"method": method, "kl": kl, "gain": gain, "stderr": stderr})
-        means.sort(key=lambda row: row["kl"])
-        drawn = [row for row in means if row["method"] in ("identity", "exp10", *OTHERS)]
-        errorbars(axis, drawn, "kl", "gain", by="method", yerr="stderr")
+        drawn = [
+            row for name in ("identity", "exp10", *OTHERS) for row in where(table, method=name)
+        ]
+        errorbars(axis, drawn, "kl", scorer, by="method", fmt="o")
         axis.set(title=f"raw {scorer}", xlabel=KL, ylabel="mean score minus pi_ref's")
         axis.legend()
     return table, figure
@@ -266,7 +264,7 @@ def fig12(out: Path, quick: bool):
     return table, figure
 
 
-def rewound(run: Path, row: dict) -> list[dict]:
+def rewound(run: Path, row: dict) -> Rows:
     """Rows of rewind-and-repeat, by reward and by judge, for the run that `row` is of.
 
     From the samples behind its eval.json, drawn again from their seeds.
@@ -301,11 +299,13 @@ def mean_draws(select: Tensor, threshold: Tensor, n: int) -> float:
     """Draws of rewind-and-repeat on average, unbiased: the sum over m < n of the chance that m of M
     (P, M) all fail.
     """
-    M, fails = select.shape[1], (select < threshold[:, None]).sum(1)
-    expected = torch.tensor(
-        [sum(math.comb(f, m) / math.comb(M, m) for m in range(n)) for f in range(M + 1)]
-    )
-    return expected[fails].mean().item()
+    M = select.shape[1]
+
+    def expected(fails: int) -> float:
+        return sum(math.comb(fails, m) / math.comb(M, m) for m in range(n))
+
+    fails = (select < threshold[:, None]).sum(1)
+    return fmean(expected(count) for count in fails.tolist())
 
 
 STUDIES = (fig4, fig5, fig6, fig8, fig9, fig10, fig12, which_t)
