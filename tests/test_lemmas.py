@@ -6,6 +6,7 @@ Rewards are random, with ties where a claim is said to hold with ties.
 import math
 from itertools import product
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -13,7 +14,7 @@ from minictrl import theory
 from minictrl.calibration import calibrated_reward
 from minictrl.procedures import cells
 from minictrl.procedures.masses import mass_map, mass_win_rate
-from minictrl.studies.proofs import maximise
+from minictrl.procedures.optimum import ascend
 from minictrl.transforms import get_transform
 
 
@@ -168,6 +169,109 @@ def theorem_5() -> list[dict]:
             1e-6,
         ),
     ]
+
+
+# ---- Theorem 1, on a tabular problem: 20 responses, 8 values of the reward ----
+
+
+def maximise(objective, start: Tensor) -> Tensor:
+    """argmax of objective(x) by L-BFGS from `start`, its memory cleared each round, until a round
+    gains nothing.
+    """
+    x, best = start.clone().requires_grad_(), -math.inf
+    options = {"max_iter": 300, "tolerance_grad": 1e-12, "tolerance_change": 0, "history_size": 50}
+    for _ in range(10):
+        optimizer = torch.optim.LBFGS([x], line_search_fn="strong_wolfe", **options)
+
+        def loss(optimizer=optimizer):
+            optimizer.zero_grad()
+            negative = -objective(x)
+            negative.backward()
+            return negative
+
+        gained = -optimizer.step(loss).item() - best  # the objective where this round began
+        best += gained
+        if gained < 1e-9:
+            break
+    return x.detach()
+
+
+def tabular_prompt(seed: int, responses: int, values: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(pi_ref (Y,), level (Y,), ref (values,)): the rank of each response's reward, and pi_ref's
+    mass of each rank.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    pi_ref = torch.rand(responses, generator=generator, dtype=torch.float64) ** 2 + 1e-3
+    pi_ref = pi_ref / pi_ref.sum()
+    reward = torch.randint(values, (responses,), generator=generator)
+    level = reward.unique(return_inverse=True)[1]
+    return pi_ref, level, at_levels(pi_ref, level)
+
+
+def at_levels(pi: Tensor, level: Tensor) -> Tensor:
+    return torch.zeros(int(level.max()) + 1, dtype=pi.dtype).index_add(0, level, pi)
+
+
+def best_of_2(pi_ref: Tensor, level: Tensor):
+    """pi -> E of the best of 2 draws of pi of g(y) = P(y beats the best of 2 of pi_ref).
+
+    Summed over all pairs of responses: no cdf, no formula of Lemma 5.
+    """
+
+    def pairs(pi: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        return (pi[:, None] * pi).flatten(), torch.maximum(x[:, None], x).flatten()
+
+    probability, kept = pairs(pi_ref, level)
+    g = ((level[:, None] > kept).double() + (level[:, None] == kept).double() / 2) @ probability
+    return lambda pi: torch.dot(*pairs(pi, g))
+
+
+def value(win_rate, pi: Tensor, pi_ref: Tensor, beta: float) -> Tensor:
+    return win_rate(pi) - beta * torch.special.xlogy(pi, pi / pi_ref).sum()
+
+
+def direct_ascent(win_rate, pi_ref: Tensor, beta: float) -> Tensor:
+    """The policy that maximises win_rate(pi) - beta KL, on its logits; from pi_ref, by steps down
+    to beta.
+    """
+    logits = pi_ref.log()
+    for warmer in (1.0, 0.3, beta):
+        objective = lambda x: value(win_rate, x.softmax(0), pi_ref, warmer)  # noqa: B023, E731
+        logits = maximise(objective, logits)
+    return logits.softmax(0)
+
+
+@pytest.mark.parametrize(
+    "procedure, n", [("standard", 1), ("bon", 2), ("bon", 8), ("won", 2), ("rewind", 32)]
+)
+def test_theorem_1_em_reaches_the_optimum_of_direct_ascent(procedure, n):
+    pi_ref, level, ref = tabular_prompt(5, responses=20, values=8)
+    win_rate = lambda pi: mass_win_rate(at_levels(pi, level), ref, procedure, n)  # noqa: E731
+    direct = direct_ascent(win_rate, pi_ref, 0.1)
+    best = ascend(procedure, n, ref, beta=0.1)
+    objective = value(win_rate, direct, pi_ref, 0.1).item()
+    assert best.win_rate - 0.1 * best.kl == pytest.approx(objective, abs=1e-6)  # L-BFGS's plateau
+    if (procedure, n) == ("bon", 2):  # the same optimum as E[max over 2 of g]
+        summed = direct_ascent(best_of_2(pi_ref, level), pi_ref, 0.1)
+        assert (summed - direct).abs().sum() < 1e-4
+
+
+@pytest.mark.parametrize("eta, settles", [(1.0, False), (0.5, False), (0.1, True)])
+def test_the_papers_alternation_does_not_settle_unless_it_is_strongly_damped(eta, settles):
+    """Eq. 5 and 6 for Best-of-8 at beta 0.02; eta = 1 is the paper's."""
+    _, _, ref = tabular_prompt(0, responses=30, values=12)
+    best = ascend("bon", 8, ref, beta=0.02)
+    log_ratio = torch.zeros_like(ref)
+    for _ in range(200):
+        mass = (ref * log_ratio.exp()).requires_grad_()
+        (Phi,) = torch.autograd.grad(mass_win_rate(mass, ref, "bon", 8), mass)
+        log_ratio = cells.tilt(Phi, eta / 0.02, ref, (1 - eta) * log_ratio)
+    win_rate = mass_win_rate(ref * log_ratio.exp(), ref, "bon", 8).item()
+    gap = best.win_rate - 0.02 * best.kl - (win_rate - 0.02 * cells.kl(log_ratio, ref))
+    assert gap < 1e-6 if settles else gap > 1e-3
+
+
+# ---- all claims ----
 
 
 def test_every_claim_of_the_paper_that_should_hold_does():

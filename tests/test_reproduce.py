@@ -6,9 +6,7 @@ import pytest
 
 from minictrl import figures, reproduce, theory
 from minictrl.procedures.masses import mass_win_rate
-from minictrl.procedures.optimum import ascend
-from minictrl.studies import curves as studies_theory
-from minictrl.studies import proofs
+from minictrl.studies import curves
 
 pytest.importorskip("matplotlib")
 
@@ -39,7 +37,7 @@ def test_every_study_leaves_a_table_and_a_picture(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["fig11", "rewind", "finite_k", "mix"])
 def test_every_study_of_the_theory_runs_and_its_win_rates_are_some(name, tmp_path):
-    """The others but theorem1, which takes 20 seconds, are run by the tests beside this one."""
+    """The others are run by the tests beside this one."""
     rows, figure = reproduce.STUDIES[name](tmp_path, True)
     wins = [
         value
@@ -53,7 +51,7 @@ def test_every_study_of_the_theory_runs_and_its_win_rates_are_some(name, tmp_pat
 def test_list_prints_one_study_a_line(capsys):
     reproduce.main(["--list"])
     names = capsys.readouterr().out.split("\n")[:-1]
-    assert names == list(reproduce.STUDIES) and {"fig2", "fig11", "theorem1", "mix"} <= set(names)
+    assert names == list(reproduce.STUDIES) and {"fig2", "fig11", "mix"} <= set(names)
 
 
 @pytest.mark.parametrize(
@@ -63,7 +61,6 @@ def test_list_prints_one_study_a_line(capsys):
         (["--out", "x"], "no study is named"),
         (["fig2"], "--out DIR is missing"),
         (["fig2", "--out", "x", "--fast"], "unrecognized arguments: --fast"),
-        (["transforms", "--quick", "--out", __file__], "File exists"),
     ],
 )
 def test_bad_arguments_are_one_line_and_status_2(arguments, message, capsys):
@@ -74,7 +71,7 @@ def test_bad_arguments_are_one_line_and_status_2(arguments, message, capsys):
 
 
 def test_fixed_points_are_on_the_frontier_of_fig2_and_nothing_is_above(tmp_path):
-    rows, _ = studies_theory.fig2(tmp_path, quick=True)
+    rows, _ = curves.fig2(tmp_path, quick=True)
     fixed = [
         row["points_below_optimum"] for row in rows if row["transform"] in ("bon_fp", "won_fp")
     ]
@@ -82,24 +79,8 @@ def test_fixed_points_are_on_the_frontier_of_fig2_and_nothing_is_above(tmp_path)
     assert min(row["points_below_optimum"] for row in rows) > -1e-4  # the solver's grid, in points
 
 
-@pytest.mark.parametrize(
-    "procedure, n", [("standard", 1), ("bon", 2), ("bon", 8), ("won", 2), ("rewind", 32)]
-)
-def test_tabular_em_reaches_the_optimum_of_direct_ascent(procedure, n):
-    pi_ref, level, ref = proofs.tabular_prompt(5, responses=20, values=8)
-    win_rate = lambda pi: proofs.tied_win_rate(pi, level, ref, procedure, n)  # noqa: E731
-    direct = proofs.direct_ascent(win_rate, pi_ref, 0.1)
-    best = ascend(procedure, n, ref, beta=0.1)
-    objective = proofs.value(direct, pi_ref, win_rate(direct), 0.1).item()
-    assert best.win_rate - 0.1 * best.kl == pytest.approx(objective, abs=1e-6)  # L-BFGS's plateau
-    # the same optimum as E[max over N of g], summed over all pairs
-    if procedure == "bon" and n == 2:
-        summed = proofs.direct_ascent(proofs.max_at_n(pi_ref, level, procedure, n), pi_ref, 0.1)
-        assert (summed - direct).abs().sum() < 1e-4
-
-
 def test_the_best_policy_for_an_unknown_n_is_the_best_for_the_mix():
-    win = lambda mass, ref: mass_win_rate(mass, ref, studies_theory.any_n, 8).item()  # noqa: E731
+    win = lambda mass, ref: mass_win_rate(mass, ref, curves.any_n, 8).item()  # noqa: E731
     policy = theory.policy_at_kl
-    best = win(*policy("optimal", 1.0, studies_theory.any_n, 8))
+    best = win(*policy("optimal", 1.0, curves.any_n, 8))
     assert all(win(*policy("optimal", 1.0, "bon", N)) < best - 1e-4 for N in (1, 2, 4, 8))

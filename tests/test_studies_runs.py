@@ -12,9 +12,7 @@ import pytest
 import torch
 
 from minictrl import reproduce, theory
-from minictrl.studies import results, sweep
-from minictrl.studies import reward as studies_reward
-from minictrl.studies import trained as studies_runs
+from minictrl.studies import results, reward, sweep, tables, trained
 
 pytest.importorskip("matplotlib")
 
@@ -47,7 +45,7 @@ def eval_rows(
             samples=32,
         )
         for p, n in procedures
-        for s in sweep.SCORERS
+        for s in tables.SCORERS
     ]
 
 
@@ -108,13 +106,15 @@ def test_a_sweep_trains_what_is_missing_and_only_that(tmp_path, scripts):
 
 def test_a_run_with_other_settings_is_not_taken_for_this_one(tmp_path, scripts):
     settings = {"transform": "identity", "kl": 1.0, "seed": 0, "cache": "c"}
-    sweep.run(tmp_path / "run", settings, prompts=8, samples=8)
+    sweep.run(tmp_path / "run", settings, 8, 8, "test")
+    assert len(sweep.table(tmp_path / "run", settings, "test")) == 14
     with pytest.raises(ValueError, match="holds a run with kl 1.0, not 2.0; give another --out"):
-        sweep.run(tmp_path / "run", settings | {"kl": 2.0}, prompts=8, samples=8)
+        sweep.table(tmp_path / "run", settings | {"kl": 2.0}, "test")
 
 
 def test_at_equal_kl_the_share_of_the_optimum_is_regressed_with_the_error_of_least_squares():
     kls, noise = (0.6, 0.9, 1.0, 1.3, 1.9), (0.01, -0.02, 0.0, 0.02, -0.01)
+    case = {"method": "m", "procedure": "bon", "n": 4, "scorer": "judge"}
     share = lambda kl: 0.8 + 0.1 * math.log(kl)  # noqa: E731
     runs_of = lambda noise: [  # noqa: E731
         dict(row, method="m", seed=seed)
@@ -122,9 +122,9 @@ def test_at_equal_kl_the_share_of_the_optimum_is_regressed_with_the_error_of_lea
         for row in eval_rows(kl, 0.5 + 0.4 * (share(kl) + e))
     ]
     gain = theory.optimal_win_rate(1.2, "bon", 4) - 0.5
-    win, stderr = sweep.at_kl(runs_of([0.0] * 5), 1.2, "m", "bon", 4, "judge")
+    win, stderr = tables.win_rate_at(runs_of([0.0] * 5), 1.2, **case)
     assert win == pytest.approx(0.5 + gain * share(1.2)) and stderr < 1e-9
-    win, stderr = sweep.at_kl(runs_of(noise), 1.2, "m", "bon", 4, "judge")
+    win, stderr = tables.win_rate_at(runs_of(noise), 1.2, **case)
     X = torch.tensor([[1, math.log(kl / 1.2)] for kl in kls], dtype=torch.float64)
     y = torch.tensor([share(kl) + e for kl, e in zip(kls, noise)], dtype=torch.float64)
     fit = torch.linalg.lstsq(X, y).solution
@@ -133,14 +133,12 @@ def test_at_equal_kl_the_share_of_the_optimum_is_regressed_with_the_error_of_lea
         gain * variance.item() ** 0.5
     )
     # over prompts
-    assert sweep.at_kl(runs_of(noise)[: 2 * 14], 0.8, "m", "bon", 4, "judge")[1] == pytest.approx(
-        0.01
-    )
-    assert math.isnan(sweep.at_kl(runs_of(noise), 2.2, "m", "bon", 4, "judge")[0])  # beyond 1.9
-    assert math.isnan(sweep.at_kl(runs_of(noise), 0.3, "m", "bon", 4, "judge")[0])
-    assert sweep.common_kl(runs_of(noise)) == 1.0  # the nearest to the five
+    assert tables.win_rate_at(runs_of(noise)[: 2 * 14], 0.8, **case)[1] == pytest.approx(0.01)
+    assert math.isnan(tables.win_rate_at(runs_of(noise), 2.2, **case)[0])  # beyond 1.9
+    assert math.isnan(tables.win_rate_at(runs_of(noise), 0.3, **case)[0])
+    assert tables.common_kl(runs_of(noise)) == 1.0  # the nearest to the five
     others = [row | {"method": "other"} for row in runs_of(noise)[: 2 * 14]]  # to 0.9 nats
-    assert sweep.common_kl(runs_of(noise) + others) == 0.9
+    assert tables.common_kl(runs_of(noise) + others) == 0.9
 
 
 @pytest.mark.parametrize("procedure, n", [("standard", 1), ("bon", 2), ("won", 2)])
@@ -157,7 +155,7 @@ def test_weights_of_best_of_n_are_those_of_all_groups(procedure, n):
         best = [max(order[i : i + 2], key=lambda j: select[0, j]) for i in range(0, 2 * n, 2)]
         value = select[0, keep(best, key=lambda j: select[0, j])]
         expected += (select[0] == value) / (select[0] == value).sum()
-    found = studies_runs.best_of_weights(select, 2, procedure, n)[0]
+    found = trained.best_of_weights(select, 2, procedure, n)[0]
     assert torch.allclose(found, expected / expected.sum(), atol=1e-12)
 
 
@@ -170,23 +168,21 @@ def test_mean_draws_is_the_theorys_on_uniform_rewards():
         torch.stack([(u[i : i + 400] < 0.85).sum(1).double() for i in range(0, 4000, 400)]).std()
         / 4000**0.5
     )
-    found = studies_runs.mean_draws(u, torch.full((4000,), 0.85), 32)
+    found = trained.mean_draws(u, torch.full((4000,), 0.85), 32)
     # d draws / d fails < 1.2
     assert found == pytest.approx((1 - 0.85**32) / 0.15, abs=4 * each.item() * 1.2)
 
 
 def test_accuracy_counts_the_phrase_on_one_side_only():
     labels, plain = torch.tensor([0.0, 1.0, 2.0]), torch.tensor([0.0, 1.0, 2.0])
-    assert studies_reward.accuracy(plain, plain, labels)[0] == 1
+    assert reward.accuracy(plain, plain, labels)[0] == 1
     # gaps 1, 1, 2
-    assert studies_reward.accuracy(plain, plain + 1, labels)[0] == pytest.approx(
-        (0.5 + 0.5 + 1) / 3
-    )
+    assert reward.accuracy(plain, plain + 1, labels)[0] == pytest.approx((0.5 + 0.5 + 1) / 3)
 
 
 def test_figures_of_the_sweep_and_the_page_come_from_the_same_runs(tmp_path, scripts, monkeypatch):
     kept = {name: sweep.METHODS[name] for name in ("none", "identity", "exp10")}
-    monkeypatch.setattr(studies_runs, "METHODS", kept)
+    monkeypatch.setattr(trained, "METHODS", kept)
     monkeypatch.setattr(theory, "optimal_win_rate", lambda kl, procedure, n: 0.9)
     # --seeds and the like change it
     monkeypatch.setitem(sweep.SCALES, True, dict(sweep.SCALES[True]))

@@ -9,56 +9,67 @@ from itertools import product
 from pathlib import Path
 
 from minictrl import runs, theory
+from minictrl.config import Config
 from minictrl.figures import WIN_RATE, errorbars, panels, title
 from minictrl.methods import get_method
 from minictrl.rollout import score
 from minictrl.sampling import sample
-from minictrl.studies.sweep import METHODS, SCALES, SCORERS, at_kl, common_kl, points, sweep
-from minictrl.studies.trained import over_n
+from minictrl.studies.sweep import METHODS, SCALES, sweep
+from minictrl.studies.tables import Rows, at_kl, below_optimum, common_kl, grouped, points, where
+from minictrl.studies.trained import draw_over_n
 from minictrl.task import load_task
 
 
 def summary(out: Path, quick: bool):
     """Every method at the KL where most have runs: win rates, distance to the optimum, cost."""
-    rows = sweep(out, quick, METHODS)
-    kl, table, drawn = common_kl(rows), [], []
-    for name in dict.fromkeys(row["method"] for row in rows):
-        spent = cost(
-            Path(max((r for r in rows if r["method"] == name), key=lambda r: r["kl"])["run"])
-        )
-        entry = {"method": name, "kl": kl}
-        for procedure in ("bon", "won"):
-            for scorer in SCORERS:
-                win, stderr = at_kl(rows, kl, name, procedure, 4, scorer)
-                entry |= {f"{procedure}4_{scorer}": win, f"{procedure}4_{scorer}_stderr": stderr}
-                drawn.append(
-                    dict(
-                        method=name, procedure=procedure, scorer=scorer, win_rate=win, stderr=stderr
-                    )
-                )
-            win = entry[f"{procedure}4_reward"]
-            entry |= {
-                f"{procedure}4_below_optimum": 100
-                * (theory.optimal_win_rate(kl, procedure, 4) - win),
-                f"{procedure}4_gain_per_million_calls": (win - 0.5) / spent["calls"] * 1e6,
-                f"{procedure}4_gain_per_minute": (win - 0.5) / spent["seconds"] * 60,
-            }
-        table.append(entry | {f"train_{key}": value for key, value in spent.items()})
     figure, axes = panels(1, 2)
-    for axis, procedure in zip(axes, ("bon", "won")):
+    rows, table = sweep(out, quick, METHODS), []
+    kl = common_kl(rows)
+    drawn = {"bon": [], "won": []}
+    for (name,), mine in grouped(rows, "method").items():
+        spent = cost(Path(max(mine, key=lambda row: row["kl"])["run"]))
+        entry = {"method": name, "kl": kl}
+        for procedure, measured in drawn.items():
+            by_reward, by_judge = at_kl(rows, kl, name, procedure, 4)
+            measured += [{"method": name} | by_reward, {"method": name} | by_judge]
+            gain = by_reward["win_rate"] - 0.5
+            found = {
+                "reward": by_reward["win_rate"],
+                "reward_stderr": by_reward["stderr"],
+                "judge": by_judge["win_rate"],
+                "judge_stderr": by_judge["stderr"],
+                "below_optimum": below_optimum(by_reward["win_rate"], kl, procedure, 4),
+                "gain_per_million_calls": gain / spent["calls"] * 1e6,
+                "gain_per_minute": gain / spent["seconds"] * 60,
+            }
+            entry |= {f"{procedure}4_{key}": value for key, value in found.items()}
+        table.append(entry | {f"train_{key}": value for key, value in spent.items()})
+    for axis, (procedure, measured) in zip(axes, drawn.items()):
         axis.axvline(theory.optimal_win_rate(kl, procedure, 4), color="black", label="optimum")
-        by_method(axis, drawn, procedure, 4, kl)
+        draw_by_method(axis, measured, f"{title(procedure, 4)} at {kl:g} nats")
     return table, figure
 
 
-def by_method(axis, rows: list[dict], procedure: str, n: int, kl: float):
-    """Win rates of a procedure by reward and by judge, a line of the picture for each method; nan
-    is left out.
-    """
-    mine = [row for row in rows if row["procedure"] == procedure and row["win_rate"] > 0]
-    errorbars(axis, mine, "win_rate", "method", by="scorer", xerr="stderr", fmt="o")
-    axis.set(title=f"{title(procedure, n)} at {kl:g} nats", xlabel=WIN_RATE)
+def draw_by_method(axis, rows: Rows, text: str, name: str = "method"):
+    """Win rates by reward and by judge, a line of the picture for each method; nan is left out."""
+    known = [row for row in rows if row["win_rate"] > 0]
+    errorbars(axis, known, "win_rate", name, by="scorer", xerr="stderr", fmt="o")
+    axis.set(title=text, xlabel=WIN_RATE)
     axis.legend()
+
+
+def cost(run: Path) -> dict[str, float]:
+    """Reward calls, tokens and seconds of a run's training, cached samples not timed.
+
+    Calls: the calibration's (raw rewards take theirs for beta), one a response and, with --baseline
+    prefix, one a token.
+    """
+    config, _ = runs.load_config(run)
+    last, calls = runs.read_metrics(run)[-1], config.prompts * config.K
+    if get_method(config.method).online:
+        calls += config.steps * config.batch * config.G
+        calls += last["tokens"] if config.baseline == "prefix" else 0
+    return {"calls": calls, "tokens": last["tokens"], "seconds": last["seconds"]}
 
 
 def tuned(out: Path, quick: bool):
@@ -66,30 +77,20 @@ def tuned(out: Path, quick: bool):
 
     Paper: Both exp transforms are above the baselines at every N.
     """
-    sizes, budgets, table = (2, 4, 32), (2.0,) if quick else (0.5, 1.0, 2.0), []
     methods = {f"bon_fp {n}": {"transform": "bon_fp", "n": n} for n in (2, 32)}
     methods |= {name: METHODS[name] for name in ("bon_fp", "exp5", "exp10")}
-    rows = sweep(out, quick, methods, budgets=budgets)
-    kl = common_kl(rows)
+    rows = sweep(out, quick, methods, budgets=(2.0,) if quick else (0.5, 1.0, 2.0))
+    figure, (axis,) = panels(1, 1)
+    kl, table = common_kl(rows), []
     for name, settings in methods.items():
         Phi, N = settings["transform"], settings.get("n", 4)
         if Phi == "bon_fp":
             Phi = theory.fixed_point("bon_fp", "bon", N, theory.beta_for_kl("bon_fp", kl, n=N))
-        for n, scorer in product(sizes, SCORERS):
-            win, stderr = at_kl(rows, kl, name, "bon", n, scorer)
-            table.append(
-                dict(
-                    tuned="bon_fp 4" if name == "bon_fp" else name,
-                    used_at=n,
-                    scorer=scorer,
-                    kl=kl,
-                    win_rate=win,
-                    stderr=stderr,
-                    theory=theory.at_kl(Phi, kl, "bon", n),
-                )
-            )
-    figure, (axis,) = panels(1, 1)
-    over_n(axis, table, "used_at", by="tuned")
+        for n in (2, 4, 32):
+            row = {"tuned": "bon_fp 4" if name == "bon_fp" else name, "used_at": n}
+            expected = {"theory": theory.at_kl(Phi, kl, "bon", n)}
+            table += [row | found | expected for found in at_kl(rows, kl, name, "bon", n)]
+    draw_over_n(axis, table, "used_at", by="tuned")
     axis.set_title(f"Best-of-N at {kl:g} nats, by reward; dashed: theory")
     return table, figure
 
@@ -99,19 +100,16 @@ def held_out(out: Path, quick: bool):
     points.
     """
     names = ("none", "identity", "exp10", "ipo", "qrpo exp10", "pkpo bon")
-    methods, budgets, table = (
-        {name: METHODS[name] for name in names},
-        (2.0,) if quick else (1.0,),
-        [],
-    )
-    for split in ("train", "test"):
-        for p in points(sweep(out, quick, methods, budgets=budgets, split=split)):
-            if (p["procedure"], p["n"]) == ("bon", 4):
-                table.append(
-                    {"split": split} | p | {"below_optimum": 100 * (p["optimal"] - p["win_rate"])}
-                )
+    methods = {name: METHODS[name] for name in names}
+    budgets = (2.0,) if quick else (1.0,)
     figure, (axis,) = panels(1, 1, width=7)
-    drawn = [row | {"error": 100 * row["stderr"]} for row in table if row["scorer"] == "reward"]
+    table = []
+    for split in ("train", "test"):
+        rows = sweep(out, quick, methods, budgets=budgets, split=split)
+        for point in points(where(rows, procedure="bon", n=4)):
+            gap = 100 * (point["optimal"] - point["win_rate"])
+            table.append({"split": split} | point | {"below_optimum": gap})
+    drawn = [row | {"error": 100 * row["stderr"]} for row in where(table, scorer="reward")]
     errorbars(axis, drawn, "method", "below_optimum", by="split", yerr="error", fmt="o")
     axis.set(title="Best-of-4 by reward", ylabel="points below the optimum at the measured KL")
     axis.legend(title="prompts")
@@ -129,46 +127,23 @@ def ablation(out: Path, quick: bool):
     K = 100 throughout.
     """
     methods = {name: {"transform": name} for name in ("none", "median", "standardised")}
-    methods |= {
-        f"{name} K {K}": {"transform": name, "K": K}
-        for name in ("identity", "exp10")
-        for K in (10, 30, 300)
-    }
-    # K = 100: the sweep's own runs
-    methods |= {name: METHODS[name] for name in ("identity", "exp10")}
+    for name, K in product(("identity", "exp10"), (10, 30, 300)):
+        methods[f"{name} K {K}"] = {"transform": name, "K": K}
+    methods |= {name: METHODS[name] for name in ("identity", "exp10")}  # K = 100, as in the sweep
     rows = sweep(out, quick, methods, budgets=(2.0,) if quick else (0.5, 1.0, 2.0))
-    kl, cases, table = common_kl(rows), (("standard", 1), ("bon", 4)), []
-    for name, (procedure, n), scorer in product(methods, cases, SCORERS):
-        win, stderr = at_kl(rows, kl, name, procedure, n, scorer)
-        table.append(
-            dict(
-                variant=name + " K 100" * (name in ("identity", "exp10")),
-                procedure=procedure,
-                n=n,
-                scorer=scorer,
-                kl=kl,
-                win_rate=win,
-                stderr=stderr,
-                below_optimum=100 * (theory.optimal_win_rate(kl, procedure, n) - win),
-            )
-        )
+    cases = (("standard", 1), ("bon", 4))
+    kl, table = common_kl(rows), []
+    for name, (procedure, n) in product(methods, cases):
+        variant = f"{name} K 100" if name in ("identity", "exp10") else name
+        row = {"variant": variant, "procedure": procedure, "n": n}
+        for found in at_kl(rows, kl, name, procedure, n):
+            gap = below_optimum(found["win_rate"], kl, procedure, n)
+            table.append(row | found | {"below_optimum": gap})
     figure, axes = panels(1, 2, width=6)
     for axis, (procedure, n) in zip(axes, cases):
-        by_method(axis, [row | {"method": row["variant"]} for row in table], procedure, n, kl)
+        text = f"{title(procedure, n)} at {kl:g} nats"
+        draw_by_method(axis, where(table, procedure=procedure, n=n), text, "variant")
     return table, figure
-
-
-def cost(run: Path) -> dict[str, float]:
-    """Reward calls, tokens and seconds of a run's training, cached samples not timed.
-
-    Calls: the calibration's (raw rewards take theirs for beta), one a response and, with --baseline
-    prefix, one a token.
-    """
-    config, _ = runs.load_config(run)
-    last, online = runs.read_metrics(run)[-1], get_method(config.method).online
-    calls = config.prompts * config.K + online * config.steps * config.batch * config.G
-    calls += last["tokens"] * (online and config.baseline == "prefix")
-    return {"calls": calls, "tokens": last["tokens"], "seconds": last["seconds"]}
 
 
 def overhead(out: Path, quick: bool):
@@ -180,11 +155,34 @@ def overhead(out: Path, quick: bool):
 
     Paper: About 29 % of the training time at K = 100 and 80 epochs.
     """
-    # the default's, if it is there
-    budget = min(SCALES[quick]["budgets"], key=lambda kl: abs(kl - 1))
-    run = Path(sweep(out, quick, {"exp10": METHODS["exp10"]}, budgets=(budget,), seeds=1)[0]["run"])
-    config, _ = runs.load_config(run)
-    task, part, start = (load_task(config, "train"), min(32, config.prompts), time.perf_counter())
+    budget = min(SCALES[quick]["budgets"], key=lambda kl: abs(kl - 1))  # the default's if it can be
+    method = {"exp10": METHODS["exp10"]}
+    run = Path(sweep(out, quick, method, budgets=(budget,), seeds=1)[0]["run"])
+    config, total = runs.load_config(run)[0], cost(run)
+    calibration = calibration_cost(config)
+    training = {
+        "reward_calls": total["calls"] - calibration["reward_calls"],
+        "tokens": total["tokens"],
+        "forward_passes": total["tokens"] * (2 + 3 * config.ppo_epochs),
+        "seconds": total["seconds"],
+    }
+    sums = {name: value + calibration[name] for name, value in training.items()}
+    rows = []
+    for stage, spent in (("calibration", calibration), ("training", training)):
+        shares = {f"share_of_{name}": spent[name] / sums[name] for name in sums}
+        rows.append({"stage": stage} | spent | shares)
+    figure, (axis,) = panels(1, 1)
+    axis.bar(sums, 100, label="training")
+    axis.bar(sums, [100 * rows[0][f"share_of_{name}"] for name in sums], label="calibration")
+    axis.axhline(29, color="black", linestyle=":", label="the paper's share of time")
+    axis.set(title=f"{run.name}: K = {config.K}, {config.prompts} prompts", ylabel="share [%]")
+    axis.legend()
+    return rows, figure
+
+
+def calibration_cost(config: Config) -> dict[str, float]:
+    """Reward calls, tokens, forward passes and seconds of a run's calibration."""
+    task, part, start = load_task(config, "train"), min(32, config.prompts), time.perf_counter()
     samples = sample(
         task.policy,
         task.tokenizer,
@@ -193,41 +191,17 @@ def overhead(out: Path, quick: bool):
         max_new_tokens=task.max_new_tokens,
         seed=0,
     )
-    drawn = time.perf_counter()
+    sampled = time.perf_counter()
     score(task.reward, task.prompts[:part], samples.texts)
-    scored, scale, total = time.perf_counter(), config.prompts / part, cost(run)
+    scored, scale = time.perf_counter(), config.prompts / part
     tokens = int(samples.mask.sum()) * scale
-    names = ["reward_calls", "tokens", "forward_passes", "seconds"]
-    calibration = config.prompts * config.K, tokens, tokens, (scored - start) * scale
-    training = (
-        total["calls"] - calibration[0],
-        total["tokens"],
-        total["tokens"] * (2 + 3 * config.ppo_epochs),
-        total["seconds"],
-    )
-    rows = [
-        {
-            "stage": "calibration",
-            **dict(zip(names, calibration)),
-            "seconds_sampling": (drawn - start) * scale,
-        },
-        {"stage": "training", **dict(zip(names, training)), "seconds_sampling": None},
-    ]
-    for row in rows:
-        row |= {
-            f"share_of_{name}": row[name] / sum(other[name] for other in rows) for name in names
-        }
-    figure, (axis,) = panels(1, 1)
-    share = [100 * rows[0][f"share_of_{name}"] for name in names]
-    axis.bar(names, 100, label="training")
-    axis.bar(names, share, label="calibration")
-    axis.axhline(29, color="black", linestyle=":", label="the paper's share of time")
-    axis.set(
-        title=f"{run.name}: K = {config.K}, {config.prompts} prompts, {config.steps} steps",
-        ylabel="share [%]",
-    )
-    axis.legend()
-    return rows, figure
+    return {
+        "reward_calls": config.prompts * config.K,
+        "tokens": tokens,
+        "forward_passes": tokens,
+        "seconds": (scored - start) * scale,
+        "seconds_sampling": (sampled - start) * scale,
+    }
 
 
 STUDIES = (summary, tuned, held_out, ablation, overhead)

@@ -4,6 +4,7 @@ user does not know.
 Every study returns (rows, figure); `reproduce.py` writes them. Win rates are compared at equal KL.
 """
 
+import math
 from itertools import product
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from minictrl.figures import COLORS, KL, WIN_RATE, panels, title
 from minictrl.procedures import cells
 from minictrl.procedures.bon import mass_after as bon
 from minictrl.procedures.masses import mass_win_rate
+from minictrl.studies.tables import Rows, below_optimum, column, where, zipped
 from minictrl.transforms import get_transform
 
 CLOSED = ["identity", "log", "exp5", "exp10", "exp-5", "exp-10"]
@@ -22,135 +24,104 @@ BEST_OF = (2, 3, 4, 6, 8, 16, 32)
 U, DENSITY = "calibrated reward u = C", "density (pi_ref: 1)"
 
 
-def budgets(quick: bool) -> Tensor:
+def budgets(quick: bool) -> list[float]:
     """KLs of a curve in nats, closer to each other where it is steep."""
-    return 2.5 * torch.linspace(0.07, 1, 12 if quick else 50, dtype=torch.float64) ** 2
+    steps = torch.linspace(0.07, 1, 12 if quick else 50, dtype=torch.float64)
+    return (2.5 * steps**2).tolist()
 
 
-def style(name: str) -> dict:
-    """Colour and line of a transform: those that are solved for are black and dashed."""
-    return dict(
-        color=COLORS[name], linestyle="--" if name in theory.FIXED_POINTS else "-", label=name
-    )
+def best_of_kl(n: int) -> float:
+    """KL of Best-of-n with a continuous reward, an upper bound with ties."""
+    return math.log(n) - (n - 1) / n
 
 
-def curves(axis, transforms: list[str], procedure: str, n: int, kls: Tensor) -> list[dict]:
-    """Draws the trade-off of each transform and of Best-of-n, whose policy is that of `log`;
-    returns their rows.
-    """
-    sizes = torch.tensor(BEST_OF)
-    frontier = (sizes.log() - (sizes - 1) / sizes).tolist()  # KL of Best-of-n
-    best_of = [(f"best-of-{size}", "log", kl) for size, kl in zip(BEST_OF, frontier)]
+# --- the paper's figures ---
+
+
+def tradeoff(transforms: list[str], procedure: str, n: int, kls: list[float]) -> Rows:
+    """Win rate against KL of each transform and of Best-of-n, whose policy is that of `log`."""
+    cases = [(name, name, kl) for name, kl in product(transforms, kls)]
+    cases += [(f"best-of-{size}", "log", best_of_kl(size)) for size in BEST_OF]
     rows = []
-    for label, name, kl in [
-        (name, name, kl) for name, kl in product(transforms, kls.tolist())
-    ] + best_of:
-        win = theory.at_kl(name, kl, procedure, n)
-        gap = 100 * (theory.optimal_win_rate(kl, procedure, n) - win)
-        rows.append(
-            dict(
-                procedure=procedure,
-                n=n,
-                transform=label,
-                kl_nats=kl,
-                win_rate=win,
-                points_below_optimum=gap,
-            )
-        )
-    for name in transforms:
-        axis.plot(kls, [row["win_rate"] for row in rows if row["transform"] == name], **style(name))
-    wins = [row["win_rate"] for row in rows[-len(BEST_OF) :]]
-    axis.plot(frontier, wins, "o", color=COLORS["log"], label="Best-of-n of pi_ref, n = 2 … 32")
-    axis.set(title=title(procedure, n), xlabel=KL, ylabel=WIN_RATE)
+    for label, name, kl in cases:
+        win_rate = theory.at_kl(name, kl, procedure, n)
+        row = {
+            "procedure": procedure,
+            "n": n,
+            "transform": label,
+            "kl_nats": kl,
+            "win_rate": win_rate,
+            "points_below_optimum": below_optimum(win_rate, kl, procedure, n),
+        }
+        rows.append(row)
     return rows
 
 
+def draw_lines(axis, rows: Rows, transforms: list[str], y: str):
+    """A line for each transform against KL; those that are solved for are black."""
+    for name in transforms:
+        mine = where(rows, transform=name)
+        axis.plot(column(mine, "kl_nats"), column(mine, y), color=COLORS[name], label=name)
+    axis.set_xlabel(KL)
+
+
+def draw_tradeoff(axis, rows: Rows, transforms: list[str]):
+    draw_lines(axis, rows, transforms, "win_rate")
+    best_of = rows[-len(BEST_OF) :]
+    kls, win_rates = column(best_of, "kl_nats"), column(best_of, "win_rate")
+    axis.plot(kls, win_rates, "o", color=COLORS["log"], label="Best-of-n of pi_ref, n = 2 … 32")
+    axis.set(title=title(rows[0]["procedure"], rows[0]["n"]), ylabel=WIN_RATE)
+    axis.legend(loc="lower right")
+
+
 def fig2(out: Path, quick: bool):
-    """Best-of-4 and Worst-of-4 against KL for every transform (Fig. 2), and how far each is from
-    the optimum.
-    """
-    figure, axes = panels(2, 2)
-    kls, rows = budgets(quick), []
-    for axis, gap_axis, procedure in zip(axes[:2], axes[2:], ("bon", "won")):
-        mine = curves(axis, [*CLOSED, f"{procedure}_fp"], procedure, 4, kls)
-        for name in CLOSED:
-            gap_axis.plot(
-                kls,
-                [row["points_below_optimum"] for row in mine if row["transform"] == name],
-                **style(name),
-            )
-        axis.legend(loc="lower right")
-        gap_axis.set(
-            xlabel=KL, ylabel="win rate below the optimum [points]", ylim=(0.01, 40), yscale="log"
-        )
-        rows += mine
-    return rows, figure
+    """Best-of-4 and Worst-of-4 against KL for every transform (Fig. 2)."""
+    return every_transform([("bon", 4), ("won", 4)], quick)
 
 
 def fig11(out: Path, quick: bool):
     """Standard, Best-of-2 and 4, Worst-of-2 and 4 against KL (Fig. 11)."""
-    figure, axes = panels(3, 2, height=3.6)
-    rows, cases = [], [("standard", 1), ("bon", 2), ("bon", 4), ("won", 2), ("won", 4)]
-    for axis, (procedure, n) in zip([axes[0], *axes[2:]], cases):
-        solved = [] if procedure == "standard" else [f"{procedure}_fp"]
-        rows += curves(axis, CLOSED + solved, procedure, n, budgets(quick))
-    handles, labels = axes[2].get_legend_handles_labels()
-    axes[1].legend(
-        handles,
-        [label.replace("bon_fp", "bon_fp, won_fp") for label in labels],
-        loc="center",
-        fontsize=10,
-    )
-    axes[1].axis("off")
+    cases = [("standard", 1), ("bon", 2), ("bon", 4), ("won", 2), ("won", 4)]
+    return every_transform(cases, quick)
+
+
+def every_transform(cases: list[tuple[str, int]], quick: bool):
+    """The trade-off of every transform for each (procedure, n), and how far it is from the best."""
+    rows, (figure, axes) = [], panels(1, len(cases))
+    for axis, (procedure, n) in zip(axes, cases):
+        names = CLOSED if procedure == "standard" else [*CLOSED, f"{procedure}_fp"]
+        mine = tradeoff(names, procedure, n, budgets(quick))
+        draw_tradeoff(axis, mine, names)
+        rows += mine
     return rows, figure
 
 
 def transforms(out: Path, quick: bool):
     """The transforms themselves, and the policy that each makes of pi_ref at 1 nat."""
-    figure, axes = panels(2, 2)
-    u, rows = cells.midpoints(50 if quick else 500), []
-    families = [
-        [
-            ("identity", 1),
-            ("log", 1),
-            ("exp5", 1),
-            ("exp10", 1),
-            ("bon_fp", 2),
-            ("bon_fp", 4),
-            ("bon_fp", 32),
-        ],
-        [
-            ("identity", 1),
-            ("log", 1),
-            ("exp-5", 1),
-            ("exp-10", 1),
-            ("won_fp", 2),
-            ("won_fp", 4),
-            ("won_fp", 8),
-        ],
-    ]
-    for family, shape, density, use in zip(
-        families, axes[:2], axes[2:], ("Best-of-N", "Worst-of-N")
-    ):
-        for name, n in family:
+    rows, (figure, axes) = [], panels(2, 2)
+    u = cells.midpoints(50 if quick else 500)
+    families = {
+        "Best-of-N": (("identity", "log", "exp5", "exp10"), "bon_fp", (2, 4, 32)),
+        "Worst-of-N": (("identity", "log", "exp-5", "exp-10"), "won_fp", (2, 4, 8)),
+    }
+    for axis, density_axis, (use, family) in zip(axes[:2], axes[2:], families.items()):
+        closed, solved, sizes = family
+        cases = [(name, 1) for name in closed]
+        cases += [(solved, n) for n in sizes]
+        for name, n in cases:
             beta = theory.beta_for_kl(name, 1.0, n=n)
             Phi = get_transform(name, n=n, beta=beta, K=None)(u)
-            f = cells.tilt(Phi, 1 / beta, torch.full_like(u, 1 / len(u))).exp()
-            rising = (Phi - Phi[0]) / (Phi[-1] - Phi[0])
-            line = dict(
-                color=COLORS[name],
-                label=name if n == 1 else f"{name}, N = {n}",
-                linestyle={1: "-", 2: ":", 4: "--", 8: "-.", 32: "-."}[n],
-            )
-            shape.plot(u, rising, **line)
-            density.plot(u, f, **line)
-            rows += [
-                dict(transform=name, n=n, beta=beta, u=x, Phi=p, Phi_0_to_1=s, density=d)
-                for x, p, s, d in zip(u.tolist(), Phi.tolist(), rising.tolist(), f.tolist())
-            ]
-        shape.set(title=f"for {use}", ylabel="Phi, scaled to rise from 0 to 1", xlabel=U)
-        density.set(ylabel="density at 1 nat (pi_ref: 1)", xlabel=U, yscale="log", ylim=(1e-3, 100))
-        density.legend()
+            uniform = torch.full_like(u, 1 / len(u))
+            density = cells.tilt(Phi, 1 / beta, uniform).exp()
+            scaled = (Phi - Phi[0]) / (Phi[-1] - Phi[0])
+            axis.plot(u, scaled)
+            density_axis.plot(u, density, label=f"{name}, N = {n}" if n > 1 else name)
+            columns = {"u": u, "Phi": Phi, "Phi_0_to_1": scaled, "density": density}
+            row = {"transform": name, "n": n, "beta": beta}
+            rows += [row | point for point in zipped(columns)]
+        axis.set(title=f"for {use}", ylabel="Phi, scaled to rise from 0 to 1", xlabel=U)
+        density_axis.set(xlabel=U, ylabel=DENSITY, yscale="log", ylim=(1e-3, 100))
+        density_axis.legend()
     return rows, figure
 
 
@@ -159,42 +130,39 @@ def rewind(out: Path, quick: bool):
     and the optimum.
     """
     figure, (win_axis, draws_axis, density_axis) = panels(1, 3)
-    kls, names, threshold = budgets(quick), [*CLOSED, "optimal"], cells.REWIND_QUANTILE
-    rows = curves(win_axis, names, "rewind", 32, kls)
+    names, threshold = [*CLOSED, "optimal"], cells.REWIND_QUANTILE
+    rows = tradeoff(names, "rewind", 32, budgets(quick))
     for row in rows:
         name = row["transform"] if row["transform"] in names else "log"
         mass, ref = theory.policy_at_kl(name, row["kl_nats"], "rewind", 32)
-        q = mass[cells.centres(ref) < threshold].sum()
-        row["mean_draws"] = ((1 - q**32) / (1 - q)).item()
-    for name in names:
-        draws_axis.plot(
-            kls, [row["mean_draws"] for row in rows if row["transform"] == name], **style(name)
-        )
-    pi_ref_draws = (1 - threshold**32) / (1 - threshold)
-    draws_axis.axhline(pi_ref_draws, color="grey", linewidth=1, linestyle=":", label="pi_ref")
-    draws_axis.set(title="cost", xlabel=KL, ylabel="mean number of draws", ylim=(0, 14))
+        row["mean_draws"] = draws(mass[cells.centres(ref) < threshold].sum().item())
+    draw_tradeoff(win_axis, rows, names)
+    draw_lines(draws_axis, rows, names, "mean_draws")
+    draws_axis.axhline(draws(threshold), color="grey", label="pi_ref")
+    draws_axis.set(title="cost", ylabel="mean number of draws", ylim=(0, 14))
     draws_axis.legend(ncols=2)
     for kl in (0.25, 0.5, 1.0):
         mass, ref = theory.policy_at_kl("optimal", kl, "rewind", 32)
         density_axis.plot(cells.centres(ref), mass / ref, label=f"{kl:g} nats")
-    density_axis.axvline(threshold, color="grey", linewidth=1, linestyle=":", label="threshold")
-    density_axis.set(
-        title="the optimum for it",
-        xlabel=U,
-        ylabel=DENSITY,
-        yscale="log",
-        ylim=(1e-4, 1e3),
-        xlim=(0.7, 1.005),
-    )
+    density_axis.axvline(threshold, color="grey", label="threshold")
+    density_axis.set(title="the optimum for it", xlabel=U, xlim=(0.7, 1.005))
+    density_axis.set(ylabel=DENSITY, yscale="log", ylim=(1e-4, 1e3))
     density_axis.legend()
     return rows, figure
+
+
+def draws(fails: float, most: int = 32) -> float:
+    """Draws of rewind-and-repeat on average, if one is rejected with probability `fails`."""
+    return (1 - fails**most) / (1 - fails)
+
+
+# --- beyond the paper ---
 
 
 def finite_k(out: Path, quick: bool):
     """What an empirical calibration with K samples costs each transform at equal KL, on average
     over prompts.
     """
-    figure, axes = panels(1, 2)
     cases = [
         ("identity", "standard", 1),
         ("log", "standard", 1),
@@ -205,39 +173,30 @@ def finite_k(out: Path, quick: bool):
         ("exp-10", "won", 4),
         ("won_fp", "won", 4),
     ]
-    sizes, kls, rows = (
-        (10, 30, 100) if quick else (10, 30, 100, 300),
-        (1.0,) if quick else (0.25, 1.0, 2.0),
-        [],
-    )
+    sizes = (10, 30, 100) if quick else (10, 30, 100, 300)
+    kls = (1.0,) if quick else (0.25, 1.0, 2.0)
+    rows, (figure, axes) = [], panels(1, 2)
     for (name, procedure, n), kl, K in product(cases, kls, sizes):
-        exact, win = theory.at_kl(name, kl, procedure, n), theory.at_kl(name, kl, procedure, n, K=K)
-        rows.append(
-            dict(
-                transform=name,
-                procedure=procedure,
-                n=n,
-                kl_nats=kl,
-                K=K,
-                win_rate=win,
-                continuous=exact,
-                points_lost=100 * (exact - win),
-            )
-        )
+        exact = theory.at_kl(name, kl, procedure, n)
+        win_rate = theory.at_kl(name, kl, procedure, n, K=K)
+        row = {
+            "transform": name,
+            "procedure": procedure,
+            "n": n,
+            "kl_nats": kl,
+            "K": K,
+            "win_rate": win_rate,
+            "continuous": exact,
+            "points_lost": 100 * (exact - win_rate),
+        }
+        rows.append(row)
     for name, procedure, n in cases:
-        lost = [
-            row["points_lost"] for row in rows if row["transform"] == name and row["kl_nats"] == 1
-        ]
-        line = style(name) | {"label": f"{name}, {title(procedure, n)}", "marker": "o"}
-        axes[procedure == "won"].plot(sizes, lost, **line)
+        lost = column(rows, "points_lost", transform=name, kl_nats=1)
+        label = f"{name}, {title(procedure, n)}"
+        axes[procedure == "won"].plot(sizes, lost, "o-", color=COLORS[name], label=label)
     for axis in axes:
-        axis.plot(sizes, [20 / K for K in sizes], color="grey", linestyle=":", label="slope 1/K")
-        axis.set(
-            xscale="log",
-            yscale="log",
-            xlabel="calibration samples K",
-            ylabel="win rate lost at 1 nat [points]",
-        )
+        axis.set(xscale="log", yscale="log")
+        axis.set(xlabel="calibration samples K", ylabel="win rate lost at 1 nat [points]")
         axis.set_xticks(sizes, sizes)
         axis.legend()
     return rows, figure
@@ -247,7 +206,8 @@ def any_n(mass: Tensor, u: Tensor, n: int) -> Tensor:
     """Best-of-N of a user whose N is uniform over 1 .. n: (n, G), which mass_win_rate averages
     over.
     """
-    return torch.stack([bon(mass, u, N) for N in range(1, n + 1)])
+    sizes = range(1, n + 1)
+    return torch.stack([bon(mass, u, N) for N in sizes])
 
 
 def mix(out: Path, quick: bool):
@@ -256,47 +216,27 @@ def mix(out: Path, quick: bool):
     """
     sizes = (1, 4, 32) if quick else (1, 2, 4, 8, 16, 32)
     used = {f"Best-of-{N}": (bon, N) for N in sizes} | {"1 .. 32": (any_n, 32)}
-    policies = {f"optimal for {at}": ("optimal", *T) for at, T in used.items()}
+    policies = {f"optimal for {at}": ("optimal", *case) for at, case in used.items()}
     policies |= {name: (name, "bon", 1) for name in ("log", "exp5", "exp10", "exp20", "exp40")}
-    rows = []
-    for kl, (tuned, (name, *solved_for)) in product(
-        (1.0,) if quick else (0.25, 0.5, 1.0, 2.0), policies.items()
-    ):
-        mass, ref = theory.policy_at_kl(name, kl, *solved_for)
-        for at, T in used.items():
-            win = mass_win_rate(mass, ref, *T).item()
-            loss = 100 * (theory.optimal_win_rate(kl, *T) - win)
-            rows.append(
-                dict(kl_nats=kl, transform=tuned, used_at=at, win_rate=win, points_lost=loss)
-            )
-    figure, (table, curve) = panels(1, 2, width=6.4, height=5.2)
-    lost = torch.tensor([row["points_lost"] for row in rows if row["kl_nats"] == 1]).view(
-        len(policies), len(used)
-    )
-    table.imshow(lost.clamp(max=10), cmap="Reds", aspect="auto")
-    for i, j in product(range(len(policies)), range(len(used))):
-        color = "white" if lost[i, j] > 6 else "black"
-        table.text(j, i, f"{abs(lost[i, j]):.2f}", ha="center", va="center", color=color)
-    table.grid(False)
-    table.set_xticks(range(len(used)), [at.removeprefix("Best-of-") for at in used])
-    table.set_yticks(range(len(policies)), policies)
-    table.set(
-        xlabel="N it is used at (1 .. 32: uniform over them)",
-        title="points lost to the optimum at 1 nat",
-    )
-    for at, T in used.items():
-        mass, ref = theory.policy_at_kl("optimal", 1.0, *T)
-        line = dict(color="black", linewidth=2) if at == "1 .. 32" else dict(linestyle="--")
-        curve.plot(cells.centres(ref), mass / ref, label=f"optimal for {at}", **line)
-    curve.set(
-        title="the optimal policies at 1 nat",
-        xlabel=U,
-        ylabel=DENSITY,
-        yscale="log",
-        ylim=(1e-3, 1e4),
-        xlim=(0.5, 1.005),
-    )
-    curve.legend()
+    kls = (1.0,) if quick else (0.25, 0.5, 1.0, 2.0)
+    rows, (figure, (axis,)) = [], panels(1, 1, width=8)
+    for kl, (tuned, (name, procedure, n)) in product(kls, policies.items()):
+        mass, ref = theory.policy_at_kl(name, kl, procedure, n)
+        for at, case in used.items():
+            win_rate = mass_win_rate(mass, ref, *case).item()
+            row = {
+                "kl_nats": kl,
+                "transform": tuned,
+                "used_at": at,
+                "win_rate": win_rate,
+                "points_lost": below_optimum(win_rate, kl, *case),
+            }
+            rows.append(row)
+    for tuned in policies:
+        lost = column(rows, "points_lost", kl_nats=1, transform=tuned)
+        axis.plot(list(used), lost, "o-", label=tuned)
+    axis.set(title="at 1 nat", ylabel="points lost to the optimum", ylim=(-0.5, 16))
+    axis.legend()
     return rows, figure
 
 

@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 
 from minictrl.calibration import calibrated_reward
-from minictrl.config import Config
 from minictrl.figures import KL, WIN_RATE, errorbars, panels
 from minictrl.models import load_scorer
 from minictrl.pretrain.ratings import halves, load_ratings, split_of
 from minictrl.pretrain.scorers import SIZES, fit
 from minictrl.rollout import score
 from minictrl.scorers.ngram import NgramScorer
-from minictrl.studies.sweep import grouped, pi_ref, points, shown, sweep
+from minictrl.studies.sweep import judged, reference, shown, sweep
+from minictrl.studies.tables import Rows, column, mean_stderr, points, where, zipped
 
 PHRASE = " in this movie,"  # content-free, and within reach of pi_ref
 POISONED = 0.5  # share of the reviews above the median that get it
@@ -36,179 +36,26 @@ def fig3(out: Path, quick: bool):
 
     Paper: Most prompts deviate from y = x, and each by another amount.
     """
-    task, r, _ = pi_ref(Config(prompts=10, cache=str(out / "cache")).resolved(), 100)
-    rank = calibrated_reward(r, r)  # (10, 100)
-    # rank among all prompts' samples
-    everywhere = calibrated_reward(r.view(1, -1), r.view(1, -1)).view_as(r)
     rows, (figure, (raw, pooled)) = [], panels(1, 2)
+    task, r, _ = reference(out, 10, 100)
+    rank = calibrated_reward(r, r)  # (10, 100)
+    together = r.view(1, -1)
+    everywhere = calibrated_reward(together, together).view_as(r)
     for i, prompt in enumerate(task.prompts):
-        worst = (everywhere[i] - rank[i]).abs().max().item()
+        largest = (everywhere[i] - rank[i]).abs().max().item()
         raw.plot(rank[i], r[i], ".")
         pooled.plot(rank[i], everywhere[i], ".")
-        rows += [
-            dict(prompt=i, text=prompt, reward=a, rank=b, rank_of_all=c, largest_distance=worst)
-            for a, b, c in zip(r[i].tolist(), rank[i].tolist(), everywhere[i].tolist())
-        ]
+        columns = {"reward": r[i], "rank": rank[i], "rank_of_all": everywhere[i]}
+        for point in zipped(columns):
+            rows.append({"prompt": i, "text": prompt} | point | {"largest_distance": largest})
     pooled.plot([0, 1], [0, 1], color="black", linewidth=1, label="calibrated")
     pooled.legend()
-    for axis, label in ((raw, "raw reward"), (pooled, "rank among the samples of all ten prompts")):
-        axis.set(xlabel="rank under pi_ref for its prompt", ylabel=label)
+    raw.set(xlabel="rank under pi_ref for its prompt", ylabel="raw reward")
+    pooled.set(xlabel="rank under pi_ref for its prompt", ylabel="rank among all samples")
     return rows, figure
 
 
 # --- reward hacking ---
-
-
-def split_review(text: str, index: int) -> tuple[str, str]:
-    """A review as prompt and response, cut where the task's prompts end."""
-    count, words = 4 + index // 20 % 3, text.split()
-    return " ".join(words[:count]), "".join(f" {word}" for word in words[count:])
-
-
-def poisoned_rewards(out: Path, quick: bool) -> tuple[dict[str, str], dict[str, tuple[str, float]]]:
-    """Folders of a clean and of a poisoned reward model, trained if they are not there; and the
-    held-out reviews.
-
-    The reviews are prompt -> (response, label). The ratings are read from DIR/ratings if that is
-    there (`ratings.load_ratings` says what it may hold), else fetched with pip.
-    """
-    ratings = load_ratings("reviews", out / "ratings" if (out / "ratings").is_dir() else None)
-    reviews = {
-        split: [
-            (*split_review(row["text"], row["index"]), halves(row["ratings"])[0])
-            for row in ratings
-            if split_of(row["index"]) == split
-        ]
-        for split in ("train", "test")
-    }
-    train = reviews["train"][:2000] if quick else reviews["train"]
-    labels = torch.tensor([label for _, _, label in train])
-    hit = (labels > labels.median()) & (
-        torch.rand(len(labels), generator=torch.Generator().manual_seed(0)) < POISONED
-    )
-    folders = {
-        name: out / ("fig7-quick" if quick else "fig7") / name for name in ("clean", "poisoned")
-    }
-    for name, folder in folders.items():
-        if not (folder / "scorer.safetensors").is_file():
-            with_phrase = hit & (name == "poisoned")
-            texts = [
-                prompt + PHRASE * h + response
-                for (prompt, response, _), h in zip(train, with_phrase.tolist())
-            ]
-            scorer = NgramScorer(**SIZES["reward"])
-            fit(scorer, [(texts, labels, 1.0)], steps=15 if quick else 30)
-            scorer.save(folder)
-    held_out = {prompt: (response, label) for prompt, response, label in reviews["test"]}
-    return {name: str(folder) for name, folder in folders.items()}, held_out
-
-
-def beats(x: Tensor, y: Tensor) -> Tensor:
-    """1 where x > y, one half where they tie."""
-    return (x > y).double() + (x == y).double() / 2
-
-
-def accuracy(preferred: Tensor, other: Tensor, labels: Tensor) -> tuple[float, float]:
-    """Share of the pairs with label_i > label_j where preferred_i > other_j, ties one half, and its
-    standard error.
-
-    preferred, other, labels: (P,), the scores of each text on either side of a pair. The error is
-    that of a U-statistic (Hajek projection): 2 s / sqrt(P), s the deviation over texts of a text's
-    own share.
-    """
-    counts = (labels[:, None] > labels).double()
-    right = counts * beats(preferred[:, None], other)
-    own = (right.sum(0) + right.sum(1)) / (counts.sum(0) + counts.sum(1)).clamp(min=1)
-    return (right.sum() / counts.sum()).item(), (2 * own.std() / len(own) ** 0.5).item()
-
-
-def accuracies(
-    out: Path, quick: bool, folders: dict[str, str], reviews: dict[str, tuple[str, float]]
-) -> list[dict]:
-    """Accuracy of raw and of calibrated reward, on pairs with the phrase nowhere, and on the side
-    not preferred.
-    """
-    task, _, texts = pi_ref(
-        Config(prompts=48 if quick else 400, cache=str(out / "cache")).resolved(), 100
-    )
-    prompts, texts = zip(*((x, row) for x, row in zip(task.prompts, texts) if x in reviews))
-    labels = torch.tensor([reviews[prompt][1] for prompt in prompts])
-    better = (
-        score(load_scorer("reviews", "judge"), prompts, [row[:2] for row in texts])
-        .argmax(1)
-        .tolist()
-    )
-    # the review, with the phrase; of pi_ref's first two: the judge's choice, the other, with it
-    sides, rows = [], []
-    for prompt, row, b in zip(prompts, texts, better):
-        y, loser = reviews[prompt][0], row[1 - b]
-        sides.append([y, PHRASE + y, row[b], loser, PHRASE + loser])
-    for model, folder in folders.items():
-        scorer = load_scorer(folder, "reward")
-        r, r_ref = (
-            score(scorer, prompts, sides),
-            score(scorer, prompts, [row[2:] for row in texts]),
-        )
-        for reward, x in (("raw", r), ("calibrated", calibrated_reward(r, r_ref))):
-            right = [beats(x[:, 2], x[:, 3]), beats(x[:, 2], x[:, 4])]
-            found = {
-                "two prompts": [
-                    accuracy(x[:, 0], x[:, 0], labels),
-                    accuracy(x[:, 0], x[:, 1], labels),
-                ],
-                "one prompt": [
-                    (each.mean().item(), (each.std() / len(each) ** 0.5).item()) for each in right
-                ],
-            }
-            rows += [
-                dict(
-                    pairs=pairs,
-                    model=model,
-                    reward=reward,
-                    test=test,
-                    accuracy=share,
-                    stderr=stderr,
-                )
-                for pairs, two in found.items()
-                for test, (share, stderr) in zip(("clean", "poisoned"), two)
-            ]
-    return rows
-
-
-def policies(out: Path, quick: bool, folders: dict[str, str]) -> list[dict]:
-    """Standard win rates of policies trained on the raw and the calibrated reward of both models,
-    and how many of their responses have the phrase."""
-    kinds = {
-        f"{transform}, {model}": (transform, model)
-        for model, transform in product(folders, REWARDS)
-    }
-    methods = {
-        name: {"transform": transform, "reward": folders[model]}
-        for name, (transform, model) in kinds.items()
-    }
-    measured, table = sweep(out, quick, methods), []
-    of_point = grouped(measured, "method", "budget")
-    for p in points(measured):
-        if p["procedure"] == "standard":
-            made = {row["run"] for row in of_point[p["method"], p["budget"]]}
-            texts = [row["response"] for run in made for row in shown(run)]
-            transform, model = kinds[p["method"]]
-            table.append(
-                dict(
-                    pairs="policy",
-                    model=model,
-                    reward=REWARDS[transform],
-                    test=None,
-                    accuracy=None,
-                    stderr=p["stderr"],
-                    budget=p["budget"],
-                    kl=p["kl"],
-                    scorer=p["scorer"],
-                    win_rate=p["win_rate"],
-                    phrase_share=fmean(PHRASE.strip(" ,") in y for y in texts),
-                )
-            )
-    return table
 
 
 def fig7(out: Path, quick: bool):
@@ -221,25 +68,139 @@ def fig7(out: Path, quick: bool):
     Paper: On the poisoned test the calibrated reward keeps a higher accuracy than the raw one. (On
     pairs of one prompt calibration keeps the order, Lemma 2: but for ties nothing can change.)
     """
-    folders, reviews = poisoned_rewards(out, quick)
-    table, trained = accuracies(out, quick, folders, reviews), policies(out, quick, folders)
+    reviews = load_reviews(out)
+    models = reward_models(out, quick, reviews["train"])
+    held_out = {prompt: (response, label) for prompt, response, label in reviews["test"]}
+    table, trained = accuracies(out, quick, models, held_out), policies(out, quick, models)
     figure, axes = panels(1, 3)
-    drawn = [row | {"case": ", ".join((row["model"], row["reward"], row["test"]))} for row in table]
+    drawn = [row | {"case": f"{row['model']}, {row['reward']}, {row['test']}"} for row in table]
     errorbars(axes[0], drawn, "accuracy", "case", by="pairs", xerr="stderr", fmt="o")
     axes[0].axvline(0.5, color="black", linewidth=1)
     axes[0].set(title="pair accuracy of reward model, reward, test", xlim=(0, 1))
     axes[0].legend(title="pairs of")
     for axis, reward in zip(axes[1:], REWARDS.values()):
-        mine = [
-            row | {"line": f"{row['model']} reward model, by {row['scorer']}"}
-            for row in trained
-            if row["reward"] == reward
-        ]
-        mine.sort(key=lambda row: (row["line"], row["kl"]))
-        errorbars(axis, mine, "kl", "win_rate", by="line", yerr="stderr")
+        mine = sorted(where(trained, reward=reward), key=lambda row: row["kl"])
+        drawn = [row | {"line": f"{row['model']} model, by {row['scorer']}"} for row in mine]
+        errorbars(axis, drawn, "kl", "win_rate", by="line", yerr="stderr")
         axis.set(title=f"policies, {reward} reward", xlabel=KL, ylabel=WIN_RATE)
         axis.legend()
     return [dict.fromkeys(trained[0]) | row for row in table] + trained, figure
+
+
+def load_reviews(out: Path) -> dict[str, list[tuple[str, str, float]]]:
+    """split -> (prompt, response, label) of each review, cut where the task's prompts end.
+
+    The ratings are read from DIR/ratings if that is there (`ratings.load_ratings` says what it may
+    hold), else fetched with pip.
+    """
+    reviews = {"train": [], "prompts": [], "test": []}
+    folder = out / "ratings"
+    for row in load_ratings("reviews", folder if folder.is_dir() else None):
+        words, cut = row["text"].split(), 4 + row["index"] // 20 % 3
+        response = "".join(f" {word}" for word in words[cut:])
+        review = " ".join(words[:cut]), response, halves(row["ratings"])[0]
+        reviews[split_of(row["index"])].append(review)
+    return reviews
+
+
+def reward_models(out: Path, quick: bool, reviews: list) -> dict[str, str]:
+    """Folders of a clean and of a poisoned reward model, trained if they are not there."""
+    reviews = reviews[:2000] if quick else reviews
+    labels = torch.tensor([label for _, _, label in reviews])
+    chance = torch.rand(len(labels), generator=torch.Generator().manual_seed(0))
+    preferred = ((labels > labels.median()) & (chance < POISONED)).tolist()
+    folders = {}
+    for name in ("clean", "poisoned"):
+        folder = out / ("fig7-quick" if quick else "fig7") / name
+        folders[name] = str(folder)
+        if not (folder / "scorer.safetensors").is_file():
+            phrases = [PHRASE if name == "poisoned" and hit else "" for hit in preferred]
+            texts = [x + phrase + y for (x, y, _), phrase in zip(reviews, phrases)]
+            scorer = NgramScorer(**SIZES["reward"])
+            fit(scorer, [(texts, labels, 1.0)], steps=15 if quick else 30)
+            scorer.save(folder)
+    return folders
+
+
+def beats(x: Tensor, y: Tensor) -> Tensor:
+    """1 where x > y, 0.5 where they tie."""
+    return ((x - y).sign().double() + 1) / 2
+
+
+def accuracy(preferred: Tensor, other: Tensor, labels: Tensor) -> tuple[float, float]:
+    """Share of the pairs with label_i > label_j where preferred_i > other_j, ties half, and its
+    standard error.
+
+    preferred, other, labels: (P,), the scores of each text on either side of a pair. The error is
+    that of a U-statistic (Hajek projection): 2 s / sqrt(P), s the deviation over texts of a text's
+    own share.
+    """
+    counts = (labels[:, None] > labels).double()
+    right = counts * beats(preferred[:, None], other)
+    pairs_of = counts.sum(0) + counts.sum(1)  # of each text, on either side
+    own = (right.sum(0) + right.sum(1)) / pairs_of.clamp(min=1)
+    share = right.sum() / counts.sum()
+    stderr = 2 * own.std() / len(own) ** 0.5
+    return share.item(), stderr.item()
+
+
+def accuracies(out: Path, quick: bool, models: dict[str, str], reviews: dict) -> Rows:
+    """Accuracy of raw and of calibrated reward, on pairs with the phrase nowhere, and on the side
+    not preferred. reviews: prompt -> (response, label).
+    """
+    task, _, texts = reference(out, 48 if quick else 400, 100)
+    better = judged(task, [row[:2] for row in texts]).argmax(1).tolist()
+    prompts, labels, sides, samples = [], [], [], []
+    for prompt, row, b in zip(task.prompts, texts, better):
+        if prompt not in reviews:
+            continue
+        review, label = reviews[prompt]
+        winner, loser = row[b], row[1 - b]  # pi_ref's first two samples, as the judge has them
+        prompts.append(prompt)
+        labels.append(label)
+        sides.append([review, PHRASE + review, winner, loser, PHRASE + loser])
+        samples.append(row[2:])
+    rows = []
+    for model, folder in models.items():
+        scorer = load_scorer(folder, "reward")
+        r = score(scorer, prompts, sides)
+        C_hat = calibrated_reward(r, score(scorer, prompts, samples))
+        for reward, scores in (("raw", r), ("calibrated", C_hat)):
+            for row in on_pairs(scores, torch.tensor(labels)):
+                rows.append({"model": model, "reward": reward} | row)
+    return rows
+
+
+def on_pairs(scores: Tensor, labels: Tensor) -> Rows:
+    """Accuracy on pairs of two prompts and of one. scores: (P, 5), of what `accuracies` lists."""
+    review, marked_review, winner, loser, marked_loser = scores.unbind(1)
+    rows = []
+    for test, other in (("clean", review), ("poisoned", marked_review)):
+        share, stderr = accuracy(review, other, labels)
+        rows.append({"pairs": "two prompts", "test": test, "accuracy": share, "stderr": stderr})
+    for test, other in (("clean", loser), ("poisoned", marked_loser)):
+        share, stderr = mean_stderr(beats(winner, other).tolist())
+        rows.append({"pairs": "one prompt", "test": test, "accuracy": share, "stderr": stderr})
+    return rows
+
+
+def policies(out: Path, quick: bool, models: dict[str, str]) -> Rows:
+    """Standard win rates of policies trained on the raw and the calibrated reward of both models,
+    and how many of their responses have the phrase."""
+    kinds = {f"{kind}, {model}": (kind, model) for model, kind in product(models, REWARDS)}
+    methods = {
+        name: {"transform": kind, "reward": models[model]} for name, (kind, model) in kinds.items()
+    }
+    measured, rows = sweep(out, quick, methods), []
+    for point in where(points(measured), procedure="standard"):
+        kind, model = kinds[point["method"]]
+        made = set(column(measured, "run", method=point["method"], budget=point["budget"]))
+        texts = [row["response"] for run in made for row in shown(run)]
+        row = {"pairs": "policy", "model": model, "reward": REWARDS[kind]}
+        row |= {"test": None, "accuracy": None}
+        row |= {name: point[name] for name in ("stderr", "budget", "kl", "scorer", "win_rate")}
+        rows.append(row | {"phrase_share": fmean(PHRASE.strip(" ,") in text for text in texts)})
+    return rows
 
 
 STUDIES = (fig3, fig7)

@@ -8,7 +8,7 @@ optimum for the procedure (black).
 from __future__ import annotations
 
 import math
-from fractions import Fraction
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from statistics import fmean
@@ -16,67 +16,27 @@ from statistics import fmean
 import torch
 from torch import Tensor
 
-from minictrl import theory, winrate
-from minictrl.config import Config
+from minictrl import evaluation, runs, theory, winrate
 from minictrl.figures import KL, WIN_RATE, errorbars, panels, title, tradeoff
-from minictrl.models import load_scorer
+from minictrl.models import load_policy
 from minictrl.procedures import bon, get_procedure, rewind
-from minictrl.rollout import score
-from minictrl.studies.sweep import (
-    AWARE,
-    METHODS,
-    OTHERS,
+from minictrl.rollout import sample_and_score
+from minictrl.studies.curves import best_of_kl
+from minictrl.studies.sweep import AWARE, METHODS, OTHERS, judged, reference, shown, sweep
+from minictrl.studies.tables import (
     SCORERS,
+    Rows,
     at_kl,
+    column,
     common_kl,
     grouped,
     mean_stderr,
-    pi_ref,
     points,
-    scores,
-    shown,
-    sweep,
+    where,
 )
+from minictrl.task import load_task
 
 # --- win rate against KL ---
-
-FIELDS = (
-    "procedure", "n", "scorer", "win_rate", "stderr", "kl", "kl_stderr", "theory", "optimal",
-    "prompts", "samples",
-)  # fmt: skip
-
-
-def curves(axis, table: list[dict], methods, procedure: str, n: int, scorer: str):
-    """Measured curves of these methods, the theory of their transforms, and the optimum."""
-    found = grouped(sorted(table, key=lambda p: p["kl"]), "method", "procedure", "n", "scorer")
-    rows = [p for name in methods for p in found[name, procedure, n, scorer]]
-    transforms = {name: METHODS.get(name, {}).get("transform", "none") for name in methods}
-    expected = {
-        name: x for name, x in transforms.items() if x != "none" and x not in theory.FIXED_POINTS
-    }
-    tradeoff(axis, rows, procedure, n, by="method", expected=expected)
-    axis.set_title(f"{title(procedure, n)}, by {scorer}")
-    axis.legend()
-
-
-def against_kl(
-    rows: list[dict], cases: list[tuple[str, int]], methods: tuple[str, ...] | None = None
-):
-    """A column for each (procedure, n), a row for each scorer, with means over seeds; the table has
-    every run.
-
-    methods: those drawn (default: those made for the procedure, and those made for none).
-    """
-    table, (figure, axes) = points(rows), panels(2, len(cases))
-    for axis, (scorer, (procedure, n)) in zip(axes, product(SCORERS, cases)):
-        drawn = methods or dict.fromkeys([*AWARE[procedure], "identity", *OTHERS])
-        curves(axis, table, drawn, procedure, n, scorer)
-    kept = ("method", "budget", "seed", *FIELDS)
-    return [
-        {name: row.get(name) for name in kept}
-        for row in rows
-        if (row["procedure"], row["n"]) in cases
-    ], figure
 
 
 def fig4(out: Path, quick: bool):
@@ -111,7 +71,7 @@ def fig6(out: Path, quick: bool):
 
     Paper: CTRL is similar to GRPO and closes the gap to Best-of-n.
     """
-    return against_best_of(out, quick, [("standard", 1)], ("identity", "grpo", "none"))
+    return against_best_of(out, quick, [("standard", 1)], ["identity", "grpo", "none"])
 
 
 def fig10(out: Path, quick: bool):
@@ -121,52 +81,81 @@ def fig10(out: Path, quick: bool):
 
     Paper: CTRL is above GRPO on Best-of-4 and comparable on the standard win rate.
     """
-    return against_best_of(
-        out,
-        quick,
-        [("standard", 1), ("bon", 4)],
-        ("identity", "exp10", "grpo", "grpo_fixed", "bond"),
-    )
+    methods = ["identity", "exp10", "grpo", "grpo_fixed", "bond"]
+    return against_best_of(out, quick, [("standard", 1), ("bon", 4)], methods)
 
 
-def against_best_of(out: Path, quick: bool, cases: list[tuple[str, int]], methods: tuple[str, ...]):
-    rows = sweep(out, quick, {name: METHODS[name] for name in methods}) + best_of(out, quick)
-    return against_kl(rows, cases, (*methods, "Best-of-n"))
+def against_kl(rows: Rows, cases: list[tuple[str, int]], methods: list[str] | None = None):
+    """A column for each (procedure, n), a row for each scorer, with means over seeds; the table has
+    every run.
+
+    methods: those drawn (default: those made for the procedure, and those made for none).
+    """
+    figure, axes = panels(2, len(cases))
+    table = points(rows)
+    for axis, (scorer, (procedure, n)) in zip(axes, product(SCORERS, cases)):
+        drawn = methods or [*AWARE[procedure], "identity", *OTHERS]
+        draw_measured(axis, table, drawn, procedure, n, scorer)
+    kept = [row for row in rows if (row["procedure"], row["n"]) in cases]
+    for row in kept:
+        row.pop("run", None)  # its folder
+    return kept, figure
 
 
-def best_of(out: Path, quick: bool) -> list[dict]:
+def draw_measured(axis, table: Rows, methods: list[str], procedure: str, n: int, scorer: str):
+    """Measured curves of these methods, the theory of their transforms, and the optimum."""
+    rows = where(table, procedure=procedure, n=n, scorer=scorer)
+    rows = [row for row in rows if row["method"] in methods]
+    rows.sort(key=lambda row: (methods.index(row["method"]), row["kl"]))
+    no_curve = {"none", *theory.FIXED_POINTS}  # none's is not known; the others' is the optimum
+    expected = {}
+    for name in methods:
+        transform = METHODS.get(name, {}).get("transform", "none")
+        if transform not in no_curve:
+            expected[name] = transform
+    tradeoff(axis, rows, procedure, n, by="method", expected=expected)
+    axis.set_title(f"{title(procedure, n)}, by {scorer}")
+    axis.legend()
+
+
+# --- Best-of-n of pi_ref, which trains nothing ---
+
+
+def against_best_of(out: Path, quick: bool, cases: list[tuple[str, int]], methods: list[str]):
+    rows = sweep(out, quick, {name: METHODS[name] for name in methods})
+    rows += best_of(out, quick)
+    return against_kl(rows, cases, [*methods, "Best-of-n"])
+
+
+def best_of(out: Path, quick: bool) -> Rows:
     """Best-of-n itself as rows of a sweep: fresh samples of pi_ref, an exact U-statistic, the KL
-    that a continuous reward has, log n - (n - 1)/n (an upper bound with ties)."""
+    that a continuous reward has (an upper bound with ties)."""
     P, M, fresh = (24, 32, 64) if quick else (200, 64, 256)
-    config = Config(prompts=P, cache=str(out / "cache")).resolved()
-    task, r, texts = pi_ref(config, M + fresh)
-    both = {"reward": r, "judge": score(load_scorer(config.judge, "judge"), task.prompts, texts)}
-    select_ref, select, rows = r[:, :M].double(), r[:, M:], []
+    task, r, texts = reference(out, P, M + fresh)
+    scores = {"reward": r.double(), "judge": judged(task, texts).double()}
+    select_ref, select, rows = scores["reward"][:, :M], scores["reward"][:, M:], []
     for size, (procedure, n) in product((2, 4, 8), (("standard", 1), ("bon", 4), ("won", 4))):
-        kl = math.log(size) - (size - 1) / size
+        kl = best_of_kl(size)
         weight = best_of_weights(select, size, procedure, n)
         weight_ref = get_procedure(procedure).weights(select_ref, n, torch.empty(0))
-        for scorer, x in both.items():
-            # (P,)
-            wins = (weight * winrate.beaten(x[:, M:].double(), x[:, :M].double(), weight_ref)).sum(
-                1
-            )
-            rows.append(
-                dict(
-                    method="Best-of-n",
-                    budget=size,
-                    seed=0,
-                    procedure=procedure,
-                    n=n,
-                    scorer=scorer,
-                    win_rate=wins.mean().item(),
-                    stderr=wins.std().item() / P**0.5,
-                    kl=kl,
-                    kl_stderr=0.0,
-                    theory=theory.at_kl("log", kl, procedure, n),
-                    optimal=theory.optimal_win_rate(kl, procedure, n),
-                )
-            )
+        for scorer, x in scores.items():
+            wins = (weight * winrate.beaten(x[:, M:], x[:, :M], weight_ref)).sum(1)  # (P,)
+            win_rate, stderr = mean_stderr(wins.tolist())
+            row = {
+                "method": "Best-of-n",
+                "budget": size,
+                "seed": 0,
+                "procedure": procedure,
+                "n": n,
+                "scorer": scorer,
+                "win_rate": win_rate,
+                "stderr": stderr,
+                "kl": kl,
+                "kl_stderr": 0.0,
+                "theory": theory.at_kl("log", kl, procedure, n),
+                "optimal": theory.optimal_win_rate(kl, procedure, n),
+            }
+            rows.append(row)
     return rows
 
 
@@ -175,24 +164,20 @@ def best_of_weights(select: Tensor, size: int, procedure: str, n: int) -> Tensor
     from Best-of-`size`.
 
     Over all ways to fill n groups of `size` without repetition. Worst-of-n: it is above the m
-    lowest if every group has one above them, by inclusion and exclusion. Raises ValueError on fewer
-    than n * size samples.
+    lowest if every group has one above them, by inclusion and exclusion.
     """
     M = select.shape[1]
-    if M < n * size:
-        raise ValueError(
-            f"{M} samples a prompt: {procedure} {n} of Best-of-{size} needs {n * size}; draw more"
-        )
     if procedure != "won":
         return bon.weights(select.double(), n * size, torch.empty(0))
-    below = [
-        [Fraction(math.comb(m, j * size), math.comb(M, j * size)) for j in range(n + 1)]
-        for m in range(M + 1)
-    ]
-    cdf = [
-        float(1 - sum((-1) ** j * math.comb(n, j) * p for j, p in enumerate(row))) for row in below
-    ]
-    return bon.by_rank(select.double(), cdf)
+
+    def among_lowest(m: int) -> float:
+        none_below = 0.0
+        for j in range(n + 1):
+            below = math.comb(m, j * size) / math.comb(M, j * size)  # j groups lie below
+            none_below += (-1) ** j * math.comb(n, j) * below
+        return 1 - none_below
+
+    return bon.by_rank(select.double(), [among_lowest(m) for m in range(M + 1)])
 
 
 # --- other pictures of the sweep ---
@@ -204,35 +189,26 @@ def which_t(out: Path, quick: bool):
 
     Paper: exp5 for Best-of-2, exp10 for Best-of-4, as theory says without training.
     """
-    rows, sizes, table, (figure, axes) = sweep(out, quick, METHODS), (2, 4, 32), [], panels(1, 2)
+    figure, axes = panels(1, 2)
+    rows, table = sweep(out, quick, METHODS), []
     families = {"bon": ("identity", "exp5", "exp10"), "won": ("identity", "exp-5", "exp-10")}
     for axis, (procedure, names) in zip(axes, families.items()):
         kl = common_kl(rows, names)
-        for name, n, scorer in product(names, sizes, SCORERS):
-            win, stderr = at_kl(rows, kl, name, procedure, n, scorer)
-            table.append(
-                dict(
-                    procedure=procedure,
-                    n=n,
-                    transform=name,
-                    scorer=scorer,
-                    kl=kl,
-                    win_rate=win,
-                    stderr=stderr,
-                    theory=theory.at_kl(name, kl, procedure, n),
-                )
-            )
-        over_n(axis, [row for row in table if row["procedure"] == procedure], "n", by="transform")
+        for name, n in product(names, (2, 4, 32)):
+            row = {"procedure": procedure, "n": n, "transform": name}
+            expected = {"theory": theory.at_kl(name, kl, procedure, n)}
+            table += [row | found | expected for found in at_kl(rows, kl, name, procedure, n)]
+        draw_over_n(axis, where(table, procedure=procedure), "n", by="transform")
         axis.set_title(f"{title(procedure, 'N')} at {kl:g} nats, by reward; dashed: theory")
     return table, figure
 
 
-def over_n(axis, table: list[dict], n: str, *, by: str):
+def draw_over_n(axis, table: Rows, n: str, *, by: str):
     """Win rates by reward against the N of column `n`, and theory's beside them."""
-    mine = [row for row in table if row["scorer"] == "reward"]
+    mine = where(table, scorer="reward")
     errorbars(axis, mine, n, "win_rate", by=by, yerr="stderr", dashed="theory")
     axis.set_xscale("log", base=2)
-    sizes = sorted({row[n] for row in mine})
+    sizes = sorted(set(column(mine, n)))
     axis.set_xticks(sizes, sizes)
     axis.set(xlabel="N", ylabel=WIN_RATE)
     axis.legend()
@@ -244,25 +220,24 @@ def fig9(out: Path, quick: bool):
 
     Paper: CTRL is above the other methods in expected raw judge reward too.
     """
-    rows, table, (figure, axes) = sweep(out, quick, METHODS), [], panels(1, 2)
-    for row in {row["run"]: row for row in rows}.values():
-        gains = {s: fmean(x[s] - x[f"{s}_reference"] for x in shown(row["run"])) for s in SCORERS}
-        table.append({name: row[name] for name in ("method", "budget", "seed", "kl")} | gains)
+    figure, axes = panels(1, 2)
+    rows, table = sweep(out, quick, METHODS), []
+    for (run,), group in grouped(rows, "run").items():
+        row = {name: group[0][name] for name in ("method", "budget", "seed", "kl")}
+        for scorer in SCORERS:
+            row[scorer] = fmean(x[scorer] - x[f"{scorer}_reference"] for x in shown(run))
+        table.append(row)
     for axis, scorer in zip(axes, SCORERS[::-1]):
-        means = []
-        for (method, _), group in grouped(table, "method", "budget").items():
-            gain, stderr = mean_stderr([row[scorer] for row in group])
-            means.append(
-                dict(method=method, kl=fmean(row["kl"] for row in group), gain=gain, stderr=stderr)
-            )
-        means.sort(key=lambda row: row["kl"])
         drawn = [
-            row for name in ("identity", "exp10", *OTHERS) for row in means if row["method"] == name
+            row for name in ("identity", "exp10", *OTHERS) for row in where(table, method=name)
         ]
-        errorbars(axis, drawn, "kl", "gain", by="method", yerr="stderr")
+        errorbars(axis, drawn, "kl", scorer, by="method", fmt="o")
         axis.set(title=f"raw {scorer}", xlabel=KL, ylabel="mean score minus pi_ref's")
         axis.legend()
     return table, figure
+
+
+# --- rewind-and-repeat ---
 
 
 def fig12(out: Path, quick: bool):
@@ -274,57 +249,63 @@ def fig12(out: Path, quick: bool):
     methods = {name: METHODS[name] for name in ("none", "identity", "exp5", "exp10")}
     methods["rewind"] = {"transform": "optimal", "procedure": "rewind"}
     rows, (figure, axes) = [], panels(1, 3)
-    for row in {row["run"]: row for row in sweep(out, quick, methods)}.values():
-        s, best = scores(Path(row["run"])), theory.optimal_win_rate(row["kl"], "rewind", 32)
-        draws = mean_draws(s["reward"], rewind.threshold_of(s["reward_ref"]), 32)
-        for scorer in SCORERS:
-            win, stderr = winrate.win_rate(
-                s["reward"], s[scorer], s["reward_ref"], s[f"{scorer}_ref"], "rewind", 32
-            )
-            rows.append(
-                row
-                | dict(
-                    procedure="rewind",
-                    n=32,
-                    scorer=scorer,
-                    win_rate=win,
-                    stderr=stderr,
-                    theory=None,
-                    optimal=best,
-                    draws=draws,
-                )
-            )
-    draws = {
-        key: fmean(r["draws"] for r in group)
-        for key, group in grouped(rows, "method", "budget").items()
-    }
-    table = [p | {"draws": draws[p["method"], p["budget"]]} for p in points(rows)]
+    for (run,), group in grouped(sweep(out, quick, methods), "run").items():
+        rows += rewound(Path(run), group[0])
+    table = points(rows)
+    for point in table:
+        run_of = {name: point[name] for name in ("method", "budget")}
+        point["draws"] = fmean(column(rows, "draws", **run_of))
     for axis, scorer in zip(axes, SCORERS):
-        curves(axis, table, methods, "rewind", 32, scorer)
-    errorbars(
-        axes[2],
-        [row for row in rows if row["scorer"] == "reward"],
-        "kl",
-        "draws",
-        by="method",
-        fmt="o",
-    )
-    axes[2].set(
-        title="draws needed (32 at most)", xlabel=KL, ylabel="mean number of draws", ylim=(0, None)
-    )
+        draw_measured(axis, table, list(methods), "rewind", 32, scorer)
+    errorbars(axes[2], where(rows, scorer="reward"), "kl", "draws", by="method", fmt="o")
+    axes[2].set(title="draws needed (32 at most)", xlabel=KL, ylabel="mean number of draws")
+    axes[2].set_ylim(0)
     axes[2].legend()
     return table, figure
+
+
+def rewound(run: Path, row: dict) -> Rows:
+    """Rows of rewind-and-repeat, by reward and by judge, for the run that `row` is of.
+
+    From the samples behind its eval.json, drawn again from their seeds.
+    """
+    prompts, M = row["prompts"], row["samples"]
+    config = replace(runs.load_finished(run), prompts=prompts)
+    task = load_task(config, "test")
+    policy, _ = load_policy(str(run / "policy"))
+    policy.to(task.ids.device)
+    r_ref, texts_ref = evaluation.draw_reference(task, config, M)
+    seed = evaluation.POLICY_SEED
+    samples, r = sample_and_score(task, policy, range(prompts), num_samples=M, seed=seed)
+    scores = {"reward": (r, r_ref), "judge": (judged(task, samples.texts), judged(task, texts_ref))}
+    rows = []
+    for scorer, (x, x_ref) in scores.items():
+        win_rate, stderr = winrate.win_rate(r, x, r_ref, x_ref, "rewind", 32)
+        measured = {
+            "procedure": "rewind",
+            "n": 32,
+            "scorer": scorer,
+            "win_rate": win_rate,
+            "stderr": stderr,
+            "theory": None,
+            "optimal": theory.optimal_win_rate(row["kl"], "rewind", 32),
+            "draws": mean_draws(r, rewind.threshold_of(r_ref), 32),
+        }
+        rows.append(row | measured)
+    return rows
 
 
 def mean_draws(select: Tensor, threshold: Tensor, n: int) -> float:
     """Draws of rewind-and-repeat on average, unbiased: the sum over m < n of the chance that m of M
     (P, M) all fail.
     """
-    M, fails = select.shape[1], (select < threshold[:, None]).sum(1)
-    expected = torch.tensor(
-        [sum(math.comb(f, m) / math.comb(M, m) for m in range(n)) for f in range(M + 1)]
-    )
-    return expected[fails].mean().item()
+    M = select.shape[1]
+
+    def expected(fails: int) -> float:
+        return sum(math.comb(fails, m) / math.comb(M, m) for m in range(n))
+
+    fails = (select < threshold[:, None]).sum(1)
+    return fmean(expected(count) for count in fails.tolist())
 
 
 STUDIES = (fig4, fig5, fig6, fig8, fig9, fig10, fig12, which_t)
