@@ -12,14 +12,21 @@ Where it departs from the paper:
    optimum is the same, and one learning rate fits every transform (`minictrl/ppo.py`).
 2. beta is not tuned by hand. It starts at the theory's for the KL that is asked for, and follows
    the KL that is measured (`minictrl/budget.py`).
-3. R is bounded below, 10 nats under its value at C_hat = 1, and `log` below C_hat = 1/(2K)
-   (`minictrl/transforms.py`).
+3. R is bounded below, 10 nats under log Z, where the optimum keeps e^-10 of pi_ref's probability;
+   `log` is that of C_hat = 1/(2K) below there (`minictrl/transforms.py`).
 4. There is no value network by default. A token's baseline comes from the calibrated reward of the
-   response so far, with GAE at lambda = 0.9, or is the mean return of other samples
-   (`minictrl/baselines.py`).
+   response so far, or is the mean return of other samples, of all prompts where rewards are
+   calibrated (`minictrl/baselines.py`). GAE's lambda = 0.9 halves the gradient's noise and moves
+   the optimum a little, as another beta would; 1 does not.
 5. Only the top --layers transformer blocks are trained, and never the embeddings
    (`minictrl/update.py`).
-6. One pass over each rollout, so that the ratio is clipped within it only.
+6. One pass over each rollout, so that the ratio is clipped within it only. The learning rate warms
+   up and falls to 0; Adam has betas 0.9 and 0.95, an eps that keeps small gradients small, and
+   clipped gradients (`minictrl/update.py`).
+7. Best-of-N is not sampled N at a time: every N up to M comes from one draw of M
+   (`minictrl/winrate.py`). bon_fp, won_fp and optimal come from mirror ascent, because the paper's
+   plain iteration oscillates for small beta or large N (`minictrl/procedures/optimum.py`).
+8. A response cut at the length limit is a legal response, for pi and pi_ref alike.
 """
 
 import copy

@@ -89,16 +89,11 @@ def sample(
     continues a draw of 100; a prompt given twice gets two independent draws. What must be
     independent (pi and pi_ref) needs different seeds. A response ends with EOS or is cut at
     `max_new_tokens`. `batch_size`: rows decoded together, by default what fits in 1/2 GB (a third
-    of a GPU), halved when a GPU runs out of memory; it changes speed and memory, not the samples.
-    Raises ValueError on no prompts, a prompt that is not text or too long for the model, a number
-    out of range, and logits that are not finite.
+    of a GPU), halved when a GPU runs out of memory; it changes no sample. Raises ValueError on no
+    prompts, one that is not text or too long, a number out of range, logits that are not finite.
     """
-    numbers = {"num_samples": num_samples, "max_new_tokens": max_new_tokens}
-    for name, value in numbers.items():
-        _need_at_least(1, name, value)
-    _need_at_least(0, "first_sample", first_sample)
-    if batch_size is not None:
-        _need_at_least(1, "batch_size", batch_size)
+    _need_at_least(1, num_samples=num_samples, max_new_tokens=max_new_tokens, batch_size=batch_size)
+    _need_at_least(0, first_sample=first_sample)
     if not temperature > 0:
         raise ValueError(f"temperature={temperature}: must be positive")
     ids = encode_prompts(tokenizer, prompts)
@@ -155,6 +150,7 @@ def _head_rows(model) -> int:
     return 2**18 // V if V <= 4096 else 256
 
 
-def _need_at_least(least: int, name: str, value: int) -> None:
-    if value < least:
-        raise ValueError(f"{name}={value}: must be at least {least}")
+def _need_at_least(least: int, **numbers: int | None) -> None:
+    for name, value in numbers.items():
+        if value is not None and value < least:
+            raise ValueError(f"{name}={value}: must be at least {least}")

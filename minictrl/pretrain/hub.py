@@ -68,35 +68,13 @@ def train_pairs_task(
         random.Random(seed).shuffle(pairs)
     train, test = train[:limit], test[:limit]
     model, tokenizer = load_policy(name)
-    result = {
-        "sft_nll": sft(
-            model.to(place),
-            tokenizer,
-            train,
-            test,
-            max_tokens,
-            epochs=epochs,
-            batch=batch,
-            micro_batch=micro_batch,
-            lr=lr,
-            seed=seed,
-        )
-    }
+    options = dict(epochs=epochs, batch=batch, micro_batch=micro_batch, lr=lr, seed=seed)
+    nll = sft(model.to(place), tokenizer, train, test, max_tokens, **options)
+    result = {"sft_nll": nll}
     save_policy(model.cpu(), tokenizer, out / "policy")
     for half, role in enumerate(("reward", "judge")):
         part = [pair for pair in train if crc32(json.dumps(pair[0]).encode()) % 2 == half]
-        bradley_terry(
-            out / "policy",
-            out / role,
-            part,
-            max_tokens,
-            place,
-            epochs=epochs,
-            batch=batch,
-            micro_batch=micro_batch,
-            lr=lr,
-            seed=seed,
-        )
+        bradley_terry(out / "policy", out / role, part, max_tokens, place, **options)
         result[role], result[f"{role}_stderr"] = pair_accuracy(
             load_scorer(str(out / role), role, device=device), test
         )

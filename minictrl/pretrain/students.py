@@ -170,29 +170,10 @@ def review_lessons(
 # --- policy ---
 
 
-def train_student_policy(
-    reviews: Lessons,
-    written: Lessons,
-    teacher: nn.Module,
-    tokenizer,
-    out: Path,
-    *,
-    n_embd: int = 128,
-    n_layer: int = 4,
-    n_head: int = 4,
-    epochs: int = 4,
-    repeat: int = 2,
-    batch: int = 64,
-    lr: float = 3e-3,
-    hard: float = 0.3,
-    seed: int = 0,
-):
-    """A GPT-2 whose embeddings begin as the main directions of the teacher's.
-
-    The loss is the cross-entropy to the teacher's likeliest tokens; in reviews, which come
-    `repeat` times in an epoch, for the share `hard` that to the token itself.
-    """
-    torch.manual_seed(seed)
+def small_gpt2(
+    teacher: nn.Module, tokenizer, *, n_embd: int, n_layer: int, n_head: int
+) -> GPT2LMHeadModel:
+    """A GPT-2 whose embeddings are the main directions of the teacher's, all else at random."""
     special = {
         f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")
     }
@@ -214,6 +195,33 @@ def train_student_policy(
     U, S, _ = torch.linalg.svd(table - table.mean(0), full_matrices=False)
     start = U[:, :n_embd] * S[:n_embd]
     model.get_input_embeddings().weight.data.copy_(start * 0.04 / start.std())
+    return model
+
+
+def train_student_policy(
+    reviews: Lessons,
+    written: Lessons,
+    teacher: nn.Module,
+    tokenizer,
+    out: Path,
+    *,
+    n_embd: int = 128,
+    n_layer: int = 4,
+    n_head: int = 4,
+    epochs: int = 4,
+    repeat: int = 2,
+    batch: int = 64,
+    lr: float = 3e-3,
+    hard: float = 0.3,
+    seed: int = 0,
+):
+    """Trains and saves a `small_gpt2`.
+
+    The loss is the cross-entropy to the teacher's likeliest tokens; in reviews, which come
+    `repeat` times in an epoch, for the share `hard` that to the token itself.
+    """
+    torch.manual_seed(seed)
+    model = small_gpt2(teacher, tokenizer, n_embd=n_embd, n_layer=n_layer, n_head=n_head)
     lessons, own = reviews + written, len(reviews.ids)
     rows = repeat * lessons.rows[: len(reviews.rows)] + lessons.rows[len(reviews.rows) :]
     length = sum(len(part) for _, part in rows) / len(rows)
