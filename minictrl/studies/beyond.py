@@ -176,9 +176,9 @@ def overhead(out: Path, quick: bool):
         shares = {f"share_of_{name}": spent[name] / sums[name] for name in sums}
         rows.append({"stage": stage} | spent | shares)
     figure, (axis,) = panels(1, 1)
-    axis.bar(sums, 100, label="training")
+    axis.bar(list(sums), 100, label="training")
     shares = [100 * rows[0][f"share_of_{name}"] for name in sums]
-    axis.bar(sums, shares, label="calibration")
+    axis.bar(list(sums), shares, label="calibration")
     axis.axhline(29, color="black", linestyle=":", label="the paper's share of time")
     axis.set(title=f"{run.name}: K = {config.K}, {config.prompts} prompts", ylabel="share [%]")
     axis.legend()
