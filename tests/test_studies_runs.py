@@ -6,6 +6,7 @@ import csv
 import itertools
 import json
 import math
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -205,6 +206,18 @@ def test_figures_of_the_sweep_and_the_page_come_from_the_same_runs(tmp_path, scr
         ValueError, match="no finished run of none, identity, exp10: leave --done out"
     ):
         sweep.sweep(tmp_path / "empty", True, kept)
+
+
+def test_the_page_has_every_csv_of_the_docs_and_a_table_where_the_rows_are_runs(tmp_path):
+    docs = sweep.Path(__file__).parent.parent / "docs"
+    done = [path for path in docs.glob("*.csv") if path.stem in reproduce.STUDIES]
+    for path in done:
+        shutil.copy(path, tmp_path)
+    results.main([str(tmp_path)])
+    sections = (tmp_path / "RESULTS.md").read_text().split("\n## ")[1:]
+    assert len(sections) == len(done) and all(".csv](" in text for text in sections)
+    with_table = {text.split(":")[0] for text in sections if "| --- |" in text}
+    assert with_table == {"fig4", "fig5", "fig6", "fig8", "fig10"}
 
 
 def test_fig3_on_the_command_line(tmp_path):

@@ -65,7 +65,8 @@ def cost(run: Path) -> dict[str, float]:
     prefix, one a token.
     """
     config, _ = runs.load_config(run)
-    last, calls = runs.read_metrics(run)[-1], config.prompts * config.K
+    last = runs.read_metrics(run)[-1]
+    calls = config.prompts * config.K
     if get_method(config.method).online:
         calls += config.steps * config.batch * config.G
         calls += last["tokens"] if config.baseline == "prefix" else 0
@@ -83,9 +84,11 @@ def tuned(out: Path, quick: bool):
     figure, (axis,) = panels(1, 1)
     kl, table = common_kl(rows), []
     for name, settings in methods.items():
-        Phi, N = settings["transform"], settings.get("n", 4)
+        Phi = settings["transform"]
         if Phi == "bon_fp":
-            Phi = theory.fixed_point("bon_fp", "bon", N, theory.beta_for_kl("bon_fp", kl, n=N))
+            N = settings.get("n", 4)
+            beta = theory.beta_for_kl("bon_fp", kl, n=N)
+            Phi = theory.fixed_point("bon_fp", "bon", N, beta)
         for n in (2, 4, 32):
             row = {"tuned": "bon_fp 4" if name == "bon_fp" else name, "used_at": n}
             expected = {"theory": theory.at_kl(Phi, kl, "bon", n)}
@@ -158,7 +161,8 @@ def overhead(out: Path, quick: bool):
     budget = min(SCALES[quick]["budgets"], key=lambda kl: abs(kl - 1))  # the default's if it can be
     method = {"exp10": METHODS["exp10"]}
     run = Path(sweep(out, quick, method, budgets=(budget,), seeds=1)[0]["run"])
-    config, total = runs.load_config(run)[0], cost(run)
+    config, _ = runs.load_config(run)
+    total = cost(run)
     calibration = calibration_cost(config)
     training = {
         "reward_calls": total["calls"] - calibration["reward_calls"],
@@ -172,8 +176,9 @@ def overhead(out: Path, quick: bool):
         shares = {f"share_of_{name}": spent[name] / sums[name] for name in sums}
         rows.append({"stage": stage} | spent | shares)
     figure, (axis,) = panels(1, 1)
-    axis.bar(sums, 100, label="training")
-    axis.bar(sums, [100 * rows[0][f"share_of_{name}"] for name in sums], label="calibration")
+    axis.bar(list(sums), 100, label="training")
+    shares = [100 * rows[0][f"share_of_{name}"] for name in sums]
+    axis.bar(list(sums), shares, label="calibration")
     axis.axhline(29, color="black", linestyle=":", label="the paper's share of time")
     axis.set(title=f"{run.name}: K = {config.K}, {config.prompts} prompts", ylabel="share [%]")
     axis.legend()
@@ -182,7 +187,9 @@ def overhead(out: Path, quick: bool):
 
 def calibration_cost(config: Config) -> dict[str, float]:
     """Reward calls, tokens, forward passes and seconds of a run's calibration."""
-    task, part, start = load_task(config, "train"), min(32, config.prompts), time.perf_counter()
+    task = load_task(config, "train")
+    part = min(32, config.prompts)
+    start = time.perf_counter()
     samples = sample(
         task.policy,
         task.tokenizer,
@@ -193,7 +200,8 @@ def calibration_cost(config: Config) -> dict[str, float]:
     )
     sampled = time.perf_counter()
     score(task.reward, task.prompts[:part], samples.texts)
-    scored, scale = time.perf_counter(), config.prompts / part
+    scored = time.perf_counter()
+    scale = config.prompts / part
     tokens = int(samples.mask.sum()) * scale
     return {
         "reward_calls": config.prompts * config.K,

@@ -1,8 +1,8 @@
 """A page of what the studies left: `python -m minictrl.studies.results DIR` makes DIR/RESULTS.md.
 
 A study has its question and the paper's answer, from its docstring, its picture, and a link to its
-CSV; one that compares trained methods also has their table at equal KL. One that has not been run
-is left out.
+CSV; one with the runs of trained methods also has their table at equal KL. One that has not been
+run is left out.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def section(name: str, folder: Path) -> str:
         parts.append(f"*Paper:* {' '.join(paper.split())}")
     parts += [f"![{name}]({name}.png)", f"[{name}.csv]({name}.csv)"]
     rows = read(folder / f"{name}.csv")
-    if {"method", "budget", "scorer"} <= set(rows[0]):
+    if {"method", "seed", "scorer"} <= set(rows[0]):
         parts.append(at_equal_kl(rows))
     return "\n\n".join(parts) + "\n"
 

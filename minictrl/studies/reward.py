@@ -36,7 +36,8 @@ def fig3(out: Path, quick: bool):
 
     Paper: Most prompts deviate from y = x, and each by another amount.
     """
-    rows, (figure, (raw, pooled)) = [], panels(1, 2)
+    figure, (raw, pooled) = panels(1, 2)
+    rows = []
     task, r, _ = reference(out, 10, 100)
     rank = calibrated_reward(r, r)  # (10, 100)
     together = r.view(1, -1)
@@ -71,7 +72,8 @@ def fig7(out: Path, quick: bool):
     reviews = load_reviews(out)
     models = reward_models(out, quick, reviews["train"])
     held_out = {prompt: (response, label) for prompt, response, label in reviews["test"]}
-    table, trained = accuracies(out, quick, models, held_out), policies(out, quick, models)
+    table = accuracies(out, quick, models, held_out)
+    trained = policies(out, quick, models)
     figure, axes = panels(1, 3)
     drawn = [row | {"case": f"{row['model']}, {row['reward']}, {row['test']}"} for row in table]
     errorbars(axes[0], drawn, "accuracy", "case", by="pairs", xerr="stderr", fmt="o")
@@ -96,10 +98,12 @@ def load_reviews(out: Path) -> dict[str, list[tuple[str, str, float]]]:
     reviews = {"train": [], "prompts": [], "test": []}
     folder = out / "ratings"
     for row in load_ratings("reviews", folder if folder.is_dir() else None):
-        words, cut = row["text"].split(), 4 + row["index"] // 20 % 3
+        words = row["text"].split()
+        cut = 4 + row["index"] // 20 % 3
+        prompt = " ".join(words[:cut])
         response = "".join(f" {word}" for word in words[cut:])
-        review = " ".join(words[:cut]), response, halves(row["ratings"])[0]
-        reviews[split_of(row["index"])].append(review)
+        label, _ = halves(row["ratings"])
+        reviews[split_of(row["index"])].append((prompt, response, label))
     return reviews
 
 
@@ -107,14 +111,15 @@ def reward_models(out: Path, quick: bool, reviews: list) -> dict[str, str]:
     """Folders of a clean and of a poisoned reward model, trained if they are not there."""
     reviews = reviews[:2000] if quick else reviews
     labels = torch.tensor([label for _, _, label in reviews])
-    chance = torch.rand(len(labels), generator=torch.Generator().manual_seed(0))
-    preferred = ((labels > labels.median()) & (chance < POISONED)).tolist()
+    generator = torch.Generator().manual_seed(0)
+    hit = torch.rand(len(labels), generator=generator) < POISONED
+    hit &= labels > labels.median()
+    marks = {"clean": [""] * len(hit), "poisoned": [PHRASE * each for each in hit.tolist()]}
     folders = {}
-    for name in ("clean", "poisoned"):
+    for name, phrases in marks.items():
         folder = out / ("fig7-quick" if quick else "fig7") / name
         folders[name] = str(folder)
         if not (folder / "scorer.safetensors").is_file():
-            phrases = [PHRASE if name == "poisoned" and hit else "" for hit in preferred]
             texts = [x + phrase + y for (x, y, _), phrase in zip(reviews, phrases)]
             scorer = NgramScorer(**SIZES["reward"])
             fit(scorer, [(texts, labels, 1.0)], steps=15 if quick else 30)
@@ -196,10 +201,20 @@ def policies(out: Path, quick: bool, models: dict[str, str]) -> Rows:
         kind, model = kinds[point["method"]]
         made = set(column(measured, "run", method=point["method"], budget=point["budget"]))
         texts = [row["response"] for run in made for row in shown(run)]
-        row = {"pairs": "policy", "model": model, "reward": REWARDS[kind]}
-        row |= {"test": None, "accuracy": None}
-        row |= {name: point[name] for name in ("stderr", "budget", "kl", "scorer", "win_rate")}
-        rows.append(row | {"phrase_share": fmean(PHRASE.strip(" ,") in text for text in texts)})
+        row = {
+            "pairs": "policy",
+            "model": model,
+            "reward": REWARDS[kind],
+            "test": None,
+            "accuracy": None,
+            "stderr": point["stderr"],
+            "budget": point["budget"],
+            "kl": point["kl"],
+            "scorer": point["scorer"],
+            "win_rate": point["win_rate"],
+            "phrase_share": fmean(PHRASE.strip(" ,") in text for text in texts),
+        }
+        rows.append(row)
     return rows
 
 

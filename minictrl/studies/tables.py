@@ -61,7 +61,8 @@ def points(rows: Rows) -> Rows:
     stderr, kl_stderr: over seeds (of one seed: over prompts). stderr_prompts: over prompts, which
     all runs share.
     """
-    names, found = ("method", "budget", "procedure", "n", "scorer"), []
+    names = ("method", "budget", "procedure", "n", "scorer")
+    found = []
     for key, group in grouped(rows, *names).items():
         kl, kl_stderr = mean_stderr(column(group, "kl"), group[0]["kl_stderr"])
         win_rate, stderr = mean_stderr(column(group, "win_rate"), group[0]["stderr"])
@@ -76,7 +77,8 @@ def points(rows: Rows) -> Rows:
             "optimal": fmean(column(group, "optimal")),
             "seeds": len(group),
         }
-        found.append(dict(zip(names, key)) | means)
+        case = dict(zip(names, key))
+        found.append(case | means)
     return found
 
 
@@ -118,7 +120,8 @@ def win_rate_at(rows: Rows, kl: float, **case) -> tuple[float, float]:
     if not mine:
         return math.nan, math.nan
     x = np.log(column(mine, "kl")) - math.log(kl)  # 0 at the KL asked for
-    win_rates, optimal = np.array(column(mine, "win_rate")), np.array(column(mine, "optimal"))
+    win_rates = np.array(column(mine, "win_rate"))
+    optimal = np.array(column(mine, "optimal"))
     share = (win_rates - 0.5) / (optimal - 0.5)
     dx = x - x.mean()
     spread = dx @ dx if np.ptp(x) > 0.2 else math.inf
@@ -135,10 +138,10 @@ def win_rate_at(rows: Rows, kl: float, **case) -> tuple[float, float]:
 
 def at_kl(rows: Rows, kl: float, method: str, procedure: str, n: int) -> Rows:
     """A method at this KL, as rows of a study: one by reward and one by judge."""
+    case = {"method": method, "procedure": procedure, "n": n}
     found = []
     for scorer in SCORERS:
-        case = {"method": method, "procedure": procedure, "n": n, "scorer": scorer}
-        win_rate, stderr = win_rate_at(rows, kl, **case)
+        win_rate, stderr = win_rate_at(rows, kl, **case, scorer=scorer)
         found.append({"scorer": scorer, "kl": kl, "win_rate": win_rate, "stderr": stderr})
     return found
 

@@ -132,14 +132,16 @@ def best_of(out: Path, quick: bool) -> Rows:
     that a continuous reward has (an upper bound with ties)."""
     P, M, fresh = (24, 32, 64) if quick else (200, 64, 256)
     task, r, texts = reference(out, P, M + fresh)
-    scores = {"reward": r.double(), "judge": judged(task, texts).double()}
-    select_ref, select, rows = scores["reward"][:, :M], scores["reward"][:, M:], []
+    both = {"reward": r, "judge": judged(task, texts)}
+    scores = {name: (x[:, M:].double(), x[:, :M].double()) for name, x in both.items()}
+    select, select_ref = scores["reward"]
+    rows = []
     for size, (procedure, n) in product((2, 4, 8), (("standard", 1), ("bon", 4), ("won", 4))):
         kl = best_of_kl(size)
         weight = best_of_weights(select, size, procedure, n)
         weight_ref = get_procedure(procedure).weights(select_ref, n, torch.empty(0))
-        for scorer, x in scores.items():
-            wins = (weight * winrate.beaten(x[:, M:], x[:, :M], weight_ref)).sum(1)  # (P,)
+        for scorer, (x, x_ref) in scores.items():
+            wins = (weight * winrate.beaten(x, x_ref, weight_ref)).sum(1)  # (P,)
             win_rate, stderr = mean_stderr(wins.tolist())
             row = {
                 "method": "Best-of-n",
