@@ -1,5 +1,4 @@
 import json
-import math
 from collections import Counter
 
 import pytest
@@ -50,26 +49,6 @@ def test_both_layouts_of_the_ratings_are_read_alike(tmp_path):
 
 def test_halves_split_the_raters():
     assert ratings.halves([1, 2, 3, 4, 5]) == (1.5, 4.0)
-
-
-def test_the_ngram_baselines_are_distributions():
-    """Each context's probabilities sum to 1: the perplexity of every token once, weighted, says
-    so.
-    """
-    train, vocab = [[0, 1, 2, 1, 3], [0, 2, 2, 1], [0, 3, 1, 2]], 6
-    for order in (1, 3):
-        for context in ([0, 1], [0, 2], [0, 5]):
-            total = sum(
-                1
-                / (
-                    pretrain.ngram_perplexity(train, [[*context, token]], order, vocab) ** 2
-                    * math.exp(
-                        math.log(1 / pretrain.ngram_perplexity(train, [context], order, vocab))
-                    )
-                )
-                for token in range(vocab)
-            )
-            assert total == pytest.approx(1, abs=1e-9)
 
 
 def test_assets_fit_in_12_megabytes():

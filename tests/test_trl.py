@@ -14,7 +14,7 @@ from minictrl.reference import Reference
 from minictrl.rollout import reference_key, reference_samples
 from minictrl.task import load_task
 from minictrl.theory import beta_for_kl
-from minictrl.transforms import FLOOR
+from minictrl.transforms import FLOOR, get_transform
 from minictrl.trl import calibrate, ctrl_reward, share
 
 SMALL = dict(prompts=8, K=16, max_new_tokens=8, device="cpu")
@@ -75,7 +75,10 @@ def test_the_reward_has_trainings_floor(small):
     good, bad = reward(
         [task.prompts[0]] * 2, [" a wonderful, brilliant film.", " an awful, stupid bore."]
     )
-    assert -0.1 < good <= 0 and bad == pytest.approx(good - FLOOR, abs=0.1)
+    beta = beta_for_kl("exp-10", 1.0)
+    Phi = get_transform("exp-10")
+    assert -0.1 < good <= 0 and good - bad > FLOOR
+    assert bad == pytest.approx(Phi.in_nats(Phi(torch.zeros(1)), beta).item(), abs=1e-4)
 
 
 def test_a_standardised_reward_is_that_of_training(small):

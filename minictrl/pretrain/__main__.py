@@ -11,8 +11,6 @@ Prints what the models do on held-out data, beside the baselines. From a fixed s
 
 from __future__ import annotations
 
-import math
-from collections import Counter
 from pathlib import Path
 
 from minictrl.cli import Parser, run_script
@@ -51,40 +49,6 @@ def make_prompts(reviews: list[dict]) -> dict[str, list[str]]:
     }
 
 
-def ngram_perplexity(
-    train: list[list[int]], test: list[list[int]], order: int, vocab_size: int
-) -> float:
-    """Perplexity per token of an interpolated n-gram model with absolute discounting (.75); order 1
-    is the unigram.
-    """
-    counts = [Counter() for _ in range(order)]  # (context, token) by the length of the context
-    for line in train:
-        for i in range(1, len(line)):
-            for n in range(min(order, i + 1)):
-                counts[n][tuple(line[i - n : i]), line[i]] += 1
-    totals, kinds = [Counter() for _ in range(order)], [Counter() for _ in range(order)]
-    for n in range(order):
-        for (context, _), count in counts[n].items():
-            totals[n][context] += count
-            kinds[n][context] += 1
-
-    def probability(context: tuple, token: int) -> float:
-        n = len(context)
-        lower = 1 / vocab_size if n == 0 else probability(context[1:], token)
-        if not totals[n][context]:
-            return lower
-        return (
-            max(counts[n][context, token] - 0.75, 0) + 0.75 * kinds[n][context] * lower
-        ) / totals[n][context]
-
-    nll = [
-        -math.log(probability(tuple(line[max(0, i - order + 1) : i]), line[i]))
-        for line in test
-        for i in range(1, len(line))
-    ]
-    return math.exp(sum(nll) / len(nll))
-
-
 def pretrain_reviews(data: Path | None, out: Path, seed: int):
     """Policy, reward model, judge and prompts into `out`, and a Markdown report on the held-out
     reviews.
@@ -119,15 +83,11 @@ def pretrain_reviews(data: Path | None, out: Path, seed: int):
         encode(tokenizer, [("reviews", text) for text in texts], 127)
         for texts in ([text for text, _ in sources["reviews"]], held_out)
     )
-    tokens, words = sum(len(line) - 1 for line in test), sum(len(text.split()) for text in held_out)
     print("\n| model | perplexity per token | per word |\n|---|---|---|")
     print(
         f"| policy, {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters | "
         f"{per_token:.1f} | {per_word:.0f} |"
     )
-    for order, name in ((3, "trigram"), (1, "unigram")):
-        value = ngram_perplexity(train, test, order, len(tokenizer))
-        print(f"| {name} | {value:.1f} | {value ** (tokens / words):.0f} |")
 
 
 def main(argv=None):
