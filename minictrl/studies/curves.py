@@ -68,7 +68,8 @@ def draw_lines(axis, rows: Rows, transforms: list[str], y: str):
 def draw_tradeoff(axis, rows: Rows, transforms: list[str]):
     draw_lines(axis, rows, transforms, "win_rate")
     best_of = rows[-len(BEST_OF) :]
-    kls, win_rates = column(best_of, "kl_nats"), column(best_of, "win_rate")
+    kls = column(best_of, "kl_nats")
+    win_rates = column(best_of, "win_rate")
     axis.plot(kls, win_rates, "o", color=COLORS["log"], label="Best-of-n of pi_ref, n = 2 … 32")
     axis.set(title=title(rows[0]["procedure"], rows[0]["n"]), ylabel=WIN_RATE)
     axis.legend(loc="lower right")

@@ -145,8 +145,8 @@ def accuracy(preferred: Tensor, other: Tensor, labels: Tensor) -> tuple[float, f
     pairs_of = counts.sum(0) + counts.sum(1)  # of each text, on either side
     own = (right.sum(0) + right.sum(1)) / pairs_of.clamp(min=1)
     share = right.sum() / counts.sum()
-    stderr = 2 * own.std() / len(own) ** 0.5
-    return share.item(), stderr.item()
+    stderr = own.std() / len(own) ** 0.5
+    return share.item(), 2 * stderr.item()
 
 
 def accuracies(out: Path, quick: bool, models: dict[str, str], reviews: dict) -> Rows:
@@ -169,7 +169,8 @@ def accuracies(out: Path, quick: bool, models: dict[str, str], reviews: dict) ->
     for model, folder in models.items():
         scorer = load_scorer(folder, "reward")
         r = score(scorer, prompts, sides)
-        C_hat = calibrated_reward(r, score(scorer, prompts, samples))
+        r_ref = score(scorer, prompts, samples)
+        C_hat = calibrated_reward(r, r_ref)
         for reward, scores in (("raw", r), ("calibrated", C_hat)):
             for row in on_pairs(scores, torch.tensor(labels)):
                 rows.append({"model": model, "reward": reward} | row)

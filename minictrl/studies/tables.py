@@ -127,13 +127,15 @@ def win_rate_at(rows: Rows, kl: float, **case) -> tuple[float, float]:
     spread = dx @ dx if np.ptp(x) > 0.2 else math.inf
     slope = dx @ share / spread
     gain = theory.optimal_win_rate(kl, case["procedure"], case["n"]) - 0.5
-    win_rate = 0.5 + gain * (share.mean() - slope * x.mean()).item()
+    at_this_kl = share.mean() - slope * x.mean()
+    win_rate = 0.5 + gain * at_this_kl.item()
     if len(mine) <= 2:
         return win_rate, fmean(column(mine, "stderr"))
     left = share - share.mean() - slope * dx
     variance = left @ left / (len(mine) - 2)
-    of_mean, of_slope = variance / len(mine), variance / spread
-    return win_rate, gain * (of_mean + of_slope * x.mean() ** 2).item() ** 0.5
+    of_mean = variance / len(mine)
+    of_slope = variance / spread * x.mean() ** 2
+    return win_rate, gain * (of_mean + of_slope).item() ** 0.5
 
 
 def at_kl(rows: Rows, kl: float, method: str, procedure: str, n: int) -> Rows:
