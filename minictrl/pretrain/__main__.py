@@ -16,7 +16,7 @@ from pathlib import Path
 from minictrl.cli import Parser, run_script
 from minictrl.data import ASSETS
 from minictrl.files import write_json
-from minictrl.pretrain.policy import encode, perplexity, train_policy
+from minictrl.pretrain.policy import perplexity, train_policy
 from minictrl.pretrain.ratings import load_ratings, split_of
 from minictrl.pretrain.scorers import train_scorers
 from minictrl.scorers.ngram import NgramScorer
@@ -79,10 +79,6 @@ def pretrain_reviews(data: Path | None, out: Path, seed: int):
     )
 
     per_token, per_word = perplexity(model, tokenizer, held_out)
-    train, test = (
-        encode(tokenizer, [("reviews", text) for text in texts], 127)
-        for texts in ([text for text, _ in sources["reviews"]], held_out)
-    )
     print("\n| model | perplexity per token | per word |\n|---|---|---|")
     print(
         f"| policy, {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters | "
