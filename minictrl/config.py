@@ -21,6 +21,16 @@ BASELINES = ("prefix", "value", "loo")
 HUB = {"folder": None, "train": "train", "test": "test", "skip_bad": True}
 HH = HUB | {"name": "Anthropic/hh-rlhf"}
 
+CHAT = dict(
+    reward="Skywork/Skywork-Reward-V2-Qwen3-0.6B",
+    judge="Skywork/Skywork-Reward-V2-Llama-3.2-1B",
+    max_prompt_tokens=512,
+    max_new_tokens=256,
+    prompts=1000,
+    steps=200,
+    lr=1e-6,
+)  # what the tasks on HH's chats share
+
 # A task is one entry: models (hub names, directories, or this package's own), lengths in tokens,
 # what differs from the embedded task's training, prompts (`data`) and preference pairs (`pairs`,
 # where not `data` too). GPU memory and time of the three tasks on the hub: not measured; their
@@ -37,28 +47,10 @@ TASKS = {
         layers=2,
         lr=1e-3,
     ),
-    "helpful": dict(
-        policy="Qwen/Qwen2.5-0.5B-Instruct",
-        reward="Skywork/Skywork-Reward-V2-Qwen3-0.6B",
-        judge="Skywork/Skywork-Reward-V2-Llama-3.2-1B",
-        max_prompt_tokens=512,
-        max_new_tokens=256,
-        prompts=1000,
-        steps=200,
-        lr=1e-6,
-        data=HH | {"folder": "helpful-base"},
-    ),
-    "harmless": dict(
-        policy="HuggingFaceTB/SmolLM2-360M-Instruct",
-        reward="Skywork/Skywork-Reward-V2-Qwen3-0.6B",
-        judge="Skywork/Skywork-Reward-V2-Llama-3.2-1B",
-        max_prompt_tokens=512,
-        max_new_tokens=256,
-        prompts=1000,
-        steps=200,
-        lr=1e-6,
-        data=HH | {"folder": "harmless-base"},
-    ),
+    "helpful": CHAT
+    | {"policy": "Qwen/Qwen2.5-0.5B-Instruct", "data": HH | {"folder": "helpful-base"}},
+    "harmless": CHAT
+    | {"policy": "HuggingFaceTB/SmolLM2-360M-Instruct", "data": HH | {"folder": "harmless-base"}},
     "tldr": dict(
         policy="cleanrl/EleutherAI_pythia-1b-deduped__sft__tldr",
         reward="cleanrl/EleutherAI_pythia-1b-deduped__reward__tldr",

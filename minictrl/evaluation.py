@@ -6,8 +6,6 @@ Beside each measured win rate stands the theory's at the measured KL.
 from __future__ import annotations
 
 import json
-import math
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,7 +18,7 @@ from minictrl import runs, theory
 from minictrl.batch import Batch
 from minictrl.calibration import calibrated_reward
 from minictrl.config import Config
-from minictrl.files import write_json
+from minictrl.files import in_one_step, write_json
 from minictrl.lm.device import halving
 from minictrl.lm.logprobs import response_logits
 from minictrl.models import load_policy, load_scorer
@@ -28,7 +26,7 @@ from minictrl.rollout import batch_of, reference_samples, sample_and_score, scor
 from minictrl.sampling import Samples
 from minictrl.task import Task, load_task
 from minictrl.transforms import Transform, get_transform
-from minictrl.winrate import win_rate, win_rates
+from minictrl.winrate import mean_stderr, win_rates
 
 # the calibration's is 0, those of training are positive: all samples here are fresh ones
 REFERENCE_SEED, POLICY_SEED = -1, -2
@@ -89,16 +87,19 @@ def evaluate(
         }
         for scorer in ("reward", "judge"):
             scores = pi.reward, getattr(pi, scorer), pi_ref.reward, getattr(pi_ref, scorer)
-            win, stderr = win_rate(*scores, procedure, n)
+            each = win_rates(*scores, procedure, n)
+            win, stderr = mean_stderr(each)
             row = {"procedure": procedure, "n": n, "scorer": scorer}
             table.append(row | {"win_rate": win, "stderr": stderr} | shared)
-            wins[f"{procedure}-{n}-{scorer}"] = win_rates(*scores, procedure, n)
+            wins[f"{procedure}-{n}-{scorer}"] = each
     write_json(run / f"eval{suffix(split)}.json", {"rows": table})
-    _write(run / f"wins{suffix(split)}.safetensors", lambda path: save_file(wins, path))
+    with in_one_step(run / f"wins{suffix(split)}.safetensors") as path:
+        save_file(wins, path)
     lines = "".join(
         json.dumps(row, ensure_ascii=False) + "\n" for row in shown(task.prompts, pi, pi_ref)
     )
-    _write(run / f"samples{suffix(split)}.jsonl", lambda path: path.write_text(lines))
+    with in_one_step(run / f"samples{suffix(split)}.jsonl") as path:
+        path.write_text(lines)
     return table
 
 
@@ -174,9 +175,7 @@ def mean_kl(policy, task: Task, samples: Samples, size: int) -> tuple[float, flo
             kl[piece] = kl_of(policy, task.policy, batch[piece].cut())
         return kl.cpu()
 
-    by_prompt = halving(size, of_all)[0].view(P, few).mean(1)
-    stderr = float(by_prompt.std()) / math.sqrt(P) if P > 1 else math.nan
-    return float(by_prompt.mean()), stderr
+    return mean_stderr(halving(size, of_all)[0].view(P, few).mean(1))
 
 
 def kl_of(policy, ref_policy, batch: Batch) -> Tensor:
@@ -208,9 +207,3 @@ def markdown(table: list[dict]) -> str:
 def suffix(split: str) -> str:
     """What the names of a split's files end with."""
     return "" if split == "test" else f"-{split}"
-
-
-def _write(path: Path, write) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    write(temporary)
-    os.replace(temporary, path)

@@ -5,10 +5,10 @@ are none.
 from __future__ import annotations
 
 import math
-import os
 from pathlib import Path
 
 from minictrl import evaluation, runs, theory
+from minictrl.files import in_one_step
 
 STYLE = {
     "axes.grid": True,
@@ -122,8 +122,8 @@ def panels(rows: int, columns: int, width: float = 5.2, height: float = 4.0):
 
 def save(figure, path: Path):
     """A PNG, under a temporary name first, so that what is there is whole."""
-    figure.savefig(f"{path}.tmp", format="png", dpi=120)
-    os.replace(f"{path}.tmp", path)
+    with in_one_step(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
 
 
 def title(procedure: str, n: int | str) -> str:

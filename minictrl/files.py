@@ -3,14 +3,23 @@
 import csv
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+
+@contextmanager
+def in_one_step(path: Path) -> Iterator[Path]:
+    """A temporary path to write to, which then takes the place of `path`."""
+    temporary = path.with_name(path.name + ".tmp")
+    yield temporary
+    temporary.replace(path)
 
 
 def write_json(path: Path, value):
     """JSON in one step; a number that is not finite is null, because JSON has no NaN."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(finite(value), indent=1) + "\n")
-    temporary.replace(path)
+    with in_one_step(path) as temporary:
+        temporary.write_text(json.dumps(finite(value), indent=1) + "\n")
 
 
 def finite(value):
@@ -24,12 +33,10 @@ def finite(value):
 
 def write_csv(path: Path, rows: list[dict]):
     """A table of rows with the same keys, in one step likewise; floats to 8 digits."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", newline="") as file:
+    with in_one_step(path) as temporary, open(temporary, "w", newline="") as file:
         table = csv.DictWriter(file, rows[0].keys())
         table.writeheader()
         table.writerows(
             {key: f"{x:.8g}" if isinstance(x, float) else x for key, x in row.items()}
             for row in rows
         )
-    temporary.replace(path)

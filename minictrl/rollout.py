@@ -11,8 +11,6 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from minictrl.batch import Batch
-from minictrl.lm.identity import config_of, tokenizer_of
-from minictrl.lm.prompts import eos_ids
 from minictrl.reference import Reference, cached, digest
 from minictrl.sampling import SAMPLER, Samples, sample
 from minictrl.task import Task
@@ -140,13 +138,4 @@ def reference_samples(task: Task, K: int, *, seed: int, cache: str, name: str) -
 
 def reference_key(task: Task, seed: int, *prompts: list[str]) -> str:
     """Digest of what reference samples depend on, beside the prompts or with them."""
-    return digest(
-        SAMPLER, policy_digest(task), task.reward.digest, task.max_new_tokens, seed, *prompts
-    )
-
-
-def policy_digest(task: Task) -> str:
-    """Digest of pi_ref: its weights, its config, its tokenizer, and what ends a response."""
-    model, tokenizer = task.policy, task.tokenizer
-    ends = [eos_ids(model, tokenizer).tolist(), tokenizer.pad_token_id]
-    return digest(model, config_of(model), tokenizer_of(tokenizer), ends)
+    return digest(SAMPLER, task.digest, task.reward.digest, task.max_new_tokens, seed, *prompts)

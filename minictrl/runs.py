@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 import pickle
 import platform
 import re
@@ -29,9 +28,8 @@ from minictrl.batch import Batch
 from minictrl.budget import Budget
 from minictrl.config import Config, is_run
 from minictrl.data import load_prompts
-from minictrl.files import finite, write_json
+from minictrl.files import finite, in_one_step, write_json
 from minictrl.reference import digest
-from minictrl.rollout import policy_digest
 from minictrl.task import Task
 from minictrl.update import Learner
 
@@ -166,7 +164,7 @@ def digests_of(config: Config, task: Task, judge: Callable) -> dict[str, str]:
     """What a run's numbers depend on: a digest each of policy, reward model, judge and prompts."""
     prompts = [load_prompts(config.task, split) for split in ("train", "test")]
     return {
-        "policy": policy_digest(task),
+        "policy": task.digest,
         "reward": task.reward.digest,
         "judge": judge.digest,
         "task": digest(*prompts),
@@ -272,8 +270,8 @@ class Training:
         """One file, replaced in one step: the old one or the new one is there whole."""
         folder = self.out / "checkpoint"
         folder.mkdir(exist_ok=True)
-        torch.save(self.learner.state() | self._counters(), folder / "state.pt.tmp")
-        os.replace(folder / "state.pt.tmp", folder / "state.pt")
+        with in_one_step(folder / "state.pt") as path:
+            torch.save(self.learner.state() | self._counters(), path)
 
     def _restore(self) -> None:
         """The last checkpoint, if there is one; metrics.jsonl is cut there."""
@@ -293,9 +291,8 @@ class Training:
                     f"{path} is damaged ({why}): start again with --overwrite"
                 ) from None
         rows = [row for row in read_metrics(self.out) if row["step"] <= self.step]
-        temporary = self.out / "metrics.jsonl.tmp"
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        os.replace(temporary, self.out / "metrics.jsonl")
+        with in_one_step(self.out / "metrics.jsonl") as path:
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 class Interrupt:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch import Tensor, nn
 
 from minictrl.config import Config
 from minictrl.data import load_prompts
 from minictrl.lm.device import resolve_device
-from minictrl.lm.prompts import check_lengths, encode_prompts, left_pad
+from minictrl.lm.identity import config_of, tokenizer_of
+from minictrl.lm.prompts import check_lengths, encode_prompts, eos_ids, left_pad
 from minictrl.models import load_policy, load_scorer, render
+from minictrl.reference import digest
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,16 @@ class Task:
     ids: Tensor  # (P, L) left-padded
     mask: Tensor  # (P, L)
     max_new_tokens: int
+
+    @cached_property
+    def digest(self) -> str:
+        """Of pi_ref: its weights, its config, its tokenizer, what ends a response.
+
+        Hashed when it is first asked for, and so before anything is trained.
+        """
+        model, tokenizer = self.policy, self.tokenizer
+        ends = [eos_ids(model, tokenizer).tolist(), tokenizer.pad_token_id]
+        return digest(model, config_of(model), tokenizer_of(tokenizer), ends)
 
 
 def load_task(config: Config, split: str) -> Task:

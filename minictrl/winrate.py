@@ -25,9 +25,13 @@ def win_rate(
     mean over prompts, nan for one prompt. Raises ValueError on shapes that do not match, scores
     that are not finite, an unknown procedure, or M < N.
     """
-    wins = win_rates(select, judge, select_ref, judge_ref, procedure, n)
-    stderr = wins.std().item() if len(wins) > 1 else math.nan
-    return wins.mean().item(), stderr / math.sqrt(len(wins))
+    return mean_stderr(win_rates(select, judge, select_ref, judge_ref, procedure, n))
+
+
+def mean_stderr(each: Tensor) -> tuple[float, float]:
+    """Mean over prompts (P,) and its standard error, nan for one prompt."""
+    stderr = each.std().item() if len(each) > 1 else math.nan
+    return each.mean().item(), stderr / math.sqrt(len(each))
 
 
 def win_rates(

@@ -31,7 +31,7 @@ class Method:
     @classmethod
     def check(cls, config: Config) -> None:
         """Raises ValueError on settings that the method can't have."""
-        if config.transform == "standardised" and config.K < 2:
+        if config.K < 2 and (not cls.online or config.transform == "standardised"):
             raise ValueError(f"--K {config.K}: a prompt's samples are compared; use at least 2")
 
     def beta_for(self, kl: float, r_ref: Tensor | None = None) -> float | None:

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from minictrl import ppo
 from minictrl.batch import Batch
-from minictrl.config import Config
 from minictrl.methods.base import Offline, responses
 from minictrl.methods.grpo import Method as Grpo
 from minictrl.methods.grpo import grpo_advantages
@@ -20,11 +19,6 @@ from minictrl.reference import Reference
 class Method(Offline):
     transform = "none"
     beta_for = Grpo.beta_for
-
-    @classmethod
-    def check(cls, config: Config) -> None:
-        if config.K < 2:
-            raise ValueError(f"--K {config.K}: a prompt's samples are compared; use at least 2")
 
     def rows(self, reference: Reference, beta: float) -> Batch:
         advantages = grpo_advantages(reference.r_ref).flatten() / beta

@@ -3,7 +3,6 @@
 from torch import Tensor
 
 from minictrl.batch import Batch
-from minictrl.config import Config
 from minictrl.methods.base import Offline, check_shapes, pairs
 from minictrl.reference import Reference
 
@@ -12,11 +11,6 @@ class Method(Offline):
     """The reward says which of a pair is preferred; tau is beta."""
 
     transform = "identity"
-
-    @classmethod
-    def check(cls, config: Config) -> None:
-        if config.K < 2:
-            raise ValueError(f"--K {config.K}: a prompt's samples are compared; use at least 2")
 
     def rows(self, reference: Reference, beta: float) -> Batch:
         self.tau = beta

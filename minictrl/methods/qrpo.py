@@ -24,8 +24,7 @@ class Method(Offline):
     def check(cls, config: Config) -> None:
         if config.transform in RAW:
             raise ValueError(f"--transform {config.transform}: qrpo needs a calibrated reward")
-        if config.K < 2:
-            raise ValueError(f"--K {config.K}: a prompt's samples are compared; use at least 2")
+        super().check(config)
 
     def rows(self, reference: Reference, beta: float) -> Batch:
         C_hat = leave_one_out_calibration(reference.r_ref)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import random
 import time
 from collections.abc import Callable
@@ -25,6 +24,7 @@ from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification
 
 from minictrl.config import TASKS
+from minictrl.files import in_one_step
 from minictrl.lm.device import halving, resolve_device
 from minictrl.lm.logprobs import sequence_logprobs
 from minictrl.lm.prompts import encode_prompts, left_pad
@@ -231,17 +231,14 @@ def resume(checkpoint: Path | None, model: nn.Module, optimizer) -> int:
 
 
 def save_step(checkpoint: Path, model: nn.Module, optimizer, step: int):
-    temporary = checkpoint.with_name(checkpoint.name + ".tmp")
-    torch.save(
-        {
-            "model": model.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "rng": torch.get_rng_state(),
-            "step": step,
-        },
-        temporary,
-    )
-    os.replace(temporary, checkpoint)
+    state = {
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "rng": torch.get_rng_state(),
+        "step": step,
+    }
+    with in_one_step(checkpoint) as temporary:
+        torch.save(state, temporary)
 
 
 def shuffled(rows: list, batch: int, rng: random.Random) -> list[list]:

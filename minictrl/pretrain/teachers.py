@@ -148,6 +148,7 @@ def train_scorer(
         lr=lr,
         seed=seed,
     )
+    save_policy(model.cpu(), tokenizer, out)
     print(f"{out.name}: {report_accuracy(load_scorer(str(out), out.name), reviews)}", flush=True)
 
 
@@ -166,7 +167,7 @@ def fit_scorer(
 ):
     """Bradley-Terry on all pairs of a batch, as `bradley_terry_loss` has it. labels: (texts,).
 
-    Saves the model to `out`.
+    out: beside it lies the checkpoint of an interrupted fit.
     """
     causal = hasattr(model, "score")
     ids = token_ids(tokenizer, [written(tokenizer, "", text, causal=causal) for text in texts])
@@ -194,7 +195,6 @@ def fit_scorer(
         seed=seed,
         checkpoint=out.with_name(f"{out.name}.checkpoint"),
     )
-    save_policy(model.cpu(), tokenizer, out)
 
 
 def load_start(start: str, frozen: int = 0) -> tuple[nn.Module, object]:
