@@ -1,11 +1,13 @@
 """Inference-time win rates of trained policies against pi_ref, beside the theory's at the same KL.
 
-    python evaluate.py runs/reviews-exp10            # half a minute on two cores python evaluate.py
-    runs/a runs/b --split train   # several runs, on the prompts they were trained on
+    python evaluate.py runs/reviews-exp10             # half a minute on two cores
+    python evaluate.py runs/a runs/b --split train    # several, on the prompts they trained on
+    python evaluate.py runs/a --judge NAME             # another judge's opinion
 
 Draws M responses a prompt from pi and from pi_ref. The reward model selects (Best-of-N, Worst-of-N,
 …), reward model and judge score; every N <= M comes from one draw by the exact U-statistic of
-`winrate.py`. Writes eval.json, samples.jsonl, tradeoff.png and training.png into the run.
+`winrate.py`. Writes eval.json, samples.jsonl, tradeoff.png and training.png into the run; with
+--split, --reward or --judge their names say so.
 """
 
 import argparse
@@ -28,6 +30,8 @@ def read_arguments(argv=None) -> argparse.Namespace:
     parser.add_argument(
         "--samples", type=int, default=64, help="M, responses a prompt (default 64)"
     )
+    for role in ("reward", "judge"):
+        parser.add_argument(f"--{role}", help=f"another {role} model than the run's")
     parser.add_argument("--device", help="auto, cpu or cuda (default: the run's)")
     args = parser.parse_args(argv)
     for name in ("prompts", "samples"):
@@ -47,6 +51,8 @@ def main(argv=None):
 
     # all are checked before anything is drawn
     configs = [runs.load_finished(run) for run in args.runs]
+    given = {"reward": args.reward, "judge": args.judge}
+    second = {role: model for role, model in given.items() if model}
     for run, config in zip(args.runs, configs, strict=True):
         table = evaluation.evaluate(
             run,
@@ -56,6 +62,7 @@ def main(argv=None):
             M=args.samples,
             sizes=SIZES,
             device=args.device or config.device,
+            second=second,
         )
         first = table[0]
         print(
@@ -63,7 +70,8 @@ def main(argv=None):
             f"KL {first['kl']:.3f} ± {first['kl_stderr']:.3f} "
             f"nats\n\n{evaluation.markdown(table)}\n"
         )
-        print(figures.draw(run, args.split, table))
+        print(evaluation.behind(config, second))
+        print(figures.draw(run, evaluation.suffix(args.split, second), table))
 
 
 if __name__ == "__main__":

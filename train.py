@@ -17,7 +17,8 @@ Where it departs from the paper:
 4. There is no value network by default. A token's baseline comes from the calibrated reward of the
    response so far, or is the mean return of other samples, of all prompts where rewards are
    calibrated (`minictrl/baselines.py`). GAE's lambda = 0.9 halves the gradient's noise and moves
-   the optimum a little, as another beta would; 1 does not.
+   the optimum a little, as another beta would; 1 does not, and is a value head's default, because
+   a head that has learned nothing would leave early tokens without a reward.
 5. Only the top --layers transformer blocks are trained, and never the embeddings
    (`minictrl/update.py`).
 6. One pass over each rollout, so that the ratio is clipped within it only. The learning rate warms
@@ -31,6 +32,7 @@ Where it departs from the paper:
 
 import copy
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -71,15 +73,18 @@ def train(config: Config, resume: bool):
     from minictrl.budget import Budget
     from minictrl.methods import get_method
     from minictrl.models import load_scorer, save_policy
-    from minictrl.rollout import reference_key, reference_samples
-    from minictrl.task import load_task
+    from minictrl.rollout import check_sampler, reference_key, reference_samples
+    from minictrl.sampling import NotFinite
+    from minictrl.task import load_task, read_prompts, try_scorers
     from minictrl.update import freeze, make_learner
 
     # Whatever can be wrong with the input is found here, before the first sample is drawn.
     start, out = time.time(), Path(config.out)
     method = get_method(config.method)(config)  # its Phi, its beta, its loss
     task = load_task(config, "train")
-    judge = load_scorer(config.judge, "judge", device=config.device)  # evaluate.py's
+    judge = config.judge and load_scorer(config.judge, "judge", device=config.device)
+    held_out = read_prompts(replace(config, prompts=None), "test", task.policy, task.tokenizer)
+    try_scorers([s for s in (task.reward, judge) if s], [*task.prompts, *held_out[0]])
     made_from = runs.digests_of(config, task, judge)
     freeze(task.policy, config.layers)
     if resume:
@@ -89,6 +94,7 @@ def train(config: Config, resume: bool):
 
     # 1. Calibrate: K samples per prompt from pi_ref with their rewards. Every seed shares them.
     reference = reference_samples(task, config.K, seed=0, cache=config.cache, name="calibrate")
+    check_sampler(task, reference)
     reference.save(out / "reference.safetensors", reference_key(task, 0, task.texts))
 
     # 2. Transform: Phi is the method's, and beta follows from the KL budget.
@@ -97,10 +103,14 @@ def train(config: Config, resume: bool):
     runs.describe(out, config, budget.beta, made_from)
 
     # 3. Maximise E[Phi(C_hat)] - beta KL(pi || pi_ref).
-    learner = make_learner(task.policy, value_head=method.online and config.baseline == "value")
+    with_head = method.online and config.baseline == "value"
+    learner = make_learner(task.policy, value_head=with_head, lr=config.lr)
     with runs.Training(out, learner, budget, config.steps) as training:
         maximise = online if method.online else offline
-        maximise(training, config, task, method, reference)
+        try:
+            maximise(training, config, task, method, reference)
+        except NotFinite as error:
+            raise ValueError(f"{error}: {training.diverged(config.lr)}") from None
     if training.stopped:
         return 130
 
@@ -110,6 +120,8 @@ def train(config: Config, resume: bool):
     if method.online:
         kl = f"KL {last['kl_ref']:.3f} ± {last['kl_ref_stderr']:.3f} nats"
         reached = f", {kl}, C_hat {last['C_hat']:.3f}"
+        if config.kl and last["kl_ref"] > 2 * config.kl:
+            reached += f" (--kl {config.kl:g} was not held: a lower --lr than {config.lr:g} may)"
     print(
         f"{out}: {config.steps} steps{reached}, beta {last['beta']:.4g}, "
         f"{time.time() - start:.0f} s. Now: python evaluate.py {out}"

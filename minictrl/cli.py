@@ -1,6 +1,7 @@
 """What the scripts share: flags in full, and a bad input as one line."""
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -21,7 +22,12 @@ def run_script(main):
         stream.reconfigure(errors="replace")  # an ASCII locale has no "±"
     try:
         sys.exit(main())
+    except BrokenPipeError:  # `evaluate.py RUN | head`: what was asked for is done
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except (ValueError, OSError) as error:
+        if isinstance(error, OSError) and error.filename:
+            error = f"{error.filename}: {error.strerror}; give another path, or make room for it"
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

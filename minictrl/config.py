@@ -65,6 +65,13 @@ TASKS = {
     ),
 }
 
+# What follows from a policy of one's own, and with it a file of prompts: nothing of the reviews'.
+# The learning rate is a guess; None: all blocks, all prompts.
+OWN_POLICY = dict(layers=None, lr=1e-5)
+OWN_PROMPTS = dict(
+    reward=None, judge=None, max_prompt_tokens=512, max_new_tokens=256, prompts=None, steps=200
+)
+
 
 def is_run(stored) -> bool:
     """Whether this is a run's config.json: a model's directory has one too."""
@@ -118,12 +125,16 @@ class Config:
         None,
         "reward model: a task's, a hub name, a directory or FILE.py:NAME (default: the task's)",
     )
-    judge: str | None = setting(None, "judge model, likewise")
-    prompts: int | None = setting(None, "training prompts (default: the task's)", least=1)
+    judge: str | None = setting(
+        None, "judge model, likewise; a file and a policy of your own have none by default"
+    )
+    prompts: int | None = setting(
+        None, "training prompts (default: the task's, or all of a file's)", least=1
+    )
     layers: int | None = setting(
         None,
-        "transformer blocks to train, the top ones; embeddings never are (default: the task's, or "
-        "all)",
+        "transformer blocks to train, the top ones; embeddings never are (default: the task's for "
+        "its own policy, else all)",
         least=1,
     )
     batch: int = setting(64, "prompts per step", least=1)
@@ -134,10 +145,14 @@ class Config:
     )
     ppo_epochs: int = setting(1, "passes over a rollout", least=1)
     lr: float | None = setting(
-        None, "learning rate of the policy (default: the task's)", positive=True
+        None,
+        f"learning rate of the policy (default: the task's for its own, else {OWN_POLICY['lr']:g})",
+        positive=True,
     )
     clip: float = setting(0.2, "PPO's clipping range of the ratio", positive=True)
-    lam: float = setting(0.9, "GAE's lambda")
+    lam: float | None = setting(
+        None, "GAE's lambda (default 0.9, with --baseline value 1, see train.py)"
+    )
     max_new_tokens: int | None = setting(None, "longest response (default: the task's)", least=1)
     max_prompt_tokens: int | None = setting(
         None, "longest prompt of a task; longer ones are left out (default: the task's)", least=1
@@ -166,7 +181,7 @@ class Config:
         )
         both = self.kl is not None and self.beta is not None
         self._need(not both, "beta", f"give --kl or --beta, not both (--kl is {self.kl})")
-        self._need(0 <= self.lam <= 1, "lam", "use a number from 0 to 1")
+        self._need(self.lam is None or 0 <= self.lam <= 1, "lam", "use a number from 0 to 1")
         known_device = self.device in ("auto", "cpu") or self.device.startswith("cuda")
         self._need(known_device, "device", "use auto, cpu or cuda")
 
@@ -179,7 +194,13 @@ class Config:
 
         beta is not: it is the theory's (`budget.py`). Raises ValueError.
         """
-        task = TASKS.get(self.task, TASKS["reviews"])
+        task = self._defaults()
+        self._need(
+            self.reward or task["reward"],
+            "reward",
+            "these prompts and this policy have none; give a hub name, a directory or FILE.py:NAME "
+            "(reviews: a film review's)",
+        )
         filled = {name: task[name] for name in task if getattr(self, name, 0) is None}
         method = get_method(self.method)
         self._need(
@@ -193,17 +214,27 @@ class Config:
         name = f"{Path(self.task).stem}-{transform}"
         if self.method != "ppo":
             name += f"-{self.method}"
+        baseline = self.baseline or ("prefix" if cheap else "loo")
         config = replace(
             self,
             **filled,
             transform=transform,
             n=self.n or (32 if self.procedure == "rewind" else 4),
-            baseline=self.baseline or ("prefix" if cheap else "loo"),
+            baseline=baseline,
+            lam=(1.0 if baseline == "value" else 0.9) if self.lam is None else self.lam,
             kl=1.0 if self.kl is None and self.beta is None else self.kl,
             out=self.out or f"runs/{name}",
         )
         method.check(config)
         return config
+
+    def _defaults(self) -> dict:
+        """The task's entry, without what belongs to a policy or to prompts that aren't its own."""
+        own_prompts = self.task not in TASKS
+        task = TASKS["reviews"] | {"prompts": None} if own_prompts else TASKS[self.task]
+        if self.policy in (None, task["policy"]):
+            return task
+        return task | OWN_POLICY | (OWN_PROMPTS if own_prompts else {})
 
     @classmethod
     def load(cls, path: Path) -> tuple[Config, dict]:

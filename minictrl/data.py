@@ -70,11 +70,13 @@ def read_jsonl(path: Path) -> Iterable[tuple[str, object]]:
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         if line.strip():
             try:
-                yield f"{path}, line {number}", json.loads(line)
+                value = json.loads(line)
+                json.dumps(value, ensure_ascii=False).encode()  # half a character is no text
             except ValueError as error:
                 raise ValueError(
                     f"{path}, line {number} is not JSON ({error}): put one object a line"
                 ) from None
+            yield f"{path}, line {number}", value
             empty = False
     if empty:
         raise ValueError(f'{path} holds no prompt: put {{"prompt": …}} on each line')

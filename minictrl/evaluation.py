@@ -6,6 +6,7 @@ Beside each measured win rate stands the theory's at the measured KL.
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,8 +24,8 @@ from minictrl.lm.device import halving
 from minictrl.lm.logprobs import response_logits
 from minictrl.models import load_policy, load_scorer
 from minictrl.rollout import batch_of, reference_samples, sample_and_score, score
-from minictrl.sampling import Samples
-from minictrl.task import Task, load_task
+from minictrl.sampling import Samples, texts_of
+from minictrl.task import Task, load_task, try_scorers
 from minictrl.transforms import Transform, get_transform
 from minictrl.winrate import mean_stderr, win_rates
 
@@ -38,8 +39,7 @@ class Scored:
     """M responses to each of P prompts, with their scores by reward model and judge."""
 
     texts: list[list[str]]  # P lists of M
-    reward: Tensor  # (P, M)
-    judge: Tensor  # (P, M)
+    scores: dict[str, Tensor]  # (P, M) of reward, and of judge if there is one
 
 
 def evaluate(
@@ -51,27 +51,34 @@ def evaluate(
     M: int,
     sizes: tuple[int, ...],
     device: str,
+    second: dict[str, str] | None = None,
 ) -> list[dict]:
     """The table of a run, from M responses per prompt of pi and of pi_ref.
 
-    Writes eval.json, wins.safetensors and samples.jsonl (of training prompts eval-train.json and so
-    on). sizes: the N of the table; those above M are left out. The reward model selects, reward
-    model and judge score. Returns the rows of eval.json.
+    Writes eval.json, wins.safetensors and samples.jsonl into the run (`suffix` says which names
+    others have). sizes: the N of the table; those above M are left out. second: other models than
+    the run's, by role (reward, judge). The reward model selects, reward model and judge score; a
+    run without a judge has no such rows. Returns the rows of eval.json.
     """
+    second = second or {}
     if split == "train":
-        prompts = min(prompts, config.prompts)  # those it was trained on
-    config = replace(config, prompts=prompts, device=device)
+        prompts = min(prompts, config.prompts or prompts)  # those it was trained on
+    config = replace(config, prompts=prompts, device=device, **second)
     task = load_task(config, split)
-    judge = load_scorer(config.judge, "judge", device=device)
-    runs.check_made_from(run, config, runs.digests_of(config, task, judge))
+    judge = config.judge and load_scorer(config.judge, "judge", device=device)
+    runs.check_made_from(run, config, runs.digests_of(config, task, judge), but=second)
+    try_scorers([scorer for scorer in (task.reward, judge) if scorer], task.prompts)
     policy, _ = load_policy(str(run / "policy"))
     policy.to(task.ids.device)
     reward_ref, texts_ref = draw_reference(task, config, M)
     samples, reward = sample_and_score(
         task, policy, range(len(task.prompts)), num_samples=M, seed=POLICY_SEED
     )
-    pi = Scored(samples.texts, reward, score(judge, task.prompts, samples.texts))
-    pi_ref = Scored(texts_ref, reward_ref, score(judge, task.prompts, texts_ref))
+    pi = Scored(samples.texts, {"reward": reward})
+    pi_ref = Scored(texts_ref, {"reward": reward_ref})
+    if judge:
+        for each in (pi, pi_ref):
+            each.scores["judge"] = score(judge, task.prompts, each.texts)
     kl, kl_stderr = mean_kl(policy, task, samples, config.micro_batch)
 
     table, wins = [], {}
@@ -85,20 +92,28 @@ def evaluate(
             "prompts": len(reward),
             "samples": M,
         }
-        for scorer in ("reward", "judge"):
-            scores = pi.reward, getattr(pi, scorer), pi_ref.reward, getattr(pi_ref, scorer)
-            each = win_rates(*scores, procedure, n)
+        for scorer in pi.scores:
+            each = win_rates(
+                pi.scores["reward"],
+                pi.scores[scorer],
+                pi_ref.scores["reward"],
+                pi_ref.scores[scorer],
+                procedure,
+                n,
+            )
             win, stderr = mean_stderr(each)
             row = {"procedure": procedure, "n": n, "scorer": scorer}
             table.append(row | {"win_rate": win, "stderr": stderr} | shared)
             wins[f"{procedure}-{n}-{scorer}"] = each
-    write_json(run / f"eval{suffix(split)}.json", {"rows": table})
-    with in_one_step(run / f"wins{suffix(split)}.safetensors") as path:
+    name = suffix(split, second)
+    models = {role: getattr(config, role) for role in pi.scores}
+    write_json(run / f"eval{name}.json", {"rows": table, "models": models})
+    with in_one_step(run / f"wins{name}.safetensors") as path:
         save_file(wins, path)
     lines = "".join(
         json.dumps(row, ensure_ascii=False) + "\n" for row in shown(task.prompts, pi, pi_ref)
     )
-    with in_one_step(run / f"samples{suffix(split)}.jsonl") as path:
+    with in_one_step(run / f"samples{name}.jsonl") as path:
         path.write_text(lines)
     return table
 
@@ -106,29 +121,21 @@ def evaluate(
 def draw_reference(task: Task, config: Config, M: int) -> tuple[Tensor, list[list[str]]]:
     """M fresh samples of pi_ref for each of the P prompts: their rewards and texts, (P, M) each."""
     drawn = reference_samples(task, M, seed=REFERENCE_SEED, cache=config.cache, name="pi_ref")
-    lengths = drawn.mask.sum(-1).flatten().tolist()
-    tokens = drawn.tokens.flatten(0, 1).tolist()  # texts aren't cached
-    kept = [row[:length] for row, length in zip(tokens, lengths, strict=True)]
-    texts = task.tokenizer.batch_decode(kept, skip_special_tokens=True)
-    return drawn.r_ref, [texts[i : i + M] for i in range(0, len(texts), M)]
+    # texts aren't cached
+    return drawn.r_ref, texts_of(task.tokenizer, task.ids.tolist(), drawn.tokens, drawn.mask)
 
 
 def shown(prompts: list, pi: Scored, pi_ref: Scored) -> list[dict]:
     """Rows of samples.jsonl: the first response of each policy to each prompt."""
-    C_hat = calibrated_reward(pi.reward, pi_ref.reward)
-    return [
-        {
-            "prompt": prompt,
-            "reference": pi_ref.texts[i][0],
-            "response": pi.texts[i][0],
-            "reward_reference": float(pi_ref.reward[i, 0]),
-            "reward": float(pi.reward[i, 0]),
-            "C_hat": float(C_hat[i, 0]),
-            "judge_reference": float(pi_ref.judge[i, 0]),
-            "judge": float(pi.judge[i, 0]),
-        }
-        for i, prompt in enumerate(prompts)
-    ]
+    C_hat = calibrated_reward(pi.scores["reward"], pi_ref.scores["reward"])
+    rows = []
+    for i, prompt in enumerate(prompts):
+        row = {"prompt": prompt, "reference": pi_ref.texts[i][0], "response": pi.texts[i][0]}
+        for name in pi.scores:
+            row[f"{name}_reference"] = float(pi_ref.scores[name][i, 0])
+            row[name] = float(pi.scores[name][i, 0])
+        rows.append(row | {"C_hat": float(C_hat[i, 0])})
+    return rows
 
 
 def curve_of(config: Config, run: Path) -> Transform:
@@ -188,22 +195,33 @@ def kl_of(policy, ref_policy, batch: Batch) -> Tensor:
 
 def markdown(table: list[dict]) -> str:
     """The table, to paste: win rates in per cent with standard errors, and the theory's."""
-    head = "| procedure | N | by reward | by judge | theory | optimal |\n|---|---|---|---|---|---|"
+    scorers = list(dict.fromkeys(row["scorer"] for row in table))
+    head = ["procedure", "N", *(f"by {name}" for name in scorers), "theory", "optimal"]
 
     def percent(value: float | None, stderr: float | None = None) -> str:
         if value is None:
             return "–"
         return f"{100 * value:.1f}" + (f" ± {100 * stderr:.1f}" if stderr is not None else "")
 
-    lines = [head]
-    for by_reward, by_judge in zip(table[::2], table[1::2], strict=True):
-        measured = [percent(row["win_rate"], row["stderr"]) for row in (by_reward, by_judge)]
-        expected = [percent(by_reward[name]) for name in ("theory", "optimal")]
-        cells = [by_reward["procedure"], str(by_reward["n"]), *measured, *expected]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    lines = [head, ["---"] * len(head)]
+    for i in range(0, len(table), len(scorers)):
+        first, *_ = rows = table[i : i + len(scorers)]
+        measured = [percent(row["win_rate"], row["stderr"]) for row in rows]
+        expected = [percent(first[name]) for name in ("theory", "optimal")]
+        lines.append([first["procedure"], str(first["n"]), *measured, *expected])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-def suffix(split: str) -> str:
-    """What the names of a split's files end with."""
-    return "" if split == "test" else f"-{split}"
+def behind(config: Config, second: dict[str, str]) -> str:
+    """The models behind the table's columns."""
+    models = {role: second.get(role) or getattr(config, role) for role in ("reward", "judge")}
+    none = "none; give evaluate.py a --judge"
+    return f"reward model: {models['reward']}, judge: {models['judge'] or none}"
+
+
+def suffix(split: str, second: dict[str, str] | None = None) -> str:
+    """What the names of an evaluation's files end with: eval-train.json, eval-judge-NAME.json."""
+    parts = [] if split == "test" else [split]
+    for role, model in (second or {}).items():
+        parts.append(f"{role}-{re.sub(r'[^A-Za-z0-9.]+', '-', Path(model).name)}")
+    return "".join(f"-{part}" for part in parts)

@@ -11,6 +11,7 @@ from minictrl import evaluation, runs, theory
 from minictrl.files import in_one_step
 
 STYLE = {
+    "text.parse_math": False,  # a $ in a run's name is a $
     "axes.grid": True,
     "grid.alpha": 0.3,
     "legend.fontsize": 7,
@@ -34,21 +35,23 @@ COLORS = {  # of a transform, a method or a scorer, in every picture
 }  # fmt: skip
 
 
-def draw(run: Path, split: str, table: list[dict]) -> str:
-    """tradeoff.png (of training prompts: tradeoff-train.png) and training.png in the run; says what
-    was drawn, or what is missing for it."""
+def draw(run: Path, suffix: str, table: list[dict]) -> str:
+    """tradeoff.png and training.png in the run; says what was drawn, or what is missing for it.
+
+    suffix: of the evaluation's files.
+    """
     try:
         import matplotlib
     except ImportError:
         return "no pictures: pip install matplotlib"
     with matplotlib.rc_context(STYLE):
-        tradeoff_png = run / f"tradeoff{evaluation.suffix(split)}.png"
-        save(win_rates(run, split, table), tradeoff_png)
+        tradeoff_png = run / f"tradeoff{suffix}.png"
+        save(win_rates(run, suffix, table), tradeoff_png)
         save(training(run), run / "training.png")
     return f"pictures: {tradeoff_png}, {run / 'training.png'}"
 
 
-def win_rates(run: Path, split: str, table: list[dict]):
+def win_rates(run: Path, suffix: str, table: list[dict]):
     """Measured win rates, with two standard errors, on the curves of the run's transform and of the
     optimum.
     """
@@ -74,7 +77,8 @@ def win_rates(run: Path, split: str, table: list[dict]):
             expected={"theory": curve} if curve.calibrated else {},
         )
         axis.legend(loc="lower right")
-    prompts = f"{table[0]['prompts']} {'held-out' if split == 'test' else 'training'} prompts"
+    split = "training" if suffix.startswith("-train") else "held-out"
+    prompts = f"{table[0]['prompts']} {split} prompts"
     figure.suptitle(f"{run.name}: {prompts}, bars are two standard errors", fontsize=10)
     return figure
 

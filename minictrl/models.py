@@ -34,6 +34,8 @@ from minictrl.scorers.text import in_batches, plain, render, scorer_tokenizer, w
 
 __all__ = ["load_policy", "load_scorer", "render", "save_policy"]
 
+ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}  # kinds of layers
+
 
 # --- policies ---
 
@@ -56,6 +58,7 @@ def load_policy(
         if Path(path).is_dir() and not (Path(path) / file).is_file():
             raise ValueError(f"policy {name}: there is no such file; give DIR/FILE.gguf")
     model = from_hub(AutoModelForCausalLM, "policy", path, dtype=dtype, **options).eval()
+    check_family(model, name)
     tokenizer = from_hub(AutoTokenizer, "tokenizer of policy", path, padding_side="left", **options)
     # its weights are plain tensors by now, but transformers would refuse to save or to train them
     if options:
@@ -79,6 +82,17 @@ def load_policy(
     ):
         tokenizer.pad_token = tokenizer.eos_token
     return model, tokenizer
+
+
+def check_family(model: nn.Module, name: str) -> None:
+    """Raises ValueError on a policy whose layers keep more than keys and values."""
+    kinds = set(getattr(model.config, "layer_types", None) or ()) - ATTENTION
+    if kinds or getattr(model, "_is_stateful", False):
+        raise ValueError(
+            f"policy {name}: a {type(model).__name__} has layers with a state of their own "
+            f"({', '.join(sorted(kinds)) or 'recurrent'}), which the samples of a prompt can't "
+            "share; use a model with attention alone"
+        )
 
 
 def save_policy(model: nn.Module, tokenizer, path: Path):
@@ -141,6 +155,8 @@ def load_scorer(
 def load_classifier(name: str, role: str, label: str, device: torch.device):
     """A sequence classifier: (model, tokenizer, function (prompts, texts) -> scores)."""
     model = from_hub(AutoModelForSequenceClassification, f"{role} model", name, dtype="auto").eval()
+    head = getattr(model, "score", None)  # of a causal model, read at the last token
+    at_end = head is not None and model.config.pad_token_id is None  # as if it stood alone
     tokenizer = scorer_tokenizer(model, name, role)
     labels = [model.config.id2label[i] for i in range(model.config.num_labels)]
     if label not in (labels if len(labels) > 1 else ["", *labels]):
@@ -149,7 +165,6 @@ def load_classifier(name: str, role: str, label: str, device: torch.device):
             "give "
             f"{name}#{labels[-1]} for the log-odds of a label, or another model"
         )
-    head = getattr(model, "score", None)  # of a causal model, read at the last token
     if device.type == "cuda" and head is not None:
         model.bfloat16()
         # bfloat16 scores would be tied
@@ -158,7 +173,12 @@ def load_classifier(name: str, role: str, label: str, device: torch.device):
         model.float()
 
     def read(inputs: dict[str, Tensor]) -> Tensor:
-        logits = model(**inputs).logits.float()  # (B, labels)
+        if at_end:
+            hidden = model.base_model(**inputs).last_hidden_state  # (B, L, D)
+            last = inputs["attention_mask"].sum(1) - 1
+            logits = head(hidden[torch.arange(len(hidden)), last]).float()  # (B, labels)
+        else:
+            logits = model(**inputs).logits.float()
         if len(labels) == 1:
             return logits[:, 0]
         this = labels.index(label)

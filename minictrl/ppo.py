@@ -6,7 +6,8 @@ The *whole* objective is divided by beta: R is Phi(C_hat) / beta (`transforms.in
 in this file. The optimum pi_ref e^R / Z (Eq. 5, Theorem 1) is the same and one learning rate fits
 every transform, though their beta spans seven decades.
 
-Where implementations of PPO differ, this one is chosen so that nothing moves that optimum:
+Where implementations of PPO differ, this one is chosen so that nothing moves that optimum (but
+for a lambda below 1, see `train.py`):
 1. No whitening or scaling of rewards: each of them is another beta.
 2. The KL is k1 = log pi - log pi_ref of the sampled token, *in the reward*: its gradient is that of
    KL(pi || pi_ref). (k3 as a loss term looks alike, but its gradient is that of the forward KL,

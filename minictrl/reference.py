@@ -40,7 +40,8 @@ class Reference:
         """Writes all tensors with their check sum and a digest of what they depend on."""
         temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # runs share a cache
         tensors = {f.name: getattr(self, f.name).contiguous() for f in fields(self)}
-        save_file(tensors, temporary, {"digest": digest, "sha256": check_sum(tensors)})
+        sha256 = torch.tensor(list(check_sum(tensors).encode()), dtype=torch.uint8)
+        save_file(tensors | {"sha256": sha256}, temporary, {"digest": digest})
         os.replace(temporary, path)
 
     @classmethod
@@ -57,7 +58,8 @@ class Reference:
                 if digest not in (None, metadata["digest"]):
                     return None
                 tensors = {f.name: file.get_tensor(f.name) for f in fields(cls)}
-            if metadata["sha256"] != check_sum(tensors):
+                sha256 = bytes(file.get_tensor("sha256").tolist()).decode()
+            if sha256 != check_sum(tensors):
                 raise ValueError("its check sum is another")
             return cls(**tensors)
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from minictrl.batch import Batch
+from minictrl.lm.logprobs import sequence_logprobs
+from minictrl.lm.prompts import response_texts
 from minictrl.reference import Reference, cached, digest
 from minictrl.sampling import SAMPLER, Samples, sample
 from minictrl.task import Task
@@ -83,13 +85,14 @@ def prefix_rewards(task: Task, batch: Batch, P: int) -> Tensor:
 
     batch: G responses for each of P prompts, in a row.
     """
-    tokens, lengths = batch.tokens.tolist(), batch.mask.sum(1).long().tolist()
+    tokens, lengths = batch.tokens, batch.mask.sum(1).long().tolist()
     prefixes = [
         row[: t if t < length else 0]
-        for row, length in zip(tokens, lengths, strict=True)
+        for row, length in zip(tokens.tolist(), lengths, strict=True)
         for t in range(len(row))
     ]
-    texts = task.tokenizer.batch_decode(prefixes, skip_special_tokens=True)
+    before = batch.prompt[:, -1].repeat_interleave(tokens.shape[1]).tolist()
+    texts = response_texts(task.tokenizer, before, prefixes)
     width = len(texts) // P
     prompts = [task.prompts[i] for i in batch.of[:: len(batch) // P].tolist()]
     return score(task.reward, prompts, [texts[i * width :][:width] for i in range(P)])
@@ -134,6 +137,31 @@ def reference_samples(task: Task, K: int, *, seed: int, cache: str, name: str) -
         return tqdm(chunks, name, disable=None)
 
     return cached(draw, task.texts, K, Path(cache), reference_key(task, seed), bar)
+
+
+def check_sampler(task: Task, reference: Reference, *, rows: int = 8, tolerance: float = 1e-3):
+    """Raises ValueError unless the log-probabilities of the longest samples are, to `tolerance`
+    nats a token, those of one forward over prompt and response.
+
+    Training compares the two. They differ where a model reads a text otherwise once it is longer.
+    """
+    K = reference.r_ref.shape[1]
+    lengths = task.mask.sum(1).cpu()[:, None] + reference.mask.sum(-1)  # (P, K)
+    index = lengths.flatten().topk(min(rows, lengths.numel())).indices
+    of, which = index // K, index % K
+    tokens, mask = (x[of, which].to(task.ids.device) for x in (reference.tokens, reference.mask))
+    with torch.no_grad():
+        exact = sequence_logprobs(
+            task.policy, task.ids[of], task.mask[of], tokens.long(), mask.float()
+        )
+    error = (reference.logprobs[of, which] - exact.cpu())[mask.cpu()].abs().mean().item()
+    if not error <= tolerance:
+        raise ValueError(
+            f"the policy's samples have log-probabilities that are {error:.2g} nats a token from "
+            f"those of a forward over the whole text (at most {tolerance:g}): a "
+            f"{type(task.policy).__name__} that reads long texts otherwise needs shorter ones "
+            "(--max-new-tokens, --max-prompt-tokens)"
+        )
 
 
 def reference_key(task: Task, seed: int, *prompts: list[str]) -> str:

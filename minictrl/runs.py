@@ -14,9 +14,9 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -34,6 +34,7 @@ from minictrl.task import Task
 from minictrl.update import Learner
 
 MARKER = ".minictrl"  # the file that says that a directory is ours to delete
+FREE = ("out", "device", "cache", "lr")  # a run may go on elsewhere, and more slowly
 CHECKPOINT = 20  # seconds between checkpoints, at least; 20 times what one takes, if that is more
 
 # The columns of metrics.jsonl; None where a method has no such number.
@@ -70,12 +71,15 @@ def check(out: Path, settings: dict, config: Config, *, resume: bool, overwrite:
     if resume:
         stored, _ = load_config(out)
         for name, value in settings.items():
-            if name != "out" and value != getattr(stored, name):
+            if name not in FREE and value != getattr(stored, name):
                 raise ValueError(
                     f"--{name.replace('_', '-')} {value}: {out} was started with "
                     f"{getattr(stored, name)}; leave it out to resume, or give another --out"
                 )
-        return stored
+        return replace(stored, **{name: settings[name] for name in FREE if name in settings})
+    cache = Path(config.cache)
+    if cache.exists() and not cache.is_dir():
+        raise ValueError(f"--cache {cache}: is a file; give a directory")
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return config
     if not holds_run(out):
@@ -107,17 +111,23 @@ def load_config(run: Path) -> tuple[Config, dict]:
     """Settings of a run, and what else its config.json holds. Raises ValueError if there is none,
     or half of one.
     """
-    path = Path(run) / "config.json"
+    run = Path(run)
+    path = run / "config.json"
     if not path.is_file():
         raise ValueError(
             f"{run}: is no run directory (it has no config.json); give the --out of a train.py run"
         )
     try:
-        return Config.load(path)
+        stored = json.loads(path.read_text())
+        if "model_type" not in stored:
+            return Config.load(path)
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{path}: is damaged ({error}); train the run again with --overwrite"
         ) from None
+    raise ValueError(
+        f"{run}: is a model, no run; give the run's directory, {run.absolute().parent}"
+    )
 
 
 def load_finished(run: Path) -> Config:
@@ -160,21 +170,24 @@ def commit_of(folder: Path) -> str | None:
     return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
 
 
-def digests_of(config: Config, task: Task, judge: Callable) -> dict[str, str]:
+def digests_of(config: Config, task: Task, judge: Callable | None) -> dict[str, str | None]:
     """What a run's numbers depend on: a digest each of policy, reward model, judge and prompts."""
     prompts = [load_prompts(config.task, split) for split in ("train", "test")]
     return {
         "policy": task.digest,
         "reward": task.reward.digest,
-        "judge": judge.digest,
+        "judge": judge and judge.digest,
         "task": digest(*prompts),
     }
 
 
-def check_made_from(run: Path, config: Config, made_from: dict[str, str]):
-    """Raises ValueError if a model or the prompts of a run have changed since it was started."""
+def check_made_from(run: Path, config: Config, made_from: dict, *, but: Iterable[str] = ()):
+    """Raises ValueError if a model or the prompts of a run have changed since it was started.
+
+    but: names of models that are others on purpose.
+    """
     for name, then in load_config(run)[1].get("made_from", {}).items():
-        if made_from[name] != then:
+        if name not in but and made_from[name] != then:
             raise ValueError(
                 f"{run}: its --{name} {getattr(config, name)} has changed since the run was "
                 "started; put it back, or train again with --overwrite"
@@ -261,6 +274,15 @@ class Training:
         watched = [name for name in ("C_hat", "kl_ref") if row[name] is not None]
         shown = [f"{name} {row[name]:.3f}" for name in watched]
         self.bar.set_postfix_str(" ".join([*shown, f"tok/s {row['tok_per_s']}"]))
+
+    def diverged(self, lr: float) -> str:
+        """Where and after what training broke, and how to go on."""
+        kls = [row["kl_ref"] for row in read_metrics(self.out) if row["kl_ref"] is not None]
+        before = f"after a KL of {kls[-1]:.3g} nats" if kls else "from the start"
+        again = f"start again with a lower --lr than {lr:g} and --overwrite"
+        if (self.out / "checkpoint" / "state.pt").is_file():
+            again = f"go on with: python train.py --resume --out {self.out} --lr {lr / 10:g}"
+        return f"training diverged at step {self.step + 1}, {before}; {again}"
 
     def _counters(self) -> dict:
         target = self.budget.target

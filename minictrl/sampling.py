@@ -12,6 +12,7 @@ never copied. Rows of the same step are decoded together, in waves of prompts of
 recorded as a CUDA graph and replayed until the rows change.
 """
 
+import warnings
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,9 +23,13 @@ from minictrl.lm.decode import Wave, decode
 from minictrl.lm.device import halving
 from minictrl.lm.draw import draw, prompt_keys, uniforms
 from minictrl.lm.kvcache import PrefixCache, RepeatedCache, decoding, fitting_rows, is_plain
-from minictrl.lm.prompts import check_lengths, encode_prompts, eos_ids, left_pad
+from minictrl.lm.prompts import check_lengths, encode_prompts, eos_ids, left_pad, response_texts
 
-SAMPLER = 1  # its version: another one draws other samples from the same seed
+SAMPLER = 2  # its version: another one draws other samples from the same seed
+
+
+class NotFinite(ValueError):
+    """Of a policy that is broken, or that training has broken."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +56,8 @@ def sample_plainly(
     """`sample`, without a cache: a whole forward for each token. To read, and to test `sample`."""
     B, M, T = len(prompts), num_samples, max_new_tokens
     pad, eos = tokenizer.pad_token_id, eos_ids(model, tokenizer)
-    ids, attention = left_pad(encode_prompts(tokenizer, prompts), pad)
+    prompt_ids = encode_prompts(tokenizer, prompts)
+    ids, attention = left_pad(prompt_ids, pad)
     ids, attention = ids.repeat_interleave(M, 0), attention.repeat_interleave(M, 0)  # (B M, L)
     u = torch.from_numpy(
         uniforms(seed, prompt_keys(prompts).repeat(M), np.tile(np.arange(M), B), T)
@@ -68,7 +74,8 @@ def sample_plainly(
         alive = alive & ~torch.isin(token, eos)
         ids = torch.cat([ids, token[:, None]], 1)
         attention = torch.cat([attention, torch.ones_like(token)[:, None]], 1)
-    return _samples(tokenizer, *(torch.stack(x, 1) for x in (tokens, mask, logprobs)), M)
+    tensors = (torch.stack(x, 1) for x in (tokens, mask, logprobs))
+    return _samples(tokenizer, prompt_ids, *tensors, M)
 
 
 def sample(
@@ -127,19 +134,38 @@ def sample(
     with torch.inference_mode(), decoding(model):
         halving(min(B * M, batch_size or fitting_rows(model, T)), in_waves)
     if not torch.isfinite(logprobs).all():
-        raise ValueError(
+        raise NotFinite(
             "the policy's logits are not finite: check its weights and dtype (float16 overflows)"
         )
-    return _samples(tokenizer, tokens, mask, logprobs, M)
+    return _samples(tokenizer, ids, tokens, mask, logprobs, M)
 
 
-def _samples(tokenizer, tokens: Tensor, mask: Tensor, logprobs: Tensor, M: int) -> Samples:
+def _samples(
+    tokenizer, prompt_ids: list[list[int]], tokens: Tensor, mask: Tensor, logprobs: Tensor, M: int
+) -> Samples:
     """Tensors (B M, T) as `Samples`, with their texts."""
-    lengths = mask.sum(-1).long().tolist()
-    kept = [row[:length] for row, length in zip(tokens.tolist(), lengths, strict=True)]
-    texts = tokenizer.batch_decode(kept, skip_special_tokens=True)
-    grouped = (x.view(-1, M, x.shape[1]) for x in (tokens, mask, logprobs))
-    return Samples(*grouped, [texts[i : i + M] for i in range(0, len(texts), M)])
+    B, T = len(prompt_ids), tokens.shape[1]
+    tokens, mask, logprobs = (x.view(B, M, T) for x in (tokens, mask, logprobs))
+    unknown = int(((tokens >= len(tokenizer)) & mask.bool()).sum())
+    if unknown:
+        warnings.warn(
+            f"{unknown} of {int(mask.sum())} sampled tokens have ids that the tokenizer, with "
+            f"{len(tokenizer)} tokens, lacks: they are no text; give the policy its own tokenizer",
+            stacklevel=3,
+        )
+    return Samples(tokens, mask, logprobs, texts_of(tokenizer, prompt_ids, tokens, mask))
+
+
+def texts_of(
+    tokenizer, prompt_ids: list[list[int]], tokens: Tensor, mask: Tensor
+) -> list[list[str]]:
+    """B lists of M texts. prompt_ids: of B prompts. tokens, mask: (B, M, T)."""
+    M = tokens.shape[1]
+    lengths = mask.sum(-1).long().flatten().tolist()
+    rows = tokens.flatten(0, 1).tolist()
+    kept = [row[:length] for row, length in zip(rows, lengths, strict=True)]
+    texts = response_texts(tokenizer, [ids[-1] for ids in prompt_ids for _ in range(M)], kept)
+    return [texts[i : i + M] for i in range(0, len(texts), M)]
 
 
 def _head_rows(model) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,7 +13,7 @@ from minictrl.config import Config
 from minictrl.data import load_prompts
 from minictrl.lm.device import resolve_device
 from minictrl.lm.identity import config_of, tokenizer_of
-from minictrl.lm.prompts import check_lengths, encode_prompts, eos_ids, left_pad
+from minictrl.lm.prompts import check_ids, check_lengths, encode_prompts, eos_ids, left_pad
 from minictrl.models import load_policy, load_scorer, render
 from minictrl.reference import digest
 
@@ -42,12 +43,23 @@ class Task:
 
 
 def load_task(config: Config, split: str) -> Task:
-    """Models and prompts of a run: every prompt fits the context together with its response.
+    """Models and prompts of a run. Raises ValueError on what is wrong (`read_prompts`)."""
+    model, tokenizer = load_policy(config.policy)
+    prompts, texts, encoded = read_prompts(config, split, model, tokenizer)
+    model.to(resolve_device(config.device))
+    ids, mask = left_pad(encoded, tokenizer.pad_token_id, model.device)
+    reward = load_scorer(config.reward, "reward", device=config.device)
+    return Task(model, tokenizer, reward, prompts, texts, ids, mask, config.max_new_tokens)
+
+
+def read_prompts(
+    config: Config, split: str, model: nn.Module, tokenizer
+) -> tuple[list, list[str], list[list[int]]]:
+    """(prompts, their texts for the policy, token ids): they fit the context with their response.
 
     A task's prompts that are longer than max_prompt_tokens are left out; those of a file are the
     user's, so they raise ValueError.
     """
-    model, tokenizer = load_policy(config.policy)
     prompts, texts, encoded = [], [], []
     for prompt in load_prompts(config.task, split):
         text = render(tokenizer, prompt)
@@ -63,8 +75,22 @@ def load_task(config: Config, split: str) -> Task:
             f"--max-prompt-tokens {config.max_prompt_tokens}: every prompt of {config.task} is "
             "longer; use more"
         )
+    if len(prompts) < (config.prompts or 0):
+        warnings.warn(
+            f"--prompts {config.prompts}: {config.task} has {len(prompts)} for {split}, all are "
+            "taken",
+            stacklevel=2,
+        )
+    check_ids(model, tokenizer, encoded)
     check_lengths(model, texts, encoded, config.max_new_tokens)
-    model.to(resolve_device(config.device))
-    ids, mask = left_pad(encoded, tokenizer.pad_token_id, model.device)
-    reward = load_scorer(config.reward, "reward", device=config.device)
-    return Task(model, tokenizer, reward, prompts, texts, ids, mask, config.max_new_tokens)
+    return prompts, texts, encoded
+
+
+def try_scorers(scorers: list[Callable], prompts: list) -> None:
+    """One text a scorer for each pattern of roles among the prompts: what fails, fails now."""
+    patterns = {
+        "text" if isinstance(prompt, str) else tuple(m["role"] for m in prompt): prompt
+        for prompt in prompts
+    }
+    for scorer in scorers:
+        scorer(list(patterns.values()), ["."] * len(patterns))

@@ -12,9 +12,12 @@ from torch import Tensor, nn
 from minictrl.batch import Batch
 from minictrl.lm.device import halving
 from minictrl.lm.logprobs import sequence_logprobs
+from minictrl.sampling import NotFinite
 
 # (logprobs, values, batch) -> loss, its statistics
 Loss = Callable[[Tensor, Tensor | None, Batch], tuple[Tensor, dict[str, Tensor]]]
+
+HEAD_LR = 1e-3  # of a value head, at least
 
 
 @dataclass
@@ -55,17 +58,23 @@ def freeze(policy: nn.Module, layers: int | None) -> None:
             f"the policy, a {type(policy).__name__}, has no list of its blocks (num_hidden_layers: "
             f"{count}), which --layers needs: use another"
         )
+    if layers and layers > count:
+        raise ValueError(f"--layers {layers}: the policy has {count} blocks; use at most {count}")
     policy.requires_grad_(True)
-    embeddings = [module for module in policy.modules() if isinstance(module, nn.Embedding)]
+    named = [(name.rpartition(".")[2], module) for name, module in policy.named_modules()]
+    embeddings = [  # BLOOM's have a norm of their own
+        module for name, module in named if isinstance(module, nn.Embedding) or "embed" in name
+    ]
     lower = blocks[0][: -(layers or count)]
     for module in (*lower, *embeddings, policy.get_output_embeddings()):
         module.requires_grad_(False)
 
 
-def make_learner(policy: nn.Module, *, value_head: bool) -> Learner:
-    """Policy, value head and their optimizer.
+def make_learner(policy: nn.Module, *, value_head: bool, lr: float = HEAD_LR) -> Learner:
+    """Policy, value head and their optimizer. lr: the policy's.
 
-    The value head starts at 0, whatever the state, because R comes without its mean. Gradients are
+    The value head starts at 0, whatever the state, because R comes without its mean. It learns at
+    HEAD_LR where the policy's rate is lower: at 1e-6 it would learn nothing in a run. Gradients are
     clipped to a norm of 1 over all n parameters, 1 / sqrt(n) for each if they are alike. Adam's
     eps, about a quarter of that, keeps smaller ones, which are noise, from being blown up to a
     full step.
@@ -75,12 +84,12 @@ def make_learner(policy: nn.Module, *, value_head: bool) -> Learner:
         head = nn.Linear(policy.config.hidden_size, 1, device=policy.device)
         nn.init.zeros_(head.weight)
         nn.init.zeros_(head.bias)
-    parameters = [*policy.parameters(), *(head.parameters() if head else ())]
-    parameters = [p for p in parameters if p.requires_grad]
-    eps = 0.23 / sum(p.numel() for p in parameters) ** 0.5
-    optimizer = torch.optim.AdamW(
-        parameters, betas=(0.9, 0.95), eps=eps, weight_decay=0.0, fused=True
-    )
+    trained = [p for p in policy.parameters() if p.requires_grad]
+    groups = [{"params": trained, "scale": 1.0}]
+    if head is not None:
+        groups.append({"params": list(head.parameters()), "scale": max(1.0, HEAD_LR / lr)})
+    eps = 0.23 / sum(p.numel() for group in groups for p in group["params"]) ** 0.5
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=eps, weight_decay=0.0, fused=True)
     return Learner(policy, head, optimizer)
 
 
@@ -144,7 +153,7 @@ def update(
     batch = batch.to(learner.policy.device)
     generator = torch.Generator().manual_seed(seed)
     for group in learner.optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("scale", 1.0)
     parameters = [p for group in learner.optimizer.param_groups for p in group["params"]]
     totals = defaultdict(float)
     for _ in range(epochs):
@@ -154,6 +163,8 @@ def update(
                 micro_batch, lambda size, index=index: _gradients(learner, batch, loss, index, size)
             )
             stats["grad_norm"] = nn.utils.clip_grad_norm_(parameters, 1.0)
+            if not stats["grad_norm"].isfinite():
+                raise NotFinite("the policy's gradient is not finite")
             learner.optimizer.step()
             for name, stat in stats.items():
                 totals[name] += float(stat) * len(index) / (epochs * len(batch))

@@ -43,8 +43,8 @@ def win_rates(
     _validate(scores, procedure, n)
     n = int(n)
     select, judge, select_ref, judge_ref = (each.double() for each in scores.values())
-    threshold = rewind.threshold_of(select_ref)  # (P,)
-    weight, weight_ref = weigh(select, n, threshold), weigh(select_ref, n, threshold)
+    weight = weigh(select, n, rewind.threshold_of(select_ref))
+    weight_ref = weigh(select_ref, n, None)
     return (weight * beaten(judge, judge_ref, weight_ref)).sum(1)
 
 

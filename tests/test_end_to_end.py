@@ -79,7 +79,7 @@ def test_the_win_rate_of_each_prompt_is_kept(short_run):
 def test_the_picture_of_training_prompts_is_another_file(short_run):
     before = (short_run / "tradeoff.png").read_bytes()
     assert "tradeoff-train.png" in figures.draw(
-        short_run, "train", json.loads((short_run / "eval.json").read_text())["rows"]
+        short_run, "-train", json.loads((short_run / "eval.json").read_text())["rows"]
     )
     assert (
         (short_run / "tradeoff-train.png").read_bytes()
@@ -96,9 +96,7 @@ def test_the_picture_shows_the_procedure_that_the_run_is_made_for(short_run, tmp
     ):
         config, _ = runs.load_config(short_run)
         (tmp_path / "config.json").write_text(json.dumps(asdict(config) | {"procedure": procedure}))
-        assert [
-            axis.get_title() for axis in figures.win_rates(tmp_path, "test", table).axes
-        ] == panels
+        assert [axis.get_title() for axis in figures.win_rates(tmp_path, "", table).axes] == panels
 
 
 def test_beta_follows_the_kl_of_the_rollout_it_is_used_on(short_run):

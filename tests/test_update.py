@@ -1,4 +1,5 @@
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -157,3 +158,22 @@ def test_an_output_embedding_of_its_own_is_not_trained_either():
         not untied.lm_head.weight.requires_grad
         and untied.transformer.h[0].attn.c_attn.weight.requires_grad
     )
+
+
+def test_a_value_head_learns_at_the_presets_learning_rate(model, rows):
+    """A target that is linear in the hidden state, 200 updates at a policy's 1e-6."""
+    policy = model.requires_grad_(False)
+    policy.transformer.ln_f.requires_grad_(True)
+    learner = make_learner(policy, value_head=True, lr=1e-6)
+    truth = torch.nn.Linear(policy.config.hidden_size, 1)
+    _, target = forward_all(policy, truth, rows, 24)
+    rows = dataclasses.replace(rows, returns=target)
+
+    def value_loss(logprobs, values, rows):
+        return ppo.value_loss(values, rows.returns, rows.mask), {}
+
+    for seed in range(200):
+        options = dict(minibatch=24, micro_batch=24, epochs=1, seed=seed)
+        update(learner, rows, value_loss, lr=1e-6, **options)
+    _, values = forward_all(policy, learner.value_head, rows, 24)
+    assert ppo.explained_variance(values, target, rows.mask) > 0.5

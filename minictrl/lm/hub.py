@@ -13,11 +13,15 @@ import re
 import socket
 import sys
 import urllib.request
+import warnings
 from contextlib import nullcontext, redirect_stderr
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from safetensors import SafetensorError
+
+ADAPTER = "adapter_config.json"  # peft's
+HEADS = ("score", "classifier", "v_head", "qa_outputs")  # what a language model has no place for
 
 
 def hub_name(name: str) -> str:
@@ -46,8 +50,8 @@ def unreachable(kind: str, name: str, error: Exception) -> str:
         return f"{kind} {name}: can't be read ({why}); give a directory in the hub's layout"
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
         return (
-            f"{kind} {name}: there is no such file or directory; give a hub name or a path that "
-            "exists"
+            f"{kind} {name}: there is no such file or directory in {Path.cwd()}; give a hub name "
+            "or a path that exists"
         )
     return (
         f"{kind} {name}: not in the hub's cache here, and the hub can't be reached or has none of "
@@ -65,6 +69,8 @@ def from_hub(loader, kind: str, name: str, **options):
     weights included.
     """
     model, name = loader.__name__.startswith("AutoModelFor"), hub_name(name)
+    if (Path(name) / ADAPTER).is_file() and not (Path(name) / "config.json").is_file():
+        raise ValueError(adapter(kind, name))
     # a .gguf file's progress bar
     quiet = nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO())
     try:
@@ -99,11 +105,33 @@ def from_hub(loader, kind: str, name: str, **options):
                 "weights"
             )
         return loaded
-    missing = sorted(loaded[1]["missing_keys"])
+    if getattr(loaded[0], "_hf_peft_config_loaded", False):
+        raise ValueError(adapter(kind, name))
+    missing, unused = (sorted(loaded[1][key]) for key in ("missing_keys", "unexpected_keys"))
     if missing:
         raise ValueError(
             f"{kind} {name}: has no weights for "
             f"{', '.join(missing[:3])}{' …' * (len(missing) > 3)}; give "
             f"a model saved as {loader.__name__.removeprefix('AutoModelFor')}"
         )
+    wanted = loader.__name__.removeprefix("AutoModelFor")
+    heads = [key for key in unused if key.split(".")[0] in HEADS]
+    if heads:
+        raise ValueError(
+            f"{kind} {name}: has weights for {', '.join(heads)}, which a {wanted} doesn't read; "
+            'name its class in the "architectures" of its config.json (…ForSequenceClassification)'
+        )
+    if unused:
+        warnings.warn(
+            f"{kind} {name}: {len(unused)} of its weights are not read, {unused[0]} among them; "
+            "does its config.json belong to them?",
+            stacklevel=2,
+        )
     return loaded[0]
+
+
+def adapter(kind: str, name: str) -> str:
+    return (
+        f"{kind} {name}: is an adapter, not a model; put it into its base and give that: "
+        "AutoPeftModelForCausalLM.from_pretrained(ADAPTER).merge_and_unload().save_pretrained(DIR)"
+    )

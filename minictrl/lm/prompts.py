@@ -37,6 +37,22 @@ def left_pad(ids: list[list[int]], pad: int, device=None) -> tuple[Tensor, Tenso
     return rows, torch.tensor([[0] * (P - len(r)) + [1] * len(r) for r in ids], device=device)
 
 
+def response_texts(tokenizer, before: list[int], responses: list[list[int]]) -> list[str]:
+    """The text of each response, as it goes on after its prompt. before: each prompt's last token.
+
+    A tokenizer that marks spaces (Llama 2) drops the one that a text begins with, so a response is
+    decoded behind its prompt's last token, whose own text is then cut off.
+    """
+    known = {token: tokenizer.decode([token], skip_special_tokens=True) for token in set(before)}
+    heads = [known[token] for token in before]
+    rows = [[token, *row] for token, row in zip(before, responses, strict=True)]
+    texts = tokenizer.batch_decode(rows, skip_special_tokens=True)
+    parted = [i for i, head in enumerate(heads) if not texts[i].startswith(head)]
+    for i in parted:  # a character whose bytes are shared by prompt and response
+        heads[i], texts[i] = "", tokenizer.decode(responses[i], skip_special_tokens=True)
+    return [text[len(head) :] for head, text in zip(heads, texts, strict=True)]
+
+
 def eos_ids(model, tokenizer) -> Tensor:
     """Every token that ends a response: the tokenizer's EOS and the generation config's (chat
     models have two).
@@ -49,6 +65,18 @@ def eos_ids(model, tokenizer) -> Tensor:
             "the tokenizer has no eos_token: set tokenizer.eos_token, or no response can end"
         )
     return torch.tensor(ids)
+
+
+def check_ids(model, tokenizer, ids: list[list[int]]) -> None:
+    """Raise ValueError on a token that the model's embedding lacks."""
+    known = model.get_input_embeddings().num_embeddings
+    largest = max((i for row in ids for i in row), default=0)
+    if largest >= known:
+        token = tokenizer.convert_ids_to_tokens(largest)
+        raise ValueError(
+            f"{tokenizer.name_or_path}: its tokenizer writes {token!r} as token {largest}, and the "
+            f"model knows {known}: give the model its own tokenizer"
+        )
 
 
 def check_lengths(model, prompts, ids, max_new_tokens: int) -> None:

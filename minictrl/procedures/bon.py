@@ -12,7 +12,7 @@ def mass_after(mass: Tensor, edges: Tensor, n: int) -> Tensor:
     return cdf(mass).pow(n).diff()
 
 
-def weights(select: Tensor, n: int, threshold: Tensor) -> Tensor:
+def weights(select: Tensor, n: int, threshold: Tensor | None) -> Tensor:
     """Rank i of M, 1 the lowest, is the best of N with probability C(i - 1, N - 1) / C(M, N)."""
     M = select.shape[1]
     return by_rank(select, [math.comb(m, n) / math.comb(M, n) for m in range(M + 1)])

@@ -17,15 +17,46 @@ def mass_after(mass: Tensor, edges: Tensor, n: int) -> Tensor:
     return mass * (above * draws + (1 - above) * q ** (n - 1))
 
 
-def weights(select: Tensor, n: int, threshold: Tensor) -> Tensor:
-    """The first draw at or above the threshold, else the N-th."""
-    M, above = select.shape[1], select >= threshold[:, None]
-    passing = above.sum(1, keepdim=True)  # (P, 1)
-    fails = [math.comb(M - count, n) / math.comb(M, n) for count in range(M + 1)]
-    fails = torch.tensor(fails, dtype=select.dtype)[passing]
-    kept_above = (1 - fails) / passing.clamp(min=1)
-    kept_below = fails / (M - passing).clamp(min=1)
-    return torch.where(above, kept_above, kept_below)
+def weights(select: Tensor, n: int, threshold: Tensor | None) -> Tensor:
+    """The first draw at or above the threshold, else the N-th.
+
+    threshold: None where it is that of these very samples.
+    """
+    if threshold is None:
+        return own_weights(select, n)
+    M = select.shape[1]
+    above = select >= threshold[:, None]
+    below = (~above).sum(1, keepdim=True)  # (P, 1)
+    draws = torch.arange(n)
+    fails = ((below - draws).clamp(min=0) / (M - draws)).prod(
+        1, keepdim=True
+    )  # C(below, N)/C(M, N)
+    return split(above, ~above, fails)
+
+
+def own_weights(select: Tensor, n: int) -> Tensor:
+    """`weights` by the samples' own threshold, so that pi_ref against itself wins 1/2.
+
+    All N draws fail with probability q^N. The share of the samples below the threshold is always
+    the same, but q, pi_ref's mass there, is Beta(below, M + 1 - below): E[q^N] stands for q^N. The
+    sample at the threshold is no fair draw of those below it.
+    """
+    M, threshold = select.shape[1], threshold_of(select)[:, None]
+    above = select >= threshold
+    below = (~above).sum(1, keepdim=True)
+    draws = torch.arange(n)
+    fails = ((below + draws) / (M + 1 + draws)).prod(1, keepdim=True)
+    at = torch.nextafter(threshold, torch.full_like(threshold, -math.inf))
+    fair = ~above & ((select != at) | (below == 1))
+    return split(above, fair, fails)
+
+
+def split(above: Tensor, below: Tensor, fails: Tensor) -> Tensor:
+    """(P, M) weights: `fails` (P, 1) of them on the samples below, in equal shares."""
+    fails = torch.where(above.any(1, keepdim=True), fails.double(), 1.0)
+    kept_above = (1 - fails) / above.sum(1, keepdim=True).clamp(min=1)
+    kept_below = fails / below.sum(1, keepdim=True).clamp(min=1)
+    return above * kept_above + below * kept_below
 
 
 def threshold_of(select_ref: Tensor) -> Tensor:
@@ -34,7 +65,8 @@ def threshold_of(select_ref: Tensor) -> Tensor:
     Given that sample, those above it are a fair draw of pi_ref's upper 15 %. If it counted itself,
     pi would gain 4 points at M = 64. Where samples tie with it, it is the threshold.
     """
+    M = select_ref.shape[1]
     order = pad(select_ref.sort(1).values, (1, 0), value=-math.inf)
-    k = min(round(REWIND_QUANTILE * select_ref.shape[1]), select_ref.shape[1] - 1)
+    k = min(round(REWIND_QUANTILE * (M + 1)), M - 1)  # its level is k / (M + 1) on average
     at, after = order[:, k], order[:, k + 1]
     return torch.where(at == after, at, torch.nextafter(at, after))

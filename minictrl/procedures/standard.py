@@ -8,5 +8,5 @@ def mass_after(mass: Tensor, edges: Tensor, n: int) -> Tensor:
     return mass
 
 
-def weights(select: Tensor, n: int, threshold: Tensor) -> Tensor:
+def weights(select: Tensor, n: int, threshold: Tensor | None) -> Tensor:
     return torch.full_like(select, 1 / select.shape[1])

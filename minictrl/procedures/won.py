@@ -12,7 +12,7 @@ def mass_after(mass: Tensor, edges: Tensor, n: int) -> Tensor:
     return -(1 - cdf(mass)).pow(n).diff()
 
 
-def weights(select: Tensor, n: int, threshold: Tensor) -> Tensor:
+def weights(select: Tensor, n: int, threshold: Tensor | None) -> Tensor:
     """Best-of-N's in the reverse order."""
     M = select.shape[1]
     return by_rank(select, [1 - math.comb(M - m, n) / math.comb(M, n) for m in range(M + 1)])

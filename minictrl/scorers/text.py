@@ -14,6 +14,7 @@ from transformers.utils import logging
 from minictrl.data import Prompt
 from minictrl.lm.device import resident
 from minictrl.lm.hub import from_hub
+from minictrl.lm.prompts import check_ids
 
 logging.set_verbosity_error()
 logging.disable_progress_bar()
@@ -52,19 +53,53 @@ def chat(tokenizer, messages: list[dict], **options) -> str:
         ) from None
 
 
-def written(tokenizer, prompt: Prompt, text: str, *, causal: bool) -> str:
-    """Prompt and response as a classifier reads them: in its chat template, or else one after the
-    other, and for a causal model EOS, where it is read."""
+def written(tokenizer, prompt: Prompt, text: str, *, causal: bool) -> str | tuple[str, str]:
+    """Prompt and response as a classifier reads them.
+
+    In its chat template, if it has one. Else a text prompt goes on as the response. Chat messages
+    and the answer are one text for a causal model, and a pair of texts for an encoder, as such
+    models are trained: `tokenizer(question, answer)`. A causal model also gets EOS, where it is
+    read.
+    """
     if tokenizer.chat_template:
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        return chat(tokenizer, [*messages, {"role": "assistant", "content": text}])
+        if isinstance(prompt, str):
+            warnings.warn(
+                f"{tokenizer.name_or_path} reads chats, and these prompts are texts that the "
+                "policy continues; it reads each as a message, and the response as the answer",
+                stacklevel=2,
+            )
+            prompt = [{"role": "user", "content": prompt}]
+        return chat(tokenizer, [*prompt, {"role": "assistant", "content": text}])
+    if not causal and not isinstance(prompt, str):
+        question = prompt[0]["content"] if len(prompt) == 1 else plain(prompt)
+        return question, text
     text = text if isinstance(prompt, str) else " " + text.lstrip()
     return plain(prompt) + text + (tokenizer.eos_token or "" if causal else "")
 
 
-def token_ids(tokenizer, texts: list[str]) -> list[list[int]]:
+def encoded(tokenizer, texts: list[str | tuple[str, str]]) -> list[dict[str, list[int]]]:
+    """A dict per text: its token ids, and for a pair which of the two each token is of."""
+    pairs = sum(isinstance(text, tuple) for text in texts)
+    if 0 < pairs < len(texts):
+        return [row for text in texts for row in encoded(tokenizer, [text])]
     special = not tokenizer.chat_template  # a template writes BOS and the like itself
-    return tokenizer(texts, add_special_tokens=special, truncation=True)["input_ids"]
+    columns = tokenizer(texts, add_special_tokens=special, truncation=True) if texts else {}
+    names = ["input_ids", "token_type_ids"] if pairs else ["input_ids"]
+    columns = {name: columns[name] for name in names if name in columns}
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+
+def token_ids(tokenizer, texts: list[str]) -> list[list[int]]:
+    return [row["input_ids"] for row in encoded(tokenizer, texts)]
+
+
+def longest_text(model: nn.Module, tokenizer) -> int:
+    """Tokens that a scorer can read at once."""
+    longest = getattr(model.config, "max_position_embeddings", None) or tokenizer.model_max_length
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None):
+            longest = module.num_embeddings - module.padding_idx - 1  # RoBERTa counts from there
+    return min(tokenizer.model_max_length, longest)
 
 
 def scorer_tokenizer(model: nn.Module, name: str, role: str):
@@ -76,18 +111,14 @@ def scorer_tokenizer(model: nn.Module, name: str, role: str):
         padding_side="right",
         truncation_side="left",
     )
-    longest = getattr(model.config, "max_position_embeddings", tokenizer.model_max_length)
-    tokenizer.model_max_length = min(tokenizer.model_max_length, longest)
+    tokenizer.model_max_length = longest_text(model, tokenizer)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
-    if (
-        tokenizer.pad_token is None
-        or tokenizer.pad_token_id >= model.get_input_embeddings().num_embeddings
-    ):
+    known = model.get_input_embeddings().num_embeddings
+    if tokenizer.pad_token is None or tokenizer.pad_token_id >= known:
         raise ValueError(
             f"{role} model {name}: its tokenizer has no pad, UNK or EOS token that the model "
-            "knows; set "
-            "pad_token in its tokenizer_config.json"
+            "knows; set pad_token in its tokenizer_config.json"
         )
     # a causal classifier reads the last token that isn't it
     model.config.pad_token_id = tokenizer.pad_token_id
@@ -96,38 +127,32 @@ def scorer_tokenizer(model: nn.Module, name: str, role: str):
 
 @torch.inference_mode()
 def in_batches(
-    model: nn.Module, tokenizer, device: torch.device, texts: list[str], read: Callable
+    model: nn.Module, tokenizer, device: torch.device, texts: list, read: Callable
 ) -> Tensor:
-    """read(inputs) -> (B,) of all texts, in batches alike in length."""
-    ids = token_ids(tokenizer, texts) if texts else []
-    if any(len(row) >= tokenizer.model_max_length for row in ids):
+    """read(inputs) -> (B,) of all texts, or pairs of texts, in batches alike in length."""
+    rows = encoded(tokenizer, texts)
+    lengths = [len(row["input_ids"]) for row in rows]
+    check_ids(model, tokenizer, [row["input_ids"] for row in rows])
+    if max(lengths, default=0) >= tokenizer.model_max_length:
         warnings.warn(
             f"{tokenizer.name_or_path}: texts of more than {tokenizer.model_max_length} tokens "
-            "lose their "
-            "beginning",
+            "lose their beginning",
             stacklevel=2,
         )
-    order, budget, first = sorted(range(len(ids)), key=lambda i: -len(ids[i])), BATCH_TOKENS, 0
-    scores = torch.zeros(len(ids))
+    order, budget, first = sorted(range(len(rows)), key=lambda i: -lengths[i]), BATCH_TOKENS, 0
+    scores = torch.zeros(len(rows))
     with resident(model, device):
         while first < len(order):
-            part = order[first : first + max(1, budget // max(1, len(ids[order[first]])))]
-            inputs = tokenizer.pad({"input_ids": [ids[i] for i in part]}, return_tensors="pt").to(
-                device
-            )
+            part = order[first : first + max(1, budget // max(1, lengths[order[first]]))]
+            inputs = tokenizer.pad([rows[i] for i in part], return_tensors="pt").to(device)
             try:
-                scores[part] = (
-                    read({name: inputs[name] for name in ("input_ids", "attention_mask")})
-                    .float()
-                    .cpu()
-                )
+                scores[part] = read(dict(inputs)).float().cpu()
                 first += len(part)
             except torch.OutOfMemoryError:
                 if len(part) == 1:
                     raise ValueError(
                         f"out of GPU memory with one text of {tokenizer.name_or_path}: use a "
-                        "smaller "
-                        "scorer, or --device cpu"
+                        "smaller scorer, or --device cpu"
                     ) from None
                 budget //= 2
     return scores
