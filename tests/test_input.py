@@ -3,8 +3,10 @@ overwritten.
 """
 
 import json
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -120,3 +122,155 @@ def test_settings_survive_json(tmp_path):
     stored = vars(config) | {"beta": 3.5, "torch": "2"}  # beta followed from kl
     (tmp_path / "config.json").write_text(json.dumps(stored))
     assert Config.load(tmp_path / "config.json") == (config, stored)
+
+
+# --- faults that used to come late, or not at all ---
+
+
+def prompts_file(path: Path, prompts: list) -> str:
+    path.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
+    return str(path)
+
+
+def test_a_held_out_prompt_that_is_too_long_is_found_at_the_start(tmp_path):
+    prompts = [f"A film of {i}" for i in range(12)]
+    prompts[9] = "long " * 200  # every tenth is for evaluation
+    task = prompts_file(tmp_path / "p.jsonl", prompts)
+    with pytest.raises(ValueError, match="context"):
+        train.main(["--task", task, "--out", str(tmp_path / "run")])
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_judge_that_fails_fails_at_the_start(tmp_path):
+    (tmp_path / "judge.py").write_text("def broken(prompts, texts):\n    return [1 / 0]\n")
+    flags = ["--judge", f"{tmp_path}/judge.py:broken", "--out", str(tmp_path / "run")]
+    with pytest.raises(ValueError, match="judge.py:broken"):
+        train.main([*flags, "--cache", str(tmp_path / "cache")])
+    assert not (tmp_path / "run").exists() and not (tmp_path / "cache").exists()
+
+
+def test_half_a_character_is_no_text(tmp_path):
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"prompt": "a film"}\n{"prompt": "a \\ud800 film"}\n')
+    with pytest.raises(ValueError, match="line 2 .*surrogates"):
+        train.main(["--task", str(path), "--out", str(tmp_path / "run")])
+
+
+def test_a_models_directory_is_no_run(short_run):
+    with pytest.raises(ValueError, match="is a model, no run; give the run's directory, .*run$"):
+        evaluate.main([str(short_run / "policy")])
+
+
+def test_a_cache_that_is_a_file_is_named(tmp_path):
+    (tmp_path / "cache").write_text("")
+    with pytest.raises(ValueError, match="--cache .*: is a file; give a directory"):
+        train.main(["--out", str(tmp_path / "run"), "--cache", str(tmp_path / "cache")])
+
+
+def test_a_missing_policy_is_looked_for_somewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=f"no such file or directory in {tmp_path}"):
+        train.main(["--policy", "./policy", "--out", str(tmp_path / "run")])
+
+
+def test_a_policy_and_prompts_of_ones_own_take_nothing_of_the_reviews(tmp_path):
+    from minictrl.config import OWN_POLICY, OWN_PROMPTS
+
+    with pytest.raises(ValueError, match="--reward None: these prompts and this policy have none"):
+        Config(task="own.jsonl", policy="my/model").resolved()
+    config = Config(task="own.jsonl", policy="my/model", reward="my/reward").resolved()
+    expected = OWN_POLICY | OWN_PROMPTS | {"reward": "my/reward", "judge": None}
+    assert {name: getattr(config, name) for name in expected} == expected
+    assert config.baseline == "loo"
+    config = Config(policy="my/model").resolved()  # on the reviews' prompts
+    assert (config.lr, config.layers, config.steps) == (OWN_POLICY["lr"], None, 45)
+    config = Config(task="own.jsonl").resolved()  # the reviews' models on other prompts
+    assert (config.lr, config.layers, config.prompts) == (1e-3, 2, None)
+
+
+def test_lambda_is_1_with_a_value_head():
+    assert Config(baseline="value").resolved().lam == 1
+    assert Config().resolved().lam == 0.9
+    assert Config(baseline="value", lam=0.5).resolved().lam == 0.5
+
+
+def test_fewer_prompts_than_asked_for_are_reported(short_run):
+    from minictrl import runs
+    from minictrl.task import load_task
+
+    config, _ = runs.load_config(short_run)
+    with pytest.warns(UserWarning, match="--prompts 5000: reviews has .* for train, all are taken"):
+        load_task(replace(config, prompts=5000), "train")
+
+
+def test_a_second_judge_leaves_the_first_ones_results(short_run, tmp_path, capsys):
+    before = (short_run / "eval.json").read_bytes()
+    run = shutil.copytree(short_run, tmp_path / "a$x^{$")  # a name that is no formula either
+    (tmp_path / "judge.py").write_text(
+        "def shorter(prompts, texts):\n    return [-float(len(text)) for text in texts]\n"
+    )
+    judge = f"{tmp_path}/judge.py:shorter"
+    assert not evaluate.main([str(run), "--prompts", "8", "--samples", "8", "--judge", judge])
+    assert f"judge: {judge}" in capsys.readouterr().out
+    assert (run / "eval.json").read_bytes() == before
+    rows = json.loads((run / "eval-judge-judge.py-shorter.json").read_text())["rows"]
+    theirs = json.loads(before)["rows"]
+    assert rows[1]["scorer"] == theirs[1]["scorer"] == "judge"
+    assert rows[1]["win_rate"] != theirs[1]["win_rate"]
+    assert (run / "tradeoff-judge-judge.py-shorter.png").is_file()
+
+
+def test_a_run_without_a_judge_has_no_judges_rows(short_run, tmp_path):
+    run = shutil.copytree(short_run, tmp_path / "run")
+    stored = json.loads((run / "config.json").read_text())
+    stored |= {"judge": None, "made_from": stored["made_from"] | {"judge": None}}
+    (run / "config.json").write_text(json.dumps(stored))
+    assert not evaluate.main([str(run), "--prompts", "8", "--samples", "8"])
+    rows = json.loads((run / "eval.json").read_text())["rows"]
+    assert {row["scorer"] for row in rows} == {"reward"}
+    first = json.loads((run / "samples.jsonl").read_text().splitlines()[0])
+    assert "judge" not in first and "reward" in first
+
+
+def test_a_resumed_run_may_go_on_elsewhere_and_more_slowly(short_run, tmp_path):
+    from minictrl import runs
+
+    settings = {"out": str(short_run), "cache": str(tmp_path), "device": "cpu", "lr": 1e-5}
+    config = runs.check(short_run, settings, Config().resolved(), resume=True, overwrite=False)
+    assert (config.cache, config.device, config.lr) == (str(tmp_path), "cpu", 1e-5)
+    assert config.transform == "exp10"
+
+
+def test_a_divergence_names_step_kl_and_learning_rate(tmp_path):
+    flags = [
+        "--lr",
+        "1e4",
+        "--steps",
+        "3",
+        "--prompts",
+        "4",
+        "--K",
+        "4",
+        "--batch",
+        "4",
+        "--G",
+        "4",
+    ]
+    folders = ["--out", str(tmp_path / "run"), "--cache", str(tmp_path / "cache")]
+    with pytest.raises(ValueError, match="diverged at step .*KL of .*lower --lr than 10000"):
+        train.main([*flags, *folders, "--minibatch", "16", "--max-new-tokens", "8"])
+
+
+def test_a_reader_that_leaves_is_no_error(short_run):
+    """As in `evaluate.py RUN | head`."""
+    code = (
+        "import sys; sys.argv[0] = 'x.py'; from minictrl.cli import run_script\n"
+        "def main():\n"
+        "    while True: print('line ' * 1000)\n"
+        "run_script(main)"
+    )
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT) as run:
+        run.stdout.readline()
+        run.stdout.close()
+        assert run.stderr.read() == b"" and run.wait() == 141

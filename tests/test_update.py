@@ -133,7 +133,7 @@ def test_out_of_memory_takes_smaller_micro_batches_then_says_so(model, rows):
         update(sgd(model), rows, lambda *args: hungry(*args, limit=0), **options)
 
 
-@pytest.mark.parametrize("layers, blocks", [(1, {1}), (2, {0, 1}), (9, {0, 1}), (None, {0, 1})])
+@pytest.mark.parametrize("layers, blocks", [(1, {1}), (2, {0, 1}), (None, {0, 1})])
 def test_only_the_top_blocks_and_the_last_norm_are_trained(model, rows, layers, blocks):
     before = copy.deepcopy(model.state_dict())
     freeze(model, 1)

@@ -78,13 +78,15 @@ def written(tokenizer, prompt: Prompt, text: str, *, causal: bool) -> str | tupl
 
 
 def encoded(tokenizer, texts: list[str | tuple[str, str]]) -> list[dict[str, list[int]]]:
-    """A dict per text: its token ids, and for a pair which of the two each token is of."""
-    pairs = sum(isinstance(text, tuple) for text in texts)
-    if 0 < pairs < len(texts):
-        return [row for text in texts for row in encoded(tokenizer, [text])]
+    """A dict per text: its token ids, and where there are pairs which of the two a token is of."""
     special = not tokenizer.chat_template  # a template writes BOS and the like itself
-    columns = tokenizer(texts, add_special_tokens=special, truncation=True) if texts else {}
-    names = ["input_ids", "token_type_ids"] if pairs else ["input_ids"]
+    options = dict(add_special_tokens=special, truncation=True)
+    kinds = {type(text) for text in texts}
+    names = ["input_ids", "token_type_ids"] if tuple in kinds else ["input_ids"]
+    if len(kinds) > 1:
+        rows = [tokenizer(*([x] if isinstance(x, str) else x), **options) for x in texts]
+        return [{name: row[name] for name in names if name in row} for row in rows]
+    columns = tokenizer(texts, **options) if texts else {}
     columns = {name: columns[name] for name in names if name in columns}
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 

@@ -1,0 +1,198 @@
+"""Models and tokenizers that are read otherwise than most: the right value, or one line."""
+
+import json
+
+import pytest
+import torch
+from test_models import GPT2, LONG, SIZE, TEMPLATE, save, tokenizer
+from tokenizers import Tokenizer, decoders, models, normalizers
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BloomConfig,
+    BloomForCausalLM,
+    GPT2ForSequenceClassification,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    Phi3Config,
+    Phi3ForCausalLM,
+    PreTrainedTokenizerFast,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+)
+
+import train
+from minictrl.lm.prompts import response_texts
+from minictrl.models import load_policy, load_scorer
+from minictrl.sampling import sample
+from minictrl.update import freeze
+
+
+def metaspace() -> PreTrainedTokenizerFast:
+    """Llama 2's: a space is ▁, and the first one of a text is dropped when it is decoded."""
+    words = ["<unk>", "<s>", "</s>", "▁The", "▁movie", "▁was", "▁bad", "ly", "▁"]
+    core = Tokenizer(models.BPE({w: i for i, w in enumerate(words)}, [], unk_token="<unk>"))
+    core.normalizer = normalizers.Replace(" ", "▁")
+    core.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    special = dict(bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    return PreTrainedTokenizerFast(tokenizer_object=core, **special)
+
+
+def test_a_response_keeps_the_space_it_begins_with():
+    fast = metaspace()
+    ids = {word: i for word, i in fast.get_vocab().items()}
+    the, was, bad, ly = (ids[word] for word in ("▁The", "▁was", "▁bad", "ly"))
+    assert fast.decode([was, bad]) == "was bad"  # what went wrong
+    texts = response_texts(fast, [the, the, the], [[was, bad], [ly], [was, fast.eos_token_id]])
+    assert texts == [" was bad", "ly", " was"]
+
+
+def test_characters_shared_by_prompt_and_response_are_decoded_alone():
+    fast = tokenizer(eos_token="</s>")
+    first, *rest = fast("é")["input_ids"]
+    assert response_texts(fast, [first], [[*rest, *fast("a")["input_ids"]]]) == ["\ufffda"]
+
+
+def test_samples_that_are_no_text_are_reported(tmp_path):
+    model = LlamaForCausalLM(LlamaConfig(**SIZE))  # 300 ids, of which the tokenizer has 259
+    model, fast = load_policy(save(tmp_path, model))
+    with pytest.warns(UserWarning, match="ids that the tokenizer, with 259 tokens, lacks"):
+        sample(model, fast, ["a film"], num_samples=50, max_new_tokens=8, seed=0)
+
+
+def test_a_classifier_whose_config_says_causal_lm_is_refused(tmp_path):
+    config = LlamaConfig(**SIZE, num_labels=1, tie_word_embeddings=True)
+    path = save(tmp_path, LlamaForSequenceClassification(config))
+    stored = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(
+        json.dumps(stored | {"architectures": ["LlamaForCausalLM"]})
+    )
+    with pytest.raises(ValueError, match="has weights for score.weight, which a CausalLM"):
+        load_scorer(path, "judge", device="cpu")
+
+
+def test_weights_that_are_not_read_are_reported(tmp_path):
+    path = save(tmp_path, LlamaForCausalLM(LlamaConfig(**SIZE)))
+    stored = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(stored | {"num_hidden_layers": 1}))
+    with pytest.warns(UserWarning, match="weights are not read, model.layers.1"):
+        load_policy(path)
+
+
+@pytest.mark.parametrize("special", [{}, {"pad_token": "</s>"}])
+def test_a_causal_classifier_without_a_pad_token_is_read_at_eos(tmp_path, special):
+    path = save(tmp_path, GPT2ForSequenceClassification(GPT2))
+    tokenizer(eos_token="</s>", **special).save_pretrained(path)
+    score = load_scorer(path, "reward", device="cpu")
+    model = GPT2ForSequenceClassification.from_pretrained(path).eval()
+    fast = tokenizer(eos_token="</s>")
+    with torch.no_grad():  # one text, so nothing is padded
+        exact = [
+            model(torch.tensor([fast(f"The film{text}</s>")["input_ids"]])).logits.item()
+            for text in (" is good", " is")
+        ]
+    assert score(["The film"] * 2, [" is good", " is"]).tolist() == pytest.approx(exact, abs=1e-5)
+
+
+def test_an_encoder_reads_chats_as_pairs_and_texts_as_one(tmp_path):
+    config = BertConfig(**SIZE, num_labels=1)
+    path = save(tmp_path, BertForSequenceClassification(config))
+    names = ["input_ids", "token_type_ids", "attention_mask"]
+    fast = tokenizer(eos_token="</s>", pad_token="<pad>", model_input_names=names)
+    fast.save_pretrained(path)
+    score = load_scorer(path, "reward", device="cpu")
+    model = BertForSequenceClassification.from_pretrained(path).eval()
+    q, a = "Good?", "Yes, good"
+    with torch.no_grad():
+        pair = model(**fast(q, a, return_tensors="pt")).logits.item()
+        text = model(**fast(q + a, return_tensors="pt")).logits.item()
+    chat = [{"role": "user", "content": q}]
+    assert score([chat], [a]).item() == pytest.approx(pair, abs=1e-5)
+    assert score([q], [a]).item() == pytest.approx(text, abs=1e-5)
+    assert score([chat, q], [a, a]).tolist() == pytest.approx([pair, text], abs=1e-5)
+    assert abs(pair - text) > 1e-3
+
+
+def test_a_chat_reward_on_texts_is_reported(tmp_path):
+    path = save(tmp_path, GPT2ForSequenceClassification(GPT2), template=TEMPLATE)
+    with pytest.warns(UserWarning, match="reads chats, and these prompts are texts"):
+        load_scorer(path, "reward", device="cpu")(["The film"], [" is good"])
+
+
+def test_roberta_reads_no_more_than_its_positions(tmp_path):
+    config = RobertaConfig(
+        **SIZE | {"max_position_embeddings": 34}, num_labels=1, pad_token_id=258, type_vocab_size=1
+    )
+    config.pad_token_id = 1
+    path = save(tmp_path, RobertaForSequenceClassification(config))
+    with pytest.warns(UserWarning, match="more than 32 tokens lose their beginning"):
+        assert load_scorer(path, "judge", device="cpu")(["a" * 100], ["b" * 10]).isfinite().all()
+
+
+def test_a_token_that_the_model_lacks_is_named(tmp_path):
+    path = save(tmp_path / "reward", GPT2ForSequenceClassification(GPT2))
+    fast = tokenizer(eos_token="</s>", pad_token="<pad>")
+    fast.add_tokens([f"<extra{i}>" for i in range(60)])
+    fast.save_pretrained(path)
+    with pytest.raises(
+        ValueError, match="writes '<extra50>' as token 309, and the model knows 300"
+    ):
+        load_scorer(path, "reward", device="cpu")(["a"], ["<extra50>"])
+
+
+def test_an_adapter_is_named(tmp_path):
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    with pytest.raises(ValueError, match="is an adapter, not a model; .*merge_and_unload"):
+        load_policy(str(tmp_path))
+
+
+@pytest.mark.parametrize("kind", ["lfm2", "mamba", "qwen3_next"])
+def test_a_policy_with_a_state_of_its_own_is_refused(kind, tmp_path):
+    import transformers
+
+    if kind == "lfm2":
+        options = dict(SIZE, block_ff_dim=32, layer_types=["conv", "full_attention"])
+        model = transformers.Lfm2ForCausalLM(transformers.Lfm2Config(**options))
+    elif kind == "mamba":
+        options = dict(vocab_size=300, hidden_size=16, num_hidden_layers=2, state_size=4)
+        model = transformers.MambaForCausalLM(transformers.MambaConfig(**options))
+    else:
+        options = dict(
+            SIZE, layer_types=["linear_attention", "full_attention"], head_dim=8, num_experts=2,
+            moe_intermediate_size=8, shared_expert_intermediate_size=8, num_experts_per_tok=1,
+            linear_num_value_heads=2, linear_num_key_heads=2, linear_key_head_dim=8,
+            linear_value_head_dim=8,
+        )  # fmt: skip
+        model = transformers.Qwen3NextForCausalLM(transformers.Qwen3NextConfig(**options))
+    with pytest.raises(ValueError, match="layers with a state of their own"):
+        load_policy(save(tmp_path, model))
+
+
+def test_a_policy_that_reads_long_texts_otherwise_is_refused(tmp_path):
+    """Phi-3's longrope: another set of frequencies once a text is longer than 36 tokens."""
+    scaling = dict(rope_type="longrope", short_factor=[1.0] * 4, long_factor=[4.0] * 4)
+    config = Phi3Config(
+        **LONG, original_max_position_embeddings=36, rope_scaling=scaling, pad_token_id=258
+    )
+    path = save(tmp_path / "phi3", Phi3ForCausalLM(config))
+    flags = ["--policy", path, "--steps", "1", "--prompts", "4", "--K", "4", "--layers", "1"]
+    folders = ["--out", str(tmp_path / "run"), "--cache", str(tmp_path / "cache")]
+    with pytest.raises(ValueError, match="nats a token from those of a forward over the whole"):
+        train.main([*flags, *folders, "--baseline", "loo"])
+
+
+def test_a_norm_of_the_embeddings_is_not_trained():
+    model = BloomForCausalLM(BloomConfig(vocab_size=50, hidden_size=16, n_layer=2, n_head=2))
+    freeze(model, 1)
+    names = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert {name.split(".")[1] for name in names} == {"h", "ln_f"}
+    assert not any(".h.0." in name for name in names)
+
+
+def test_more_blocks_than_there_are_is_refused():
+    with pytest.raises(ValueError, match="--layers 9: the policy has 2 blocks; use at most 2"):
+        freeze(GPT2LMHeadModel(GPT2), 9)
