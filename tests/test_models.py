@@ -217,7 +217,8 @@ def test_a_score_that_is_not_finite_and_a_model_without_a_head_are_refused(tmp_p
 
 
 def test_out_of_memory_is_tried_again_in_smaller_batches():
-    model, tok, sizes = torch.nn.Linear(1, 1), tokenizer(eos_token="</s>", pad_token="<pad>"), []
+    model, sizes = GPT2LMHeadModel(GPT2), []
+    tok = tokenizer(eos_token="</s>", pad_token="<pad>")
 
     def read(inputs):
         sizes.append(len(inputs["input_ids"]))

@@ -1,7 +1,8 @@
 """BoND (J-BOND, Sessa et al. 2024): the log transform, plus SFT on the best of n reference samples.
 
-Departure from the paper: the backward KL uses the calibrated reward of K samples, where J-BOND's
-own reward looks at two samples of the anchor.
+Departures from the paper: the backward KL uses the calibrated reward of K samples, where J-BOND's
+own reward looks at two samples of the anchor. The forward KL's Best-of-n responses come from the
+same groups of reference samples in every step, not from fresh draws.
 """
 
 from dataclasses import replace

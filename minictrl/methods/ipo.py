@@ -1,4 +1,7 @@
-"""IPO (Azar et al. 2023): a regression on random pairs of reference samples, offline."""
+"""IPO (Azar et al. 2023): a regression on random pairs of reference samples, offline.
+
+Departure: the samples of a prompt are paired once per run, not anew for every epoch.
+"""
 
 from torch import Tensor
 
