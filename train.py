@@ -71,7 +71,7 @@ def train(config: Config, resume: bool):
     from minictrl.budget import Budget
     from minictrl.methods import get_method
     from minictrl.models import load_scorer, save_policy
-    from minictrl.rollout import reference_key, reference_samples
+    from minictrl.rollout import check_prefix_rewards, reference_key, reference_samples
     from minictrl.task import load_task
     from minictrl.update import freeze, make_learner
 
@@ -79,6 +79,8 @@ def train(config: Config, resume: bool):
     start, out = time.time(), Path(config.out)
     method = get_method(config.method)(config)  # its Phi, its beta, its loss
     task = load_task(config, "train")
+    if method.online and config.baseline == "prefix":
+        check_prefix_rewards(task)
     judge = load_scorer(config.judge, "judge", device=config.device)  # evaluate.py's
     made_from = runs.digests_of(config, task, judge)
     freeze(task.policy, config.layers)

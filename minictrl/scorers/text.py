@@ -58,7 +58,7 @@ def written(tokenizer, prompt: Prompt, text: str, *, causal: bool) -> str:
     if tokenizer.chat_template:
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         return chat(tokenizer, [*messages, {"role": "assistant", "content": text}])
-    text = text if isinstance(prompt, str) else " " + text.lstrip()
+    text = text if isinstance(prompt, str) else " " * bool(text) + text.lstrip()
     return plain(prompt) + text + (tokenizer.eos_token or "" if causal else "")
 
 
@@ -94,7 +94,6 @@ def scorer_tokenizer(model: nn.Module, name: str, role: str):
     return tokenizer
 
 
-@torch.inference_mode()
 def in_batches(
     model: nn.Module, tokenizer, device: torch.device, texts: list[str], read: Callable
 ) -> Tensor:
@@ -103,31 +102,38 @@ def in_batches(
     if any(len(row) >= tokenizer.model_max_length for row in ids):
         warnings.warn(
             f"{tokenizer.name_or_path}: texts of more than {tokenizer.model_max_length} tokens "
-            "lose their "
-            "beginning",
+            "lose their beginning",
             stacklevel=2,
         )
-    order, budget, first = sorted(range(len(ids)), key=lambda i: -len(ids[i])), BATCH_TOKENS, 0
-    scores = torch.zeros(len(ids))
+
+    def read_rows(rows: list[int]) -> Tensor:
+        inputs = tokenizer.pad({"input_ids": [ids[i] for i in rows]}, return_tensors="pt")
+        inputs = {name: inputs[name].to(device) for name in ("input_ids", "attention_mask")}
+        return read(inputs)
+
+    return by_length(model, tokenizer, device, [len(row) for row in ids], read_rows)
+
+
+@torch.inference_mode()
+def by_length(
+    model: nn.Module, tokenizer, device: torch.device, lengths: list[int], read: Callable
+) -> Tensor:
+    """read(rows) -> (len(rows), …) of all rows, float32 on the CPU, in batches alike in length."""
+    if not lengths:
+        return torch.zeros(0)
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    parts, budget, first = [], BATCH_TOKENS, 0
     with resident(model, device):
         while first < len(order):
-            part = order[first : first + max(1, budget // max(1, len(ids[order[first]])))]
-            inputs = tokenizer.pad({"input_ids": [ids[i] for i in part]}, return_tensors="pt").to(
-                device
-            )
+            rows = order[first : first + max(1, budget // max(1, lengths[order[first]]))]
             try:
-                scores[part] = (
-                    read({name: inputs[name] for name in ("input_ids", "attention_mask")})
-                    .float()
-                    .cpu()
-                )
-                first += len(part)
+                parts.append(read(rows).float().cpu())
+                first += len(rows)
             except torch.OutOfMemoryError:
-                if len(part) == 1:
+                if len(rows) == 1:
                     raise ValueError(
                         f"out of GPU memory with one text of {tokenizer.name_or_path}: use a "
-                        "smaller "
-                        "scorer, or --device cpu"
+                        "smaller scorer, or --device cpu"
                     ) from None
                 budget //= 2
-    return scores
+    return torch.cat(parts)[torch.tensor(order).argsort()]
