@@ -23,9 +23,9 @@ from minictrl.models import load_policy, load_scorer, save_policy
 from minictrl.pretrain.english import nats_per_word
 from minictrl.pretrain.hub import answer_logprobs, answer_rows, fit
 from minictrl.pretrain.packages import minilm, smollm2
+from minictrl.pretrain.preferences import bradley_terry_loss, pair_accuracy
 from minictrl.pretrain.ratings import cuts, halves, split_of
 from minictrl.pretrain.text import prune_policy, write_text
-from minictrl.scorers.ngram import bradley_terry_loss, pair_accuracy
 from minictrl.scorers.text import scorer_tokenizer, token_ids, written
 
 SHARPNESS = 0.5  # of preferences, by the difference of the mean ratings (-4 to 4)
