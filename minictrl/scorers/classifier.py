@@ -1,4 +1,4 @@
-"""A sequence classifier of the hub's kind as a reward model or judge.
+"""A sequence classifier as a reward model or judge.
 
 A causal one is read where the text ends, and so it can read every prefix of a response in one
 forward pass: `of_prefixes`.
@@ -19,7 +19,7 @@ from minictrl.lm.hub import from_hub
 from minictrl.lm.prompts import left_pad
 from minictrl.scorers.text import by_length, in_batches, scorer_tokenizer, written
 
-GAP = " \0"  # stands for the response in what is written around it
+GAP = " \0"  # in a response's place; a chat template may strip its space
 
 
 def load_classifier(name: str, role: str, label: str, device: torch.device):
@@ -52,14 +52,13 @@ def load_classifier(name: str, role: str, label: str, device: torch.device):
         others = torch.cat([logits[..., :this], logits[..., this + 1 :]], -1)
         return logits[..., this] - others.logsumexp(-1)
 
+    def read(inputs: dict[str, Tensor]) -> Tensor:
+        return of_logits(model(**inputs).logits)
+
     def evaluate(prompts: list[Prompt], texts: list[str]) -> Tensor:
-        causal = head is not None
-        rows = [
-            written(tokenizer, x, y, causal=causal) for x, y in zip(prompts, texts, strict=True)
-        ]
-        return in_batches(
-            model, tokenizer, device, rows, lambda inputs: of_logits(model(**inputs).logits)
-        )
+        pairs, causal = zip(prompts, texts, strict=True), head is not None
+        whole = [written(tokenizer, x, y, causal=causal) for x, y in pairs]
+        return in_batches(model, tokenizer, device, whole, read)
 
     def of_prefixes(prompts: list[Prompt], tokens: Tensor, mask: Tensor) -> Tensor:
         return prefix_scores(model, tokenizer, device, of_logits, prompts, tokens, mask)
@@ -122,11 +121,9 @@ def surroundings(tokenizer, prompts: list[Prompt]) -> list[tuple[list[int], list
 
     Padding behind it is not read, be it EOS: the score is then that of the last token before.
     """
-    parts = [
-        re.split(" ?\0", written(tokenizer, prompt, GAP, causal=True), maxsplit=1)
-        for prompt in prompts
-    ]
-    special = not tokenizer.chat_template
+    whole = [written(tokenizer, prompt, GAP, causal=True) for prompt in prompts]
+    parts = [re.split(f"{GAP[0]}?{GAP[1]}", text, maxsplit=1) for text in whole]
+    special = not tokenizer.chat_template  # as in `token_ids`
     encoded = tokenizer(["".join(part) for part in parts], add_special_tokens=special)
     around = []
     for i, (ids, (before, _)) in enumerate(zip(encoded["input_ids"], parts, strict=True)):
