@@ -73,7 +73,12 @@ def train(config: Config, resume: bool):
     from minictrl.budget import Budget
     from minictrl.methods import get_method
     from minictrl.models import load_scorer, save_policy
-    from minictrl.rollout import check_sampler, reference_key, reference_samples
+    from minictrl.rollout import (
+        check_prefix_rewards,
+        check_sampler,
+        reference_key,
+        reference_samples,
+    )
     from minictrl.sampling import NotFinite
     from minictrl.task import load_task, read_prompts, try_scorers
     from minictrl.update import freeze, make_learner
@@ -82,6 +87,8 @@ def train(config: Config, resume: bool):
     start, out = time.time(), Path(config.out)
     method = get_method(config.method)(config)  # its Phi, its beta, its loss
     task = load_task(config, "train")
+    if method.online and config.baseline == "prefix":
+        check_prefix_rewards(task)
     judge = config.judge and load_scorer(config.judge, "judge", device=config.device)
     held_out = read_prompts(replace(config, prompts=None), "test", task.policy, task.tokenizer)
     try_scorers([s for s in (task.reward, judge) if s], [*task.prompts, *held_out[0]])

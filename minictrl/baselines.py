@@ -37,7 +37,10 @@ def value(batch: Batch, task: Task, r_ref: Tensor, learner: Learner, config: Con
 
 
 def prefix(batch: Batch, task: Task, r_ref: Tensor, learner: Learner, config: Config) -> Batch:
-    """GAE on a cubic in the calibrated reward of the response so far (`ppo.prefix_values`)."""
+    """GAE on a cubic in the calibrated reward of the response so far (`ppo.prefix_values`).
+
+    For a reward model that can read all prefixes at once, or a function (`prefix_rewards`).
+    """
     rewards = token_rewards(batch)
     C_hat = calibrated_reward(prefix_rewards(task, batch, len(r_ref)), r_ref)  # (P, G T)
     C_hat = C_hat.view_as(batch.mask).to(batch.mask)

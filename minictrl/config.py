@@ -31,9 +31,10 @@ CHAT = dict(
     lr=1e-6,
 )  # what the tasks on HH's chats share
 
-# A task is one entry: models (hub names, directories, or this package's own), lengths in tokens,
-# what differs from the embedded task's training, prompts (`data`) and preference pairs (`pairs`,
-# where not `data` too). GPU memory and time of the three tasks on the hub: not measured; their
+# A task is one entry: models (hub names, directories, or its own name where this package has
+# them), lengths in tokens, what differs from the embedded task's training, the baseline that its
+# own models allow (else loo), prompts (`data`) and preference pairs (`pairs`, where not `data`
+# too). GPU memory and time of the three tasks on the hub: not measured; their
 # learning rates are guesses, and all of their policies' blocks are trained.
 TASKS = {
     "reviews": dict(
@@ -46,6 +47,7 @@ TASKS = {
         steps=45,
         layers=2,
         lr=1e-3,
+        baseline="prefix",
     ),
     "helpful": CHAT
     | {"policy": "Qwen/Qwen2.5-0.5B-Instruct", "data": HH | {"folder": "helpful-base"}},
@@ -109,8 +111,8 @@ class Config:
     baseline: str | None = setting(
         None,
         "what the reward to go is compared with: a value from the reward of the response so far, a "
-        "value head, the mean of other samples (default prefix with this package's reward model, "
-        "else loo)",
+        "value head, the mean of other samples (default: the task's with its own policy and reward "
+        "model, else loo)",
         choices=BASELINES,
     )
     steps: int | None = setting(None, "policy updates (default: the task's)", least=1)
@@ -210,17 +212,16 @@ class Config:
             "--method ppo",
         )
         transform = self.transform or method.transform or "identity"
-        cheap = (self.reward or task["reward"]) == "reviews"  # to read every prefix
+        own = all(getattr(self, role) in (None, task[role]) for role in ("policy", "reward"))
         name = f"{Path(self.task).stem}-{transform}"
         if self.method != "ppo":
             name += f"-{self.method}"
-        baseline = self.baseline or ("prefix" if cheap else "loo")
+        baseline = self.baseline or (own and task.get("baseline")) or "loo"
         config = replace(
             self,
-            **filled,
+            **filled | {"baseline": baseline},
             transform=transform,
             n=self.n or (32 if self.procedure == "rewind" else 4),
-            baseline=baseline,
             lam=(1.0 if baseline == "value" else 0.9) if self.lam is None else self.lam,
             kl=1.0 if self.kl is None and self.beta is None else self.kl,
             out=self.out or f"runs/{name}",

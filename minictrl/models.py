@@ -14,12 +14,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from minictrl.config import TASKS
 from minictrl.data import ASSETS, Prompt
@@ -27,14 +22,25 @@ from minictrl.lm.device import resolve_device
 from minictrl.lm.hub import from_hub
 from minictrl.lm.identity import config_of, tokenizer_of
 from minictrl.reference import digest
+from minictrl.scorers.classifier import load_classifier
 from minictrl.scorers.function import load_function
 from minictrl.scorers.generative import QUESTION, load_generative
-from minictrl.scorers.ngram import NgramScorer
-from minictrl.scorers.text import in_batches, plain, render, scorer_tokenizer, written
+from minictrl.scorers.text import render
 
 __all__ = ["load_policy", "load_scorer", "render", "save_policy"]
 
 ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}  # kinds of layers
+
+
+def model_of(name: str, role: str) -> str:
+    """What a task's name stands for: its model of that role; any other name for itself.
+
+    The models of a task whose entry names the task itself are this package's own.
+    """
+    if name not in TASKS:
+        return str(name)
+    named = TASKS[name][role]
+    return str(ASSETS / role) if named == name else named
 
 
 # --- policies ---
@@ -50,8 +56,8 @@ def load_policy(
     here is explicit. One without EOS takes that of the model's config. Raises ValueError if there
     is no such model, weights are missing, or nothing says what ends a response.
     """
-    name = str(TASKS[name_or_path]["policy"] if name_or_path in TASKS else name_or_path)
-    path, options = str(ASSETS / "policy") if name == "reviews" else name, {}
+    name = model_of(name_or_path, "policy")
+    path, options = name, {}
     if path.endswith(".gguf"):
         folder, _, file = path.rpartition("/")
         path, options = folder or ".", {"gguf_file": file}
@@ -118,87 +124,39 @@ def load_scorer(
     (prompts, texts) -> B numbers; or a hub name or a directory, of a sequence
     classifier with one label (NAME#LABEL: the log-odds of one label of several), or of a causal LM,
     whose score is the log-odds of Yes against No as the next token after judge.QUESTION. Prompts
-    may be chat messages; the scorer's own chat template is used if it has one. `score.digest`
-    names all that a score depends on. Raises ValueError on an unknown role or model; `score` does
-    on a score that isn't finite.
+    may be chat messages; the scorer's own chat template is used if it has one. Raises ValueError on
+    an unknown role or model; `score` does on a score that isn't finite.
+
+    `score.digest` names all that a score depends on, `score.tokenizer` is None for a function, and
+    `score.of_prefixes(prompts, tokens, mask)` gives the rewards (B, T) of all prefixes of responses
+    in the tokenizer's tokens (`classifier.prefix_scores`), or is None.
     """
     if role not in ("reward", "judge"):
         raise ValueError(f"unknown role {role!r}: use reward or judge")
-    name = TASKS[name_or_path][role] if name_or_path in TASKS else str(name_or_path)
-    path = ASSETS / role if name == "reviews" else Path(name)
+    name, of_prefixes = model_of(name_or_path, role), None
     if ".py:" in name:
         model, evaluate = load_function(name, role)
-        options = ()
-    elif (path / "scorer.safetensors").is_file() or name == "reviews":
-        model = NgramScorer.load(path)
-        options = (model.config,)
-
-        def evaluate(prompts: list[Prompt], texts: list[str]) -> Tensor:
-            return model.score([plain(x) + y for x, y in zip(prompts, texts, strict=True)])
-
+        tokenizer, options = None, ()
     else:
         device = resolve_device(device) if isinstance(device, str) else device
         name, _, label = name.partition("#")
         config = from_hub(AutoConfig, f"{role} model", name)
-        generative = (config.architectures or [""])[0].endswith(("ForCausalLM", "LMHeadModel"))
-        load = load_generative if generative else load_classifier
-        model, tokenizer, evaluate = load(name, role, label, device)
+        if (config.architectures or [""])[0].endswith(("ForCausalLM", "LMHeadModel")):
+            model, tokenizer, evaluate = load_generative(name, role, label, device)
+        else:
+            model, tokenizer, evaluate, of_prefixes = load_classifier(name, role, label, device)
         options = (config_of(model), tokenizer_of(tokenizer), label, QUESTION)
 
     def score(prompts: list[Prompt], texts: list[str]) -> Tensor:
         return finite(evaluate(prompts, texts), name_or_path, role)
 
+    def score_prefixes(prompts: list[Prompt], tokens: Tensor, mask: Tensor) -> Tensor:
+        return finite(of_prefixes(prompts, tokens, mask), name_or_path, role)
+
     score.digest = digest(model, *options)  # of all that a score depends on
+    score.tokenizer = tokenizer
+    score.of_prefixes = of_prefixes and score_prefixes
     return score
-
-
-def load_classifier(name: str, role: str, label: str, device: torch.device):
-    """A sequence classifier: (model, tokenizer, function (prompts, texts) -> scores)."""
-    model = from_hub(AutoModelForSequenceClassification, f"{role} model", name, dtype="auto").eval()
-    head = getattr(model, "score", None)  # of a causal model, read at the last token
-    at_end = head is not None and model.config.pad_token_id is None  # as if it stood alone
-    tokenizer = scorer_tokenizer(model, name, role)
-    labels = [model.config.id2label[i] for i in range(model.config.num_labels)]
-    if label not in (labels if len(labels) > 1 else ["", *labels]):
-        raise ValueError(
-            f"{role} model {name}: has {len(labels)} labels ({', '.join(labels)}), not one score; "
-            "give "
-            f"{name}#{labels[-1]} for the log-odds of a label, or another model"
-        )
-    if device.type == "cuda" and head is not None:
-        model.bfloat16()
-        # bfloat16 scores would be tied
-        head.float().register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
-    else:
-        model.float()
-
-    def read(inputs: dict[str, Tensor]) -> Tensor:
-        if at_end:
-            hidden = model.base_model(**inputs).last_hidden_state  # (B, L, D)
-            last = inputs["attention_mask"].sum(1) - 1
-            logits = head(hidden[torch.arange(len(hidden)), last]).float()  # (B, labels)
-        else:
-            logits = model(**inputs).logits.float()
-        if len(labels) == 1:
-            return logits[:, 0]
-        this = labels.index(label)
-        return logits[:, this] - torch.cat([logits[:, :this], logits[:, this + 1 :]], 1).logsumexp(
-            1
-        )
-
-    def evaluate(prompts: list[Prompt], texts: list[str]) -> Tensor:
-        return in_batches(
-            model,
-            tokenizer,
-            device,
-            [
-                written(tokenizer, x, y, causal=head is not None)
-                for x, y in zip(prompts, texts, strict=True)
-            ],
-            read,
-        )
-
-    return model, tokenizer, evaluate
 
 
 def finite(scores: Tensor, name: str, role: str) -> Tensor:

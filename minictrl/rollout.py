@@ -83,8 +83,12 @@ def score(scorer: Callable, prompts: list, texts: list[list[str]]) -> Tensor:
 def prefix_rewards(task: Task, batch: Batch, P: int) -> Tensor:
     """(P, G T) rewards of the responses so far, before each token; behind their end, of none.
 
-    batch: G responses for each of P prompts, in a row.
+    batch: G responses for each of P prompts, in a row. A causal classifier reads all prefixes of a
+    response at once; a function of the user's gets the text of each.
     """
+    prompts = [task.prompts[i] for i in batch.of.tolist()]  # (B,)
+    if task.reward.of_prefixes:
+        return task.reward.of_prefixes(prompts, batch.tokens, batch.mask).view(P, -1)
     tokens, lengths = batch.tokens, batch.mask.sum(1).long().tolist()
     prefixes = [
         row[: t if t < length else 0]
@@ -94,8 +98,25 @@ def prefix_rewards(task: Task, batch: Batch, P: int) -> Tensor:
     before = batch.prompt[:, -1].repeat_interleave(tokens.shape[1]).tolist()
     texts = response_texts(task.tokenizer, before, prefixes)
     width = len(texts) // P
-    prompts = [task.prompts[i] for i in batch.of[:: len(batch) // P].tolist()]
-    return score(task.reward, prompts, [texts[i * width :][:width] for i in range(P)])
+    texts = [texts[i * width :][:width] for i in range(P)]
+    return score(task.reward, prompts[:: len(batch) // P], texts)
+
+
+def check_prefix_rewards(task: Task):
+    """Raises ValueError if `prefix_rewards` can't ask the task's reward model."""
+    reward = task.reward
+    if reward.tokenizer is None:
+        return
+    why = None
+    if not reward.of_prefixes:
+        why = "is no causal classifier, which reads every prefix of a response in one pass"
+    elif reward.tokenizer.get_vocab() != task.tokenizer.get_vocab():
+        why = "cuts text into other tokens than the policy"
+    if why:
+        raise ValueError(
+            f"--baseline prefix: the reward model {reward.tokenizer.name_or_path} {why}; use "
+            "--baseline loo"
+        )
 
 
 def rollout_stats(batch: Batch, r: Tensor, C_hat: Tensor, Phi_C: Tensor) -> dict[str, float]:

@@ -32,7 +32,7 @@ class FakeCuda(TorchFunctionMode):
         kwargs, name = dict(kwargs or {}), getattr(func, "__name__", "")
         if name == "__get__":
             if func.__self__ is torch.Tensor.device:
-                return GPU if on_gpu(args[0]) else CPU
+                return GPU if on_gpu(args[0]) else func(*args)  # the CPU, or meta
             return (
                 on_gpu(args[0])
                 if func.__self__ is torch.Tensor.is_cuda
@@ -44,7 +44,7 @@ class FakeCuda(TorchFunctionMode):
         if name in ("to", "cpu", "cuda"):
             return self.move(name, *args, **kwargs)
         device = kwargs.get("device")
-        if device is not None and name != "load":
+        if device is not None and name != "load" and torch.device(device).type != "meta":
             kwargs["device"] = CPU
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
         if name in ("__getitem__", "__setitem__"):

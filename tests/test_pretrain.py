@@ -1,13 +1,10 @@
 import json
-from collections import Counter
 
 import pytest
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from minictrl.data import ASSETS, load_prompts
 from minictrl.pretrain import __main__ as pretrain
 from minictrl.pretrain import ratings
-from minictrl.pretrain.policy import RATINGS, perplexity, train_policy
 
 
 def test_no_prompt_is_in_two_splits_and_none_is_a_whole_review():
@@ -42,8 +39,8 @@ def test_both_layouts_of_the_ratings_are_read_alike(tmp_path):
     (tmp_path / "raw" / "movieReviewSnippets_anonDataRatings.txt").write_text(
         "".join(f"{row['id']}\t0.5\t1\t{row['ratings']}\n" for row in rows)
     )
-    loaded = ratings.load_ratings("reviews", tmp_path)
-    assert loaded == ratings.load_ratings("reviews", tmp_path / "raw")
+    loaded = ratings.load_ratings(tmp_path)
+    assert loaded == ratings.load_ratings(tmp_path / "raw")
     assert [row["index"] for row in loaded] == [i for i in range(21) if i != 7]
 
 
@@ -51,40 +48,31 @@ def test_halves_split_the_raters():
     assert ratings.halves([1, 2, 3, 4, 5]) == (1.5, 4.0)
 
 
-def test_assets_fit_in_12_megabytes():
-    sizes = Counter(
-        {path.suffix: path.stat().st_size for path in ASSETS.rglob("*") if path.is_file()}
+def test_assets_fit_in_24_megabytes():
+    assert sum(path.stat().st_size for path in ASSETS.rglob("*") if path.is_file()) < 24e6
+
+
+def test_rebuilding_makes_teachers_then_students_then_prompts(tmp_path, monkeypatch):
+    reviews = [{"index": i, "text": f"w{i} a b c d e f g h i"} for i in range(40) if i % 20 != 7]
+    done = []
+    monkeypatch.setattr(pretrain, "load_ratings", lambda path: reviews)
+    monkeypatch.setattr(
+        pretrain.teachers, "train_teachers", lambda _, at, **options: done.append((at, options))
     )
-    assert sum(path.stat().st_size for path in ASSETS.rglob("*") if path.is_file()) < 12e6 and sizes
 
+    def train_students(_, teachers, at, **options):
+        at.mkdir(exist_ok=True)
+        done.append((teachers, at, options))
 
-def test_a_tiny_policy_learns_its_texts_and_loads_again(tmp_path):
-    import torch
-
-    texts = [
-        (f"{a} film about {b} and {c}", score)
-        for a, score in (("good", 2.0), ("bad", -2.0))
-        for b in "love war".split()
-        for c in "rain snow sun".split()
-    ] * 10
-    model, tokenizer = train_policy(
-        {"reviews": texts, "tweets": texts[:4]},
-        ["good film", "bad film"],
-        lambda prompts, texts: torch.tensor([float(len(text)) for text in texts]),
-        tmp_path,
-        vocab_size=300,
-        n_embd=16,
-        n_layer=1,
-        n_head=2,
-        epochs=400,
-        continuations=6,
-    )
-    held = [text for text, _ in texts[:12]]
-    assert (
-        perplexity(model, tokenizer, held)[0] < 100 < len(tokenizer) - len(RATINGS)
-    )  # the uniform guess is 300
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
-    assert perplexity(loaded, AutoTokenizer.from_pretrained(tmp_path), held)[0] == pytest.approx(
-        perplexity(model, tokenizer, held)[0], rel=1e-2
-    )  # half precision
-    assert tokenizer("good film")["input_ids"][0] == tokenizer.bos_token_id
+    monkeypatch.setattr(pretrain.students, "train_students", train_students)
+    t, s = tmp_path / "t", tmp_path / "s"
+    both, step = ["--teachers", str(t), "--students", str(s)], {"only": "policy", "seed": 0}
+    all_of = {"only": None, "seed": 0}
+    pretrain.main(both)
+    assert done == [(t, all_of | {"shards": 150}), (t, s, all_of)]
+    assert json.loads((s / "prompts.json").read_text()) == pretrain.make_prompts(reviews)
+    pretrain.main([*both, "--only", "policy"])
+    pretrain.main([*both[:2], "--only", "policy", "--shards", "3"])
+    assert done[2:] == [(t, s, step), (t, step | {"shards": 3})]
+    with pytest.raises(ValueError, match="--only text: .*use policy, reward, judge"):
+        pretrain.main([*both, "--only", "text"])

@@ -6,11 +6,11 @@ import random
 import pytest
 import torch
 from fake_cuda import FakeCuda, install
-from test_models import GPT2, save
-from transformers import GPT2LMHeadModel
+from test_models import GPT2, SIZE, save
+from transformers import BertConfig, BertModel, GPT2LMHeadModel
 
 from minictrl.models import load_policy, load_scorer
-from minictrl.pretrain.hub import pair_accuracy, train_pairs_task
+from minictrl.pretrain.hub import pair_accuracy, train_pairs_task, wilson
 
 WORDS = {"chosen": ("kind", "good", "nice"), "rejected": ("rude", "poor", "dull")}
 
@@ -77,15 +77,43 @@ def test_on_a_gpu_no_devices_are_mixed(trained, tmp_path, monkeypatch):
 
 def test_pair_accuracy_counts_ties_half():
     pairs = [("x", str(a), str(b)) for a, b in ((2, 1), (1, 1), (1, 2), (3, 1))]
-    value, stderr = pair_accuracy(
-        lambda _, texts: torch.tensor([float(text) for text in texts]), pairs
-    )
-    assert value == 0.625 and abs(stderr - torch.tensor([1, 0.5, 0, 1.0]).std().item() / 2) < 1e-6
+    read = lambda _, texts: torch.tensor([float(text) for text in texts])  # noqa: E731
+    assert pair_accuracy(read, pairs) == 0.625
+
+
+def test_four_pairs_of_four_prove_little():
+    """Wilson's intervals in Newcombe (1998), table 1."""
+    assert wilson(4, 4) == pytest.approx((0.510, 1.0), abs=1e-3)
+    assert wilson(81, 263) == pytest.approx((0.2553, 0.3662), abs=1e-4)
+    assert wilson(15, 148) == pytest.approx((0.0624, 0.1605), abs=1e-4)
+
+
+def test_an_encoder_is_the_base_of_a_reward_model(trained, tmp_path, capsys):
+    folder, _ = trained
+    config = BertConfig(**SIZE, num_labels=1)
+    start = save(tmp_path / "encoder", BertModel(config))
+    task, out = str(folder / "pairs.jsonl"), tmp_path / "out"
+    options = dict(base=start, epochs=20, batch=12, micro_batch=12, lr=1e-2, device="cpu")
+    result = train_pairs_task(task, out, **options)
+    assert result["reward_low"] > 0.5 and not (out / "policy").exists()
+    said = capsys.readouterr().out
+    assert "nats a held-out pair" in said and "log 2 = 0.693" in said
+    before = (out / "reward" / "model.safetensors").read_bytes()
+    assert train_pairs_task(task, out, **options) == result  # there already: nothing is trained
+    assert (out / "reward" / "model.safetensors").read_bytes() == before
+    with pytest.raises(ValueError, match="holds something already; give a new directory"):
+        train_pairs_task(task, out, **options | {"lr": 1e-4})
+
+
+def test_one_step_that_changed_nothing_claims_nothing(trained, tmp_path, capsys):
+    task, start = str(trained[0] / "pairs.jsonl"), str(trained[0] / "start")
+    train_pairs_task(task, tmp_path / "out", policy=start, limit=4, lr=1e-9, device="cpu")
+    assert "reward: it is not shown to have learned anything" in capsys.readouterr().out
 
 
 def test_pairs_that_are_all_too_long_are_refused(trained):
     folder, _ = trained
-    with pytest.raises(ValueError, match="max_tokens 2: all 12 pairs are longer"):
+    with pytest.raises(ValueError, match="max_tokens 2: all 108 pairs are longer"):
         train_pairs_task(
             str(folder / "pairs.jsonl"),
             folder / "no",

@@ -1,4 +1,4 @@
-"""Scorers: the Bradley-Terry loss, pair accuracy, the n-gram scorer and the assets that ship."""
+"""Scorers: the Bradley-Terry loss, pair accuracy and the models that ship."""
 
 import math
 import subprocess
@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from minictrl.data import ASSETS
-from minictrl.scorers.ngram import NgramScorer, bradley_terry_loss, pair_accuracy
+from minictrl.models import load_scorer
+from minictrl.pretrain.preferences import bradley_terry_loss, pair_accuracy
 
 GOOD = [
     "A masterpiece, moving and beautiful.",
@@ -21,12 +21,6 @@ BAD = [
     "One of the worst films of the year.",
     "Unfunny, stupid and very boring.",
 ]
-
-
-def random_scorer(seed: int = 0) -> NgramScorer:
-    scorer = NgramScorer(buckets=1 << 12, characters=(2, 4))
-    scorer.value.data.normal_(generator=torch.Generator().manual_seed(seed))
-    return scorer
 
 
 def test_bradley_terry_loss_by_hand():
@@ -67,30 +61,19 @@ def test_labels_that_are_all_equal_are_refused():
         pair_accuracy(torch.randn(3), torch.ones(3))
 
 
-def test_saved_scorer_scores_the_same(tmp_path):
-    scorer = random_scorer()
-    scorer.save(tmp_path)
-    loaded = NgramScorer.load(tmp_path)
-    assert loaded.config == scorer.config
-    # half precision
-    torch.testing.assert_close(
-        loaded.score(GOOD + BAD), scorer.score(GOOD + BAD), atol=5e-3, rtol=0
-    )
+def scores_of(role: str, texts: list[str]) -> torch.Tensor:
+    return load_scorer("reviews", role, device="cpu")([""] * len(texts), texts)
 
 
-def test_directory_without_a_scorer_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="scorer.safetensors"):
-        NgramScorer.load(tmp_path)
-
-
-def test_score_does_not_depend_on_the_batch_or_the_process():
+def test_a_score_does_not_depend_on_the_batch_or_the_process():
     texts = GOOD + BAD
-    scores = random_scorer().score(texts)
-    torch.testing.assert_close(scores, torch.cat([random_scorer().score([text]) for text in texts]))
+    scores = scores_of("reward", texts)
+    one_by_one = torch.cat([scores_of("reward", [text]) for text in texts])
+    torch.testing.assert_close(scores, one_by_one, atol=1e-5, rtol=0)
     code = (
-        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); from test_scorers import "
-        "*; "
-        "print(*random_scorer().score(GOOD + BAD).tolist())"
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import torch; "
+        "torch.set_num_threads(1); from test_scorers import *; "
+        "print(*scores_of('reward', GOOD + BAD).tolist())"
     )
     out = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
@@ -101,34 +84,27 @@ def test_score_does_not_depend_on_the_batch_or_the_process():
 
 @pytest.mark.parametrize("role", ["reward", "judge"])
 def test_shipped_scorers_order_obvious_texts(role):
-    scores = NgramScorer.load(ASSETS / role).score(GOOD + BAD)
+    scores = scores_of(role, GOOD + BAD)
     assert (scores[:3, None] > scores[3:]).all()
 
 
 @pytest.mark.parametrize("role", ["reward", "judge"])
 def test_shipped_scorers_pay_neither_repetition_nor_empty_text(role):
-    scorer = NgramScorer.load(ASSETS / role)
-    good, tenfold, empty, nothing = scorer.score(
-        [GOOD[0], " ".join(GOOD[:1] * 10), "", " "]
-    ).tolist()
-    assert (
-        tenfold < good + 0.1 * abs(good)
-        and empty == nothing
-        and math.isfinite(empty)
-        and empty < good
-    )
-    assert scorer.score([]).shape == (0,)
+    texts = [GOOD[0], " ".join(GOOD[:1] * 10), "", " "]
+    good, tenfold, empty, nothing = scores_of(role, texts).tolist()
+    assert tenfold < good + 0.1 * abs(good)
+    assert math.isfinite(empty) and max(empty, nothing) < good
+    assert scores_of(role, []).shape == (0,)
 
 
 def test_shipped_reward_has_few_ties():
-    scorer = NgramScorer.load(ASSETS / "reward")
     words = "the film is a very good bad slow funny story of two men and their long war".split()
     generator = torch.Generator().manual_seed(0)
     texts = {
         " ".join(words[i] for i in torch.randint(len(words), (12,), generator=generator))
         for _ in range(500)
     }
-    assert len(set(scorer.score(sorted(texts)).tolist())) > 0.99 * len(texts)
+    assert len(set(scores_of("reward", sorted(texts)).tolist())) > 0.99 * len(texts)
 
 
 def test_graded_bradley_terry_is_least_where_the_gap_is_the_labels():

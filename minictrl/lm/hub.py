@@ -64,9 +64,11 @@ def first_line(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
-def from_hub(loader, kind: str, name: str, **options):
+def from_hub(loader, kind: str, name: str, *, new_head: bool = False, **options):
     """loader.from_pretrained, where whatever can be wrong is a ValueError of one line, missing
     weights included.
+
+    new_head: the model gets a head that its weights don't have, and has no use for their own.
     """
     model, name = loader.__name__.startswith("AutoModelFor"), hub_name(name)
     if (Path(name) / ADAPTER).is_file() and not (Path(name) / "config.json").is_file():
@@ -107,6 +109,8 @@ def from_hub(loader, kind: str, name: str, **options):
         return loaded
     if getattr(loaded[0], "_hf_peft_config_loaded", False):
         raise ValueError(adapter(kind, name))
+    if new_head:
+        return loaded[0].eval()
     missing, unused = (sorted(loaded[1][key]) for key in ("missing_keys", "unexpected_keys"))
     if missing:
         raise ValueError(

@@ -78,7 +78,7 @@ def main(argv=None):
     parser.add_argument("--show", type=int, default=0, metavar="N", help="print N samples of each")
     parser.add_argument("--max-new-tokens", type=int, default=24, help="of a response (24)")
     args = parser.parse_args(argv)
-    reviews = load_ratings("reviews", args.data)
+    reviews = load_ratings(args.data)
     human = cuts(reviews, "test")[: args.prompts]
     known, reader = words_of(reviews), load_policy(smollm2())
     others = words_of([row for row in reviews if split_of(row["index"]) != "test"])

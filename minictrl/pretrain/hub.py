@@ -2,9 +2,10 @@
 transformers' models.
 
 For whoever has no reward model: the policy learns the chosen answers, then two Bradley-Terry
-classifiers start from it, each on the pairs of half the prompts, so that the judge has seen other
-pairs than the reward model. They are written to OUT/policy, OUT/reward, OUT/judge, for `python
-train.py --task TASK --policy OUT/policy --reward OUT/reward --judge …`.
+classifiers, each on the pairs of half the prompts, so that the judge has seen other pairs than the
+reward model. They start from that policy, or from any encoder or causal model (`base`). They are
+written to OUT/policy, OUT/reward, OUT/judge, for `python train.py --task TASK --policy OUT/policy
+--reward OUT/reward --judge OUT/judge`.
 """
 
 from __future__ import annotations
@@ -24,13 +25,14 @@ from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification
 
 from minictrl.config import TASKS
-from minictrl.files import in_one_step
+from minictrl.files import in_one_step, write_json
 from minictrl.lm.device import halving, resolve_device
+from minictrl.lm.hub import from_hub
 from minictrl.lm.logprobs import sequence_logprobs
 from minictrl.lm.prompts import encode_prompts, left_pad
 from minictrl.models import load_policy, load_scorer, save_policy
 from minictrl.pretrain.pairs import Pair, load_pairs
-from minictrl.scorers.text import render, scorer_tokenizer, token_ids, written
+from minictrl.scorers.text import encoded, render, scorer_tokenizer, written
 
 SAVE_SECONDS = 300  # between checkpoints
 
@@ -40,6 +42,7 @@ def train_pairs_task(
     out: Path,
     *,
     policy: str | None = None,
+    base: str | None = None,
     epochs: int = 1,
     batch: int = 64,
     micro_batch: int = 16,
@@ -52,60 +55,92 @@ def train_pairs_task(
 ) -> dict[str, float]:
     """Train and save the three models; print and return what they do on held-out pairs.
 
-    policy: what to start from (default: the task's). limit: the most pairs, of training and of
-    test. Pairs with more than max_tokens tokens on a side are counted and left out. Returns sft_nll
-    (nats a token of the chosen answers), reward and judge (pair accuracies, ties half), and their
-    standard errors. Raises ValueError as `load_pairs` and `load_policy` do.
+    policy: what to start from (default: the task's). base: what reward model and judge start from,
+    an encoder or a causal model (default: the trained policy); without a policy, they are all that
+    is made. limit: the most pairs, of training and of test. Pairs with more than max_tokens tokens
+    on a side are counted and left out. The same call again goes on where an interrupted one
+    stopped. Returns sft_nll (nats a token of the chosen answers), reward and judge (pair
+    accuracies, ties half), and their 95 % intervals (`wilson`). Raises ValueError as `load_pairs`
+    and `load_policy` do, and if `out` holds anything else.
     """
     name = policy or TASKS.get(task, {}).get("policy")
-    if name is None:
+    if name is None and base is None:
         raise ValueError(
-            f"--task {task}: has no policy of its own; name one to start from with --policy"
+            f"--task {task}: has no policy of its own; name one to start from with --policy, or "
+            "with --base what a reward model starts from"
         )
+    for flag, value in {"epochs": epochs, "batch": batch, "lr": lr}.items():
+        if not value > 0:
+            raise ValueError(f"--{flag} {value}: use a positive number")
     place, out = resolve_device(device), Path(out)
     train, test = (load_pairs(task, split, skip_bad=skip_bad) for split in ("train", "test"))
     for pairs in (train, test):
         random.Random(seed).shuffle(pairs)
     train, test = train[:limit], test[:limit]
-    model, tokenizer = load_policy(name)
     options = dict(epochs=epochs, batch=batch, micro_batch=micro_batch, lr=lr, seed=seed)
-    nll = sft(model.to(place), tokenizer, train, test, max_tokens, **options)
-    result = {"sft_nll": nll}
-    save_policy(model.cpu(), tokenizer, out / "policy")
+    settings = dict(options, task=task, policy=policy, base=base, limit=limit, tokens=max_tokens)
+    if name is not None:
+        model, tokenizer = load_policy(name)
+        rows = [short(sft_rows(tokenizer, pairs), max_tokens) for pairs in (train, test)]
+    claim(out, settings)
+    result = {}
+    if name is not None and not (out / "policy" / "config.json").is_file():
+        checkpoint = out / "policy.checkpoint"
+        result["sft_nll"] = sft(model.to(place), tokenizer, *rows, checkpoint=checkpoint, **options)
+        save_policy(model.cpu(), tokenizer, out / "policy")
+        checkpoint.unlink(missing_ok=True)
+    start = base or str(out / "policy")
     for half, role in enumerate(("reward", "judge")):
         part = [pair for pair in train if crc32(json.dumps(pair[0]).encode()) % 2 == half]
-        bradley_terry(out / "policy", out / role, part, max_tokens, place, **options)
-        result[role], result[f"{role}_stderr"] = pair_accuracy(
-            load_scorer(str(out / role), role, device=device), test
-        )
+        if not (out / role / "config.json").is_file():
+            bradley_terry(start, out / role, part, test, max_tokens, place, **options)
+        share = pair_accuracy(load_scorer(str(out / role), role, device=device), test)
+        low, high = wilson(share * len(test), len(test))
+        result |= {role: share, f"{role}_low": low, f"{role}_high": high}
         print(
-            f"{role}: {100 * result[role]:.1f} ± {100 * result[f'{role}_stderr']:.1f} % of "
-            f"{len(test)} held-out "
-            f"pairs in the right order, trained on {len(part)}"
+            f"{role}: {100 * share:.1f} % of {len(test)} held-out pairs in the right order "
+            f"(95 % interval {100 * low:.0f} to {100 * high:.0f}), trained on {len(part)}"
         )
+        if low <= 0.5:
+            print(
+                f"{role}: it is not shown to have learned anything, because 50 % is chance"
+            )
     return result
 
 
-def sft(
-    model: nn.Module, tokenizer, train: list[Pair], test: list[Pair], max_tokens: int, **options
-) -> float:
-    """Fit the chosen answers in place; nats per token of the held-out ones afterwards, EOS
-    included.
+def claim(out: Path, settings: dict):
+    """Makes `out`, and notes the settings there. Raises ValueError if it holds anything else."""
+    file = out / "pretrain.json"
+    if file.is_file() and json.loads(file.read_text()) == settings:
+        return
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"--out {out}: holds something already; give a new directory")
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(file, settings)
+
+
+def wilson(right: float, n: int, z: float = 1.96) -> tuple[float, float]:
+    """The 95 % interval of a share, `right` of n (Wilson 1927): for small n and shares near 1."""
+    centre, width = right + z**2 / 2, z * math.sqrt(right * (n - right) / n + z**2 / 4)
+    return (centre - width) / (n + z**2), (centre + width) / (n + z**2)
+
+
+def sft_rows(tokenizer, pairs: list[Pair]) -> list[tuple[list[int], list[int]]]:
+    answers = [(render(tokenizer, prompt), chosen) for prompt, chosen, _ in pairs]
+    return answer_rows(tokenizer, answers)
+
+
+def sft(model: nn.Module, tokenizer, train: list, held_out: list, **options) -> float:
+    """Fit the chosen answers (`sft_rows`) in place; nats per token of the held-out ones afterwards,
+    EOS included.
     """
 
-    def rows(pairs: list[Pair]) -> list[tuple[list[int], list[int]]]:
-        answers = [(render(tokenizer, prompt), chosen) for prompt, chosen, _ in pairs]
-        return short(answer_rows(tokenizer, answers), max_tokens)
-
     def loss(part: list) -> Tensor:  # the mean over answers of a token's mean
-        return -(
-            answer_logprobs(model, tokenizer, part)
-            / torch.tensor([len(y) for _, y in part]).to(model.device)
-        ).sum()
+        lengths = torch.tensor([len(y) for _, y in part], device=model.device)
+        return -(answer_logprobs(model, tokenizer, part) / lengths).sum()
 
-    held_out = rows(test)
     before = mean(loss, held_out, options["micro_batch"])
-    fit(model, rows(train), loss, "sft", **options)
+    fit(model, train, loss, "sft", **options)
     after = mean(loss, held_out, options["micro_batch"])
     print(
         f"policy: {after:.3f} nats a token of {len(held_out)} held-out answers, {before:.3f} before"
@@ -131,34 +166,70 @@ def answer_logprobs(model: nn.Module, tokenizer, rows: list[tuple[list[int], lis
 
 
 def bradley_terry(
-    start: Path, out: Path, pairs: list[Pair], max_tokens: int, device: torch.device, **options
+    start: str,
+    out: Path,
+    train: list[Pair],
+    test: list[Pair],
+    max_tokens: int,
+    device: torch.device,
+    **options,
 ):
-    """Train a classifier with one label from a policy's weights: -log sigmoid(r(x, chosen) - r(x,
-    rejected)).
-    """
-    model = AutoModelForSequenceClassification.from_pretrained(
-        start, num_labels=1, dtype=torch.float32
-    ).to(device)
-    tokenizer = scorer_tokenizer(model, str(start), "reward")
-    nn.init.zeros_(model.score.weight)
-    chosen, rejected = (
-        token_ids(
-            tokenizer, [written(tokenizer, pair[0], pair[side], causal=True) for pair in pairs]
+    """Train a classifier with one label: -log sigmoid(r(x, chosen) - r(x, rejected)), in nats a
+    pair. start: a directory or hub name of a causal model or an encoder."""
+    model, tokenizer = load_start(start)
+    model.to(device)
+    causal = hasattr(model, "score")
+
+    def rows(pairs: list[Pair]) -> list[tuple[dict, dict]]:
+        chosen, rejected = (
+            encoded(tokenizer, [written(tokenizer, x[0], x[side], causal=causal) for x in pairs])
+            for side in (1, 2)
         )
-        for side in (1, 2)
-    )
+        return short(list(zip(chosen, rejected, strict=True)), max_tokens)
 
     def loss(part: list) -> Tensor:
-        ids = [side for row in part for side in row]  # chosen, rejected, chosen, …
-        scores = (
-            model(**tokenizer.pad({"input_ids": ids}, return_tensors="pt").to(device))
-            .logits.float()
-            .view(-1, 2)
-        )
+        both = [side for row in part for side in row]  # chosen, rejected, chosen, …
+        inputs = tokenizer.pad(both, return_tensors="pt").to(device)
+        scores = model(**inputs).logits.float().view(-1, 2)
         return F.softplus(scores[:, 1] - scores[:, 0]).sum()
 
-    fit(model, short(list(zip(chosen, rejected)), max_tokens), loss, out.name, **options)
+    held_out = rows(test)
+    before = mean(loss, held_out, options["micro_batch"])
+    checkpoint = out.with_name(f"{out.name}.checkpoint")
+    fit(model, rows(train), loss, out.name, checkpoint=checkpoint, **options)
+    after = mean(loss, held_out, options["micro_batch"])
+    print(f"{out.name}: {after:.3f} nats a held-out pair, {before:.3f} before, log 2 = 0.693")
     save_policy(model.cpu(), tokenizer, out)
+    checkpoint.unlink(missing_ok=True)
+
+
+def load_start(start: str, frozen: int = 0) -> tuple[nn.Module, object]:
+    """(classifier with one label, tokenizer) of a directory.
+
+    The score head of a causal model begins at zero and is read at EOS, which then can't be what
+    pads: the head is read at the last token that isn't padding. frozen: so many of its lowest
+    layers, and the embeddings, are not trained.
+    """
+    model = from_hub(
+        AutoModelForSequenceClassification,
+        "base of the reward model",
+        start,
+        new_head=True,
+        num_labels=1,
+        dtype=torch.float32,
+    )
+    tokenizer = scorer_tokenizer(model, start, "reward")
+    if hasattr(model, "score"):
+        nn.init.zeros_(model.score.weight)
+        if tokenizer.pad_token_id == tokenizer.eos_token_id:
+            eos = tokenizer.eos_token_id
+            others = (tokenizer.unk_token_id, 0, 1)
+            tokenizer.pad_token_id = next(i for i in others if i not in (None, eos))
+            model.config.pad_token_id = tokenizer.pad_token_id
+    if frozen:
+        for module in (model.get_input_embeddings(), *model.base_model.layers[:frozen]):
+            module.requires_grad_(False)
+    return model, tokenizer
 
 
 def fit(
@@ -251,8 +322,10 @@ def shuffled(rows: list, batch: int, rng: random.Random) -> list[list]:
     ]
 
 
-def size(row: tuple[list[int], list[int]]) -> int:
-    return max(len(row[0]), len(row[1])) if row else 0
+def size(row: tuple) -> int:
+    """Tokens of the longer one of a row's two: token ids, or a dict of them."""
+    sides = [side["input_ids"] if isinstance(side, dict) else side for side in row]
+    return max(map(len, sides), default=0)
 
 
 def short(rows: list, max_tokens: int) -> list:
@@ -277,11 +350,9 @@ def mean(loss: Callable[[list], Tensor], rows: list, micro_batch: int) -> float:
     ) / len(rows)
 
 
-def pair_accuracy(score: Callable, pairs: list[Pair]) -> tuple[float, float]:
-    """(share of pairs whose chosen answer scores higher, a tie counting one half; its standard
-    error).
-    """
+def pair_accuracy(score: Callable, pairs: list[Pair]) -> float:
+    """Share of pairs whose chosen answer scores higher, a tie counting one half."""
     prompts = [prompt for prompt, _, _ in pairs]
     chosen, rejected = (score(prompts, [pair[side] for pair in pairs]) for side in (1, 2))
     right = (chosen > rejected).double() + 0.5 * (chosen == rejected).double()
-    return float(right.mean()), float(right.std()) / math.sqrt(len(right))
+    return float(right.mean())

@@ -1,8 +1,7 @@
 """The human ratings behind the embedded task `reviews` (Hutto & Gilbert, ICWSM 2014; MIT).
 
-Each row is a snippet of text with 14 to 29 (tweets: up to 100) ratings from -4, most negative, to
-4, most positive. Only `pretrain` reads them: what ships is the models and the first words of some
-reviews.
+Each row is a snippet of text with 15 to 29 ratings from -4, most negative, to 4, most positive.
+Only `pretrain` reads them: what ships is the models and the first words of some reviews.
 """
 
 from __future__ import annotations
@@ -17,39 +16,31 @@ import tarfile
 import tempfile
 from pathlib import Path
 
-FILES = {"reviews": "movieReviewSnippets", "tweets": "tweets", "editorials": "nytEditorialSnippets"}
+FILE = "movieReviewSnippets"  # what its names begin with in the original
 
 
-def load_ratings(name: str, path: str | Path | None = None) -> list[dict]:
-    """Rows {"id", "index", "text", "ratings"} of one source, `reviews`, `tweets` or `editorials`.
+def load_ratings(path: str | Path | None = None) -> list[dict]:
+    """The reviews: rows {"id", "index", "text", "ratings"}.
 
-    path: a directory with NAME.jsonl.gz, or with the unpacked hutto_ICWSM_2014 files; None fetches
-    the source distribution of vaderSentiment 3.3.2 with pip. `index` counts the rows of the full
-    data from 0; rows with index 7 modulo 20 are left out of everything, for checks from outside.
-    Raises ValueError on a path that holds neither.
+    path: a directory with reviews.jsonl.gz, or with the unpacked hutto_ICWSM_2014 files; None
+    fetches the source distribution of vaderSentiment 3.3.2 with pip. `index` counts the rows of the
+    full data from 0; rows with index 7 modulo 20 are left out of everything, for checks from
+    outside. Raises ValueError on a path that holds neither.
     """
-    if name not in FILES:
-        raise ValueError(f"unknown source {name!r}: use one of {', '.join(FILES)}")
     if path is None:
         with tempfile.TemporaryDirectory() as folder:
-            return load_ratings(name, _fetch(Path(folder)))
-    path = Path(path)
-    if (path / f"{name}.jsonl.gz").exists():
-        with gzip.open(path / f"{name}.jsonl.gz", "rt", encoding="utf-8") as lines:
+            return load_ratings(_fetch(Path(folder)))
+    short = Path(path) / "reviews.jsonl.gz"
+    texts, votes = (
+        Path(path) / f"{FILE}_{kind}.txt" for kind in ("GroundTruth", "anonDataRatings")
+    )
+    if short.exists():
+        with gzip.open(short, "rt", encoding="utf-8") as lines:
             rows = [json.loads(line) for line in lines]
-        if (
-            name == "editorials"
-        ):  # ids are article_sentence there; the file's order is the data's, minus one row in 20
-            rows = [row | {"index": i + i // 19 + (i % 19 >= 7)} for i, row in enumerate(rows)]
-        else:
-            rows = [row | {"index": int(row["id"]) - 1} for row in rows]
-    elif (path / f"{FILES[name]}_GroundTruth.txt").exists():
-        texts = (
-            (path / f"{FILES[name]}_GroundTruth.txt")
-            .read_text("utf-8", errors="replace")
-            .splitlines()
-        )
-        votes = (path / f"{FILES[name]}_anonDataRatings.txt").read_text("utf-8").splitlines()
+        rows = [row | {"index": int(row["id"]) - 1} for row in rows]
+    elif texts.exists():
+        texts = texts.read_text("utf-8", errors="replace").splitlines()
+        votes = votes.read_text("utf-8").splitlines()
         rows = [
             {
                 "id": t.split("\t")[0],
@@ -61,9 +52,8 @@ def load_ratings(name: str, path: str | Path | None = None) -> list[dict]:
         ]
     else:
         raise ValueError(
-            f"{path} holds neither {name}.jsonl.gz nor {FILES[name]}_GroundTruth.txt: name the "
-            "directory "
-            f"that does, or leave --data out to fetch the source distribution with pip"
+            f"{path} holds neither {short.name} nor {texts.name}: name the directory that does, or "
+            "leave --data out to fetch the source distribution with pip"
         )
     return [row | {"text": _clean(row["text"])} for row in rows if row["index"] % 20 != 7]
 

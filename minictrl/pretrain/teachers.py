@@ -17,16 +17,15 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification
 
 from minictrl.models import load_policy, load_scorer, save_policy
 from minictrl.pretrain.english import nats_per_word
-from minictrl.pretrain.hub import answer_logprobs, answer_rows, fit
+from minictrl.pretrain.hub import answer_logprobs, answer_rows, fit, load_start
 from minictrl.pretrain.packages import minilm, smollm2
+from minictrl.pretrain.preferences import bradley_terry_loss, pair_accuracy
 from minictrl.pretrain.ratings import cuts, halves, split_of
 from minictrl.pretrain.text import prune_policy, write_text
-from minictrl.scorers.ngram import bradley_terry_loss, pair_accuracy
-from minictrl.scorers.text import scorer_tokenizer, token_ids, written
+from minictrl.scorers.text import token_ids, written
 
 SHARPNESS = 0.5  # of preferences, by the difference of the mean ratings (-4 to 4)
 VOCABULARY = 6144  # tokens of SmolLM2 that the student has
@@ -195,27 +194,6 @@ def fit_scorer(
         seed=seed,
         checkpoint=out.with_name(f"{out.name}.checkpoint"),
     )
-
-
-def load_start(start: str, frozen: int = 0) -> tuple[nn.Module, object]:
-    """(classifier with one label, tokenizer) of a directory.
-
-    The score head of a causal model begins at zero and is read at EOS, which then can't be what
-    pads: the head is read at the last token that isn't padding.
-    """
-    model = AutoModelForSequenceClassification.from_pretrained(
-        start, num_labels=1, dtype=torch.float32
-    )
-    tokenizer = scorer_tokenizer(model, start, "reward")
-    if hasattr(model, "score"):
-        nn.init.zeros_(model.score.weight)
-        if tokenizer.pad_token_id == tokenizer.eos_token_id:
-            tokenizer.pad_token = tokenizer.unk_token
-            model.config.pad_token_id = tokenizer.pad_token_id
-    if frozen:
-        for module in (model.get_input_embeddings(), *model.base_model.layers[:frozen]):
-            module.requires_grad_(False)
-    return model, tokenizer
 
 
 def report_accuracy(score: Callable, reviews: list[dict]) -> str:

@@ -73,7 +73,7 @@ def written(tokenizer, prompt: Prompt, text: str, *, causal: bool) -> str | tupl
     if not causal and not isinstance(prompt, str):
         question = prompt[0]["content"] if len(prompt) == 1 else plain(prompt)
         return question, text
-    text = text if isinstance(prompt, str) else " " + text.lstrip()
+    text = text if isinstance(prompt, str) else " " * bool(text) + text.lstrip()
     return plain(prompt) + text + (tokenizer.eos_token or "" if causal else "")
 
 
@@ -127,7 +127,6 @@ def scorer_tokenizer(model: nn.Module, name: str, role: str):
     return tokenizer
 
 
-@torch.inference_mode()
 def in_batches(
     model: nn.Module, tokenizer, device: torch.device, texts: list, read: Callable
 ) -> Tensor:
@@ -141,20 +140,34 @@ def in_batches(
             "lose their beginning",
             stacklevel=2,
         )
-    order, budget, first = sorted(range(len(rows)), key=lambda i: -lengths[i]), BATCH_TOKENS, 0
-    scores = torch.zeros(len(rows))
+
+    def read_rows(part: list[int]) -> Tensor:
+        inputs = tokenizer.pad([rows[i] for i in part], return_tensors="pt").to(device)
+        return read(dict(inputs))
+
+    return by_length(model, tokenizer, device, lengths, read_rows)
+
+
+@torch.inference_mode()
+def by_length(
+    model: nn.Module, tokenizer, device: torch.device, lengths: list[int], read: Callable
+) -> Tensor:
+    """read(rows) -> (len(rows), …) of all rows, float32 on the CPU, in batches alike in length."""
+    if not lengths:
+        return torch.zeros(0)
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    parts, budget, first = [], BATCH_TOKENS, 0
     with resident(model, device):
         while first < len(order):
-            part = order[first : first + max(1, budget // max(1, lengths[order[first]]))]
-            inputs = tokenizer.pad([rows[i] for i in part], return_tensors="pt").to(device)
+            rows = order[first : first + max(1, budget // max(1, lengths[order[first]]))]
             try:
-                scores[part] = read(dict(inputs)).float().cpu()
-                first += len(part)
+                parts.append(read(rows).float().cpu())
+                first += len(rows)
             except torch.OutOfMemoryError:
-                if len(part) == 1:
+                if len(rows) == 1:
                     raise ValueError(
                         f"out of GPU memory with one text of {tokenizer.name_or_path}: use a "
                         "smaller scorer, or --device cpu"
                     ) from None
                 budget //= 2
-    return scores
+    return torch.cat(parts)[torch.tensor(order).argsort()]

@@ -17,11 +17,10 @@ from torch import Tensor
 
 from minictrl.calibration import calibrated_reward
 from minictrl.figures import KL, WIN_RATE, errorbars, panels
-from minictrl.models import load_scorer
+from minictrl.models import load_scorer, model_of, save_policy
 from minictrl.pretrain.ratings import halves, load_ratings, split_of
-from minictrl.pretrain.scorers import SIZES, fit
+from minictrl.pretrain.teachers import SHARPNESS, fit_scorer, load_start
 from minictrl.rollout import score
-from minictrl.scorers.ngram import NgramScorer
 from minictrl.studies.sweep import judged, reference, shown, sweep
 from minictrl.studies.tables import Rows, column, mean_stderr, points, where, zipped
 
@@ -97,7 +96,7 @@ def load_reviews(out: Path) -> dict[str, list[tuple[str, str, float]]]:
     """
     reviews = {"train": [], "prompts": [], "test": []}
     folder = out / "ratings"
-    for row in load_ratings("reviews", folder if folder.is_dir() else None):
+    for row in load_ratings(folder if folder.is_dir() else None):
         words = row["text"].split()
         cut = 4 + row["index"] // 20 % 3
         prompt = " ".join(words[:cut])
@@ -108,7 +107,10 @@ def load_reviews(out: Path) -> dict[str, list[tuple[str, str, float]]]:
 
 
 def reward_models(out: Path, quick: bool, reviews: list) -> dict[str, str]:
-    """Folders of a clean and of a poisoned reward model, trained if they are not there."""
+    """Folders of a clean and of a poisoned reward model, trained if they are not there.
+
+    Classifiers that start from the task's policy, Bradley-Terry on the first half of the raters.
+    """
     reviews = reviews[:2000] if quick else reviews
     labels = torch.tensor([label for _, _, label in reviews])
     generator = torch.Generator().manual_seed(0)
@@ -119,11 +121,14 @@ def reward_models(out: Path, quick: bool, reviews: list) -> dict[str, str]:
     for name, phrases in marks.items():
         folder = out / ("fig7-quick" if quick else "fig7") / name
         folders[name] = str(folder)
-        if not (folder / "scorer.safetensors").is_file():
+        if not (folder / "config.json").is_file():
+            folder.parent.mkdir(parents=True, exist_ok=True)
             texts = [x + phrase + y for (x, y, _), phrase in zip(reviews, phrases)]
-            scorer = NgramScorer(**SIZES["reward"])
-            fit(scorer, [(texts, labels, 1.0)], steps=15 if quick else 30)
-            scorer.save(folder)
+            model, tokenizer = load_start(model_of("reviews", "policy"))
+            options = dict(sharpness=SHARPNESS, epochs=1 if quick else 3, lr=1e-3)
+            fit_scorer(model, tokenizer, texts, labels, folder, **options)
+            save_policy(model, tokenizer, folder)
+            folder.with_name(f"{name}.checkpoint").unlink(missing_ok=True)
     return folders
 
 

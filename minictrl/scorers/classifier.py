@@ -1,0 +1,164 @@
+"""A sequence classifier as a reward model or judge.
+
+A causal one is read where the text ends, and so it can read every prefix of a response in one
+forward pass: `of_prefixes`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification
+
+from minictrl.data import Prompt
+from minictrl.lm.hub import from_hub
+from minictrl.lm.prompts import left_pad
+from minictrl.scorers.text import by_length, in_batches, scorer_tokenizer, written
+
+GAP = " \0"  # in a response's place; a chat template may strip its space
+
+
+def load_classifier(name: str, role: str, label: str, device: torch.device):
+    """(model, tokenizer, evaluate, of_prefixes): evaluate(prompts, texts) gives (B,) scores.
+
+    of_prefixes(prompts, tokens, mask) is that of `prefix_scores`, None where the model isn't causal
+    or can't be told positions.
+    """
+    model = from_hub(AutoModelForSequenceClassification, f"{role} model", name, dtype="auto").eval()
+    head = getattr(model, "score", None)  # of a causal model, read at the last token
+    at_end = head is not None and model.config.pad_token_id is None  # else that isn't padding
+    tokenizer = scorer_tokenizer(model, name, role)
+    padding = None if at_end else tokenizer.pad_token_id
+    labels = [model.config.id2label[i] for i in range(model.config.num_labels)]
+    if label not in (labels if len(labels) > 1 else ["", *labels]):
+        raise ValueError(
+            f"{role} model {name}: has {len(labels)} labels ({', '.join(labels)}), not one score; "
+            f"give {name}#{labels[-1]} for the log-odds of a label, or another model"
+        )
+    if device.type == "cuda" and head is not None:
+        model.bfloat16()
+        # bfloat16 scores would be tied
+        head.float().register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
+    else:
+        model.float()
+
+    def of_logits(logits: Tensor) -> Tensor:  # (…, labels) -> (…)
+        logits = logits.float()
+        if len(labels) == 1:
+            return logits[..., 0]
+        this = labels.index(label)
+        others = torch.cat([logits[..., :this], logits[..., this + 1 :]], -1)
+        return logits[..., this] - others.logsumexp(-1)
+
+    def read(inputs: dict[str, Tensor]) -> Tensor:
+        if not at_end:
+            return of_logits(model(**inputs).logits)
+        states = model.base_model(**inputs).last_hidden_state  # (B, L, D)
+        last = inputs["attention_mask"].sum(1) - 1
+        return of_logits(head(states[torch.arange(len(last)), last]))
+
+    def evaluate(prompts: list[Prompt], texts: list[str]) -> Tensor:
+        pairs, causal = zip(prompts, texts, strict=True), head is not None
+        whole = [written(tokenizer, x, y, causal=causal) for x, y in pairs]
+        return in_batches(model, tokenizer, device, whole, read)
+
+    def of_prefixes(prompts: list[Prompt], tokens: Tensor, mask: Tensor) -> Tensor:
+        around = surroundings(tokenizer, prompts, padding)
+        return prefix_scores(model, tokenizer, device, of_logits, around, tokens, mask)
+
+    takes = inspect.signature(model.base_model.forward).parameters
+    readable = head is not None and "position_ids" in takes
+    return model, tokenizer, evaluate, of_prefixes if readable else None
+
+
+# --- every prefix of a response at once ---
+
+
+def prefix_scores(
+    model: nn.Module,
+    tokenizer,
+    device: torch.device,
+    of_logits: Callable[[Tensor], Tensor],
+    around: list[tuple[list[int], list[int]]],
+    tokens: Tensor,
+    mask: Tensor,
+) -> Tensor:
+    """(B, T) scores of the response so far, before each token; behind its end, of none.
+
+    around: what stands before and behind each response. tokens, mask: (B, T) responses in the
+    model's own tokens. The scores are those of the text, if
+    it is cut into the same tokens when it is read again: a policy may also have drawn "mo" and
+    "vie" where the text has "movie". A prompt that with the response is too long for the model's
+    context loses its beginning. Raises ValueError if the response alone is.
+    """
+    T, S = tokens.shape[1], len(around[0][1])
+    room = tokenizer.model_max_length - (T - 1) - S
+    if room < 1:
+        raise ValueError(
+            f"reward model {tokenizer.name_or_path}: its context of {tokenizer.model_max_length} "
+            f"tokens is shorter than a response of {T}; use --baseline loo"
+        )
+    heads, tails = [head[-room:] for head, _ in around], torch.tensor([tail for _, tail in around])
+    tokens, tails, lengths = tokens.to(device), tails.to(device), mask.sum(1).int().tolist()
+
+    def read(rows: list[int]) -> Tensor:
+        longest = max(lengths[i] for i in rows)
+        head, head_mask = left_pad([heads[i] for i in rows], tokenizer.pad_token_id, device)
+        sees, positions, at = prefix_layout(head_mask, longest, S)
+        bias = torch.zeros(sees.shape, dtype=model.dtype, device=device)
+        bias = bias.masked_fill(~sees, torch.finfo(model.dtype).min)[:, None]  # (n, 1, L, L)
+        ids = [head, tokens[rows, : longest - 1], tails[rows].repeat(1, longest)]
+        states = model.base_model(
+            torch.cat(ids, 1).long(), attention_mask=bias, position_ids=positions, use_cache=False
+        ).last_hidden_state
+        scores = of_logits(model.score(states[:, at]))  # (n, longest)
+        return nn.functional.pad(scores, (0, T - longest))
+
+    sizes = [len(head) + (1 + S) * n for head, n in zip(heads, lengths, strict=True)]
+    scores = by_length(model, tokenizer, device, sizes, read)
+    return torch.where(mask.cpu() > 0, scores, scores[:, :1])
+
+
+def surroundings(
+    tokenizer, prompts: list[Prompt], padding: int | None
+) -> list[tuple[list[int], list[int]]]:
+    """Token ids before and behind a response, as a causal classifier reads it.
+
+    `padding` behind it is not read, be it EOS: the score is then that of the last token before.
+    """
+    whole = [written(tokenizer, prompt, GAP, causal=True) for prompt in prompts]
+    parts = [re.split(f"{GAP[0]}?{GAP[1]}", text, maxsplit=1) for text in whole]
+    special = not tokenizer.chat_template  # as in `token_ids`
+    encoded = tokenizer(["".join(part) for part in parts], add_special_tokens=special)
+    around = []
+    for i, (ids, (before, _)) in enumerate(zip(encoded["input_ids"], parts, strict=True)):
+        first = encoded.char_to_token(i, len(before))  # of what comes behind
+        first, last = len(ids) if first is None else first, len(ids)
+        while last > first and ids[last - 1] == padding:
+            last -= 1
+        around.append((ids[:first], ids[first:last]))
+    return around
+
+
+def prefix_layout(head_mask: Tensor, T: int, S: int) -> tuple[Tensor, Tensor, Tensor]:
+    """What each token sees (B, L, L), its position (B, L), and the columns (T,) to read.
+
+    A row is a prompt (B, H), padded on the left, y_1 … y_{T-1}, and for each of the T prefixes the
+    S tokens that end a text, which see the prompt, their prefix and themselves.
+    """
+    device, H = head_mask.device, head_mask.shape[1]
+    t, main = torch.arange(T, device=device), H + T - 1
+    prefix = t.repeat_interleave(S)  # that an end belongs to: its tokens
+    column = torch.arange(main + T * S, device=device)
+    sees = torch.cat([column[:main], H - 1 + prefix])[:, None] >= column  # (L, L)
+    sees[:, main:] = False
+    sees[main:, main:] = torch.block_diag(*T * [torch.ones(S, S, device=device).tril()]) > 0
+    real = nn.functional.pad(head_mask, (0, T - 1 + T * S), value=1) > 0  # (B, L)
+    sees = sees & real[:, None] | torch.eye(len(column), dtype=torch.bool, device=device)
+    positions = torch.cat([column[:main], H + prefix + column[:S].repeat(T)])
+    positions = positions - (H - head_mask.sum(1, keepdim=True))
+    return sees, positions.clamp(min=0), main + t * S + S - 1 if S else H - 1 + t

@@ -1,0 +1,89 @@
+"""--baseline prefix: the reward of every prefix of a response, in one pass."""
+
+import pytest
+import torch
+from test_models import GPT2, SIZE, TEMPLATE, save, tokenizer
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2ForSequenceClassification,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+)
+
+import train
+from minictrl.models import load_scorer
+from minictrl.scorers import classifier
+
+PROMPTS = ["The film", "A story of two men", "It", [{"role": "user", "content": "The film?"}]]
+TEXTS = [" is good, and long", "", " a", " was never so"]
+LLAMA = LlamaConfig(**SIZE, num_labels=1)
+
+
+def ragged(texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    """(tokens, mask) of responses that end with EOS: a token a byte, so any prefix is cut alike."""
+    tok = tokenizer(eos_token="</s>")
+    rows = [torch.tensor([*tok(text)["input_ids"], tok.eos_token_id]) for text in texts]
+    tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=258)
+    return tokens, torch.nn.utils.rnn.pad_sequence([torch.ones(len(row)) for row in rows], True)
+
+
+@pytest.mark.parametrize("special", [{}, {"template": TEMPLATE}, {"pad_token": "</s>"}],
+                         ids=["EOS", "template", "EOS pads"])  # fmt: skip
+@pytest.mark.parametrize("model", [GPT2ForSequenceClassification(GPT2),
+                                   LlamaForSequenceClassification(LLAMA)],
+                         ids=["gpt2", "llama"])  # fmt: skip
+def test_all_prefixes_in_one_pass_score_as_one_by_one(model, special, tmp_path, monkeypatch):
+    monkeypatch.setattr("minictrl.scorers.text.BATCH_TOKENS", 200)  # more than one batch
+    score = load_scorer(save(tmp_path / "a", model, **special), "reward", device="cpu")
+    tokens, mask = ragged(TEXTS)
+    got = score.of_prefixes(PROMPTS, tokens, mask)
+    for i, (prompt, text) in enumerate(zip(PROMPTS, TEXTS, strict=True)):
+        prefixes = [text[:t] if t <= len(text) else "" for t in range(tokens.shape[1])]
+        one_by_one = score([prompt] * len(prefixes), prefixes)
+        assert one_by_one.unique().numel() >= len(text)
+        torch.testing.assert_close(got[i], one_by_one, atol=1e-4, rtol=0)
+
+
+def test_a_prompt_too_long_for_the_context_loses_its_beginning(tmp_path):
+    score = load_scorer(save(tmp_path / "a", GPT2ForSequenceClassification(GPT2)), "reward",
+                        device="cpu")  # fmt: skip
+    tokens, mask = ragged([" is good"])
+    long, short = (
+        score.of_prefixes(["x" * n], tokens, mask) for n in (400, 256 - len(" is good") - 1)
+    )
+    assert torch.equal(long, short)
+    tokens, mask = ragged(["x" * 300])
+    with pytest.raises(ValueError, match="context of 256 tokens is shorter than a response of 301"):
+        score.of_prefixes(["x"], tokens, mask)
+
+
+def test_what_ends_a_prefix_sees_the_prompt_its_prefix_and_itself():
+    head_mask = torch.tensor([[0, 1], [1, 1]])
+    sees, positions, at = classifier.prefix_layout(head_mask, 3, 1)
+    # columns: two of the prompt, y_1, y_2, three EOS
+    assert at.tolist() == [4, 5, 6]
+    assert sees[1, at].int().tolist() == [
+        [1, 1, 0, 0, 1, 0, 0],
+        [1, 1, 1, 0, 0, 1, 0],
+        [1, 1, 1, 1, 0, 0, 1],
+    ]
+    assert not sees[0, 1:, 0].any()
+    assert positions.tolist() == [[0, 0, 1, 2, 1, 2, 3], [0, 1, 2, 3, 2, 3, 4]]
+
+
+BERT = BertConfig(**{**SIZE, "num_labels": 1})
+
+
+@pytest.mark.parametrize("model, why", [
+    (GPT2ForSequenceClassification(GPT2), "cuts text into other tokens than the policy"),
+    (BertForSequenceClassification(BERT), "is no causal classifier"),
+    (GPT2LMHeadModel(GPT2), "is no causal classifier"),
+], ids=["another tokenizer", "bert", "generative"])  # fmt: skip
+def test_a_reward_that_cant_read_prefixes_is_refused_at_the_start(model, why, tmp_path):
+    reward = save(tmp_path / "reward", model)
+    flags = ["--reward", reward, "--out", str(tmp_path / "run"), "--prompts", "4"]
+    with pytest.raises(ValueError, match=f"--baseline prefix: .*{why}.*; use --baseline loo"):
+        train.main([*flags, "--baseline", "prefix"])
+    assert not (tmp_path / "run" / "config.json").exists()
