@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from minictrl.models import load_policy, load_scorer, render, save_policy
-from minictrl.scorers.text import in_batches
+from minictrl.scorers.text import BATCH_TOKENS, in_batches
 
 TEMPLATE = (
     "{% for m in messages %}<s>{{ m['role'] }}\n{{ m['content'] }}</s>\n{% endfor %}"
@@ -163,7 +163,7 @@ def test_scores_do_not_depend_on_the_batch(tmp_path, pad, monkeypatch):
     prompts, texts = ["Once"] * 9, [" upon" * n for n in (5, 1, 9, 3, 3, 7, 2, 8, 4)]
     alone = torch.cat([score([x], [y]) for x, y in zip(prompts, texts)])
     assert torch.allclose(score(prompts, texts), alone, atol=1e-5) and len(set(alone.tolist())) == 8
-    monkeypatch.setattr("minictrl.scorers.text.BATCH_TOKENS", 60)
+    monkeypatch.setitem(BATCH_TOKENS, "cpu", 60)
     assert torch.allclose(score(prompts, texts), alone, atol=1e-5)
 
 

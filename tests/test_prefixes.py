@@ -15,6 +15,7 @@ from transformers import (
 import train
 from minictrl.models import load_scorer
 from minictrl.scorers import classifier
+from minictrl.scorers.text import BATCH_TOKENS
 
 PROMPTS = ["The film", "A story of two men", "It", [{"role": "user", "content": "The film?"}]]
 TEXTS = [" is good, and long", "", " a", " was never so"]
@@ -35,7 +36,7 @@ def ragged(texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
                                    LlamaForSequenceClassification(LLAMA)],
                          ids=["gpt2", "llama"])  # fmt: skip
 def test_all_prefixes_in_one_pass_score_as_one_by_one(model, special, tmp_path, monkeypatch):
-    monkeypatch.setattr("minictrl.scorers.text.BATCH_TOKENS", 200)  # more than one batch
+    monkeypatch.setitem(BATCH_TOKENS, "cpu", 200)  # more than one batch
     score = load_scorer(save(tmp_path / "a", model, **special), "reward", device="cpu")
     tokens, mask = ragged(TEXTS)
     got = score.of_prefixes(PROMPTS, tokens, mask)

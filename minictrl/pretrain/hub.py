@@ -102,9 +102,7 @@ def train_pairs_task(
             f"(95 % interval {100 * low:.0f} to {100 * high:.0f}), trained on {len(part)}"
         )
         if low <= 0.5:
-            print(
-                f"{role}: it is not shown to have learned anything, because 50 % is chance"
-            )
+            print(f"{role}: it is not shown to have learned anything, because 50 % is chance")
     return result
 
 

@@ -19,7 +19,9 @@ from minictrl.lm.prompts import check_ids
 logging.set_verbosity_error()
 logging.disable_progress_bar()
 
-BATCH_TOKENS = 16_384  # tokens that a scorer reads at a time; halved when a GPU runs out of memory
+# Tokens that a scorer reads at a time: what a GPU fills (halved when it runs out of memory), and
+# what stays in a CPU's cache.
+BATCH_TOKENS = {"cuda": 16_384, "cpu": 4_096}
 
 
 def render(tokenizer, prompt: Prompt) -> str:
@@ -156,7 +158,7 @@ def by_length(
     if not lengths:
         return torch.zeros(0)
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    parts, budget, first = [], BATCH_TOKENS, 0
+    parts, budget, first = [], BATCH_TOKENS.get(device.type, BATCH_TOKENS["cpu"]), 0
     with resident(model, device):
         while first < len(order):
             rows = order[first : first + max(1, budget // max(1, lengths[order[first]]))]
