@@ -1,6 +1,6 @@
 """Inference-time win rates of trained policies against pi_ref, beside the theory's at the same KL.
 
-    python evaluate.py runs/reviews-exp10             # half a minute on two cores
+    python evaluate.py runs/reviews-exp10             # two minutes on two cores
     python evaluate.py runs/a runs/b --split train    # several, on the prompts they trained on
     python evaluate.py runs/a --judge NAME             # another judge's opinion
 
@@ -28,7 +28,7 @@ def read_arguments(argv=None) -> argparse.Namespace:
     )
     parser.add_argument("--prompts", type=int, default=200, help="how many prompts (default 200)")
     parser.add_argument(
-        "--samples", type=int, default=64, help="M, responses a prompt (default 64)"
+        "--samples", type=int, default=32, help="M, responses a prompt (default 32)"
     )
     for role in ("reward", "judge"):
         parser.add_argument(f"--{role}", help=f"another {role} model than the run's")

@@ -46,7 +46,7 @@ TASKS = {
         prompts=256,
         steps=45,
         layers=2,
-        lr=1e-3,
+        lr=7e-4,
         baseline="prefix",
     ),
     "helpful": CHAT
@@ -139,9 +139,9 @@ class Config:
         "its own policy, else all)",
         least=1,
     )
-    batch: int = setting(64, "prompts per step", least=1)
+    batch: int = setting(32, "prompts per step", least=1)
     G: int = setting(8, "samples per prompt in a step", least=1)
-    minibatch: int = setting(256, "responses per optimizer step", least=1)
+    minibatch: int = setting(128, "responses per optimizer step", least=1)
     micro_batch: int = setting(
         64, "responses per forward and backward pass; halved when a GPU runs out of memory", least=1
     )

@@ -185,7 +185,7 @@ def test_a_policy_and_prompts_of_ones_own_take_nothing_of_the_reviews(tmp_path):
     config = Config(policy="my/model").resolved()  # on the reviews' prompts
     assert (config.lr, config.layers, config.steps) == (OWN_POLICY["lr"], None, 45)
     config = Config(task="own.jsonl").resolved()  # the reviews' models on other prompts
-    assert (config.lr, config.layers, config.prompts) == (1e-3, 2, None)
+    assert (config.lr, config.layers, config.prompts) == (7e-4, 2, None)
 
 
 def test_lambda_is_1_with_a_value_head():

@@ -165,7 +165,8 @@ def test_eos_counts_and_nothing_after_it():
     assert not s.logprobs[s.mask == 0].any() and (s.logprobs[s.mask == 1] < 0).all()
     assert (s.tokens[s.mask == 0] == TOKENIZER.pad_token_id).all()
     b, m = ended.nonzero()[0].tolist()
-    assert s.texts[b][m] == TOKENIZER.decode(s.tokens[b, m, : lengths[b, m] - 1])
+    prompt, response = encode_prompts(TOKENIZER, PROMPTS)[b], s.tokens[b, m, : lengths[b, m] - 1]
+    assert TOKENIZER.decode([*prompt, *response]) == TOKENIZER.decode(prompt) + s.texts[b][m]
 
 
 @pytest.mark.parametrize("family", ["gpt2", "qwen2"])
