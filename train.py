@@ -1,6 +1,6 @@
 """InfAlign-CTRL (Algorithm 1): calibrate the reward, transform it, maximise it with a KL penalty.
 
-    python train.py --transform exp10                               # about 2 minutes on two cores
+    python train.py --transform exp10                               # about 4 minutes on two cores
     python train.py --transform exp-10 --procedure won --kl 0.5     # for Worst-of-4, half a nat
     python train.py --transform none                                # the usual RLHF, to compare
     python train.py --transform exp10 --method qrpo                 # offline, on reference samples
@@ -122,17 +122,21 @@ def train(config: Config, resume: bool):
         return 130
 
     save_policy(task.policy, task.tokenizer, out / "policy")
-    last = runs.read_metrics(out)[-1]
-    reached = ""
-    if method.online:
-        kl = f"KL {last['kl_ref']:.3f} ± {last['kl_ref_stderr']:.3f} nats"
-        reached = f", {kl}, C_hat {last['C_hat']:.3f}"
-        if config.kl and last["kl_ref"] > 2 * config.kl:
-            reached += f" (--kl {config.kl:g} was not held: a lower --lr than {config.lr:g} may)"
     print(
-        f"{out}: {config.steps} steps{reached}, beta {last['beta']:.4g}, "
-        f"{time.time() - start:.0f} s. Now: python evaluate.py {out}"
+        f"{summary(runs.read_metrics(out)[-1], config)}, {time.time() - start:.0f} s. "
+        f"Now: python evaluate.py {out}"
     )
+
+
+def summary(last: dict, config: Config) -> str:
+    """Where a run has ended. last: its last row of metrics.jsonl; offline methods have no KL."""
+    reached = f"{config.out}: {config.steps} steps, "
+    if last["kl_ref"] is not None:
+        kl = f"KL {last['kl_ref']:.3f} ± {last['kl_ref_stderr']:.3f} nats"
+        reached += f"{kl}, C_hat {last['C_hat']:.3f}, "
+        if config.kl and last["kl_ref"] > 2 * config.kl:
+            reached += f"--kl {config.kl:g} not held: try a lower --lr than {config.lr:g}, "
+    return f"{reached}beta {last['beta']:.4g}"
 
 
 def online(training, config, task, method, reference):

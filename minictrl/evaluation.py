@@ -81,30 +81,7 @@ def evaluate(
             each.scores["judge"] = score(judge, task.prompts, each.texts)
     kl, kl_stderr = mean_kl(policy, task, samples, config.micro_batch)
 
-    table, wins = [], {}
-    curve = curve_of(config, run)
-    for procedure, n in procedures(config, sizes, M):
-        shared = {
-            "kl": kl,
-            "kl_stderr": kl_stderr,
-            "theory": theory.at_kl(curve, kl, procedure, n) if curve.calibrated else None,
-            "optimal": theory.optimal_win_rate(kl, procedure, n),
-            "prompts": len(reward),
-            "samples": M,
-        }
-        for scorer in pi.scores:
-            each = win_rates(
-                pi.scores["reward"],
-                pi.scores[scorer],
-                pi_ref.scores["reward"],
-                pi_ref.scores[scorer],
-                procedure,
-                n,
-            )
-            win, stderr = mean_stderr(each)
-            row = {"procedure": procedure, "n": n, "scorer": scorer}
-            table.append(row | {"win_rate": win, "stderr": stderr} | shared)
-            wins[f"{procedure}-{n}-{scorer}"] = each
+    table, wins = table_of(config, pi, pi_ref, (kl, kl_stderr), curve_of(config, run), sizes)
     name = suffix(split, second)
     models = {role: getattr(config, role) for role in pi.scores}
     write_json(run / f"eval{name}.json", {"rows": table, "models": models})
@@ -116,6 +93,37 @@ def evaluate(
     with in_one_step(run / f"samples{name}.jsonl") as path:
         path.write_text(lines)
     return table
+
+
+def table_of(
+    config: Config,
+    pi: Scored,
+    pi_ref: Scored,
+    kl: tuple[float, float],
+    curve: Transform,
+    sizes: tuple[int, ...],
+) -> tuple[list[dict], dict[str, Tensor]]:
+    """The rows of eval.json, and each row's win rates (P,) by its name. kl: with its error."""
+    table, wins = [], {}
+    select, select_ref = pi.scores["reward"], pi_ref.scores["reward"]
+    P, M = select.shape
+    for procedure, n in procedures(config, sizes, M):
+        expected = theory.at_kl(curve, kl[0], procedure, n) if curve.calibrated else None
+        shared = {
+            "kl": kl[0],
+            "kl_stderr": kl[1],
+            "theory": expected,
+            "optimal": theory.optimal_win_rate(kl[0], procedure, n),
+            "prompts": P,
+            "samples": M,
+        }
+        for scorer, judge in pi.scores.items():
+            each = win_rates(select, judge, select_ref, pi_ref.scores[scorer], procedure, n)
+            win, stderr = mean_stderr(each)
+            row = {"procedure": procedure, "n": n, "scorer": scorer}
+            table.append(row | {"win_rate": win, "stderr": stderr} | shared)
+            wins[f"{procedure}-{n}-{scorer}"] = each
+    return table, wins
 
 
 def draw_reference(task: Task, config: Config, M: int) -> tuple[Tensor, list[list[str]]]:

@@ -109,29 +109,32 @@ def from_hub(loader, kind: str, name: str, *, new_head: bool = False, **options)
         return loaded
     if getattr(loaded[0], "_hf_peft_config_loaded", False):
         raise ValueError(adapter(kind, name))
-    if new_head:
-        return loaded[0].eval()
-    missing, unused = (sorted(loaded[1][key]) for key in ("missing_keys", "unexpected_keys"))
+    if not new_head:
+        check_weights(f"{kind} {name}", loader.__name__.removeprefix("AutoModelFor"), loaded[1])
+    return loaded[0]
+
+
+def check_weights(model: str, wanted: str, info: dict):
+    """Raises ValueError on weights that are missing, or of a head that is not read; warns of others
+    that are not read. info: transformers' loading info."""
+    missing, unused = (sorted(info[key]) for key in ("missing_keys", "unexpected_keys"))
     if missing:
         raise ValueError(
-            f"{kind} {name}: has no weights for "
-            f"{', '.join(missing[:3])}{' …' * (len(missing) > 3)}; give "
-            f"a model saved as {loader.__name__.removeprefix('AutoModelFor')}"
+            f"{model}: has no weights for "
+            f"{', '.join(missing[:3])}{' …' * (len(missing) > 3)}; give a model saved as {wanted}"
         )
-    wanted = loader.__name__.removeprefix("AutoModelFor")
     heads = [key for key in unused if key.split(".")[0] in HEADS]
     if heads:
         raise ValueError(
-            f"{kind} {name}: has weights for {', '.join(heads)}, which a {wanted} doesn't read; "
+            f"{model}: has weights for {', '.join(heads)}, which a {wanted} doesn't read; "
             'name its class in the "architectures" of its config.json (…ForSequenceClassification)'
         )
     if unused:
         warnings.warn(
-            f"{kind} {name}: {len(unused)} of its weights are not read, {unused[0]} among them; "
+            f"{model}: {len(unused)} of its weights are not read, {unused[0]} among them; "
             "does its config.json belong to them?",
-            stacklevel=2,
+            stacklevel=3,
         )
-    return loaded[0]
 
 
 def adapter(kind: str, name: str) -> str:
