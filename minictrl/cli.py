@@ -16,6 +16,14 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}; see --help\n")
 
 
+def program() -> str:
+    """What was run, as the user typed it: train.py, or python -m minictrl.bench."""
+    spec = sys.modules["__main__"].__spec__
+    if spec is None:
+        return Path(sys.argv[0]).name
+    return f"python -m {spec.name.removesuffix('.__main__')}"
+
+
 def run_script(main):
     """Run a script's main: bad input is one line on stderr and exit status 2, never a traceback."""
     for stream in (sys.stdout, sys.stderr):
@@ -28,12 +36,11 @@ def run_script(main):
     except (ValueError, OSError) as error:
         if isinstance(error, OSError) and error.filename:
             error = f"{error.filename}: {error.strerror}; give another path, or make room for it"
-        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        print(f"{program()}: error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print(
-            f"{Path(sys.argv[0]).name}: stopped; the same command (train.py: with --resume) goes "
-            "on",
+            f"{program()}: stopped; the same command (train.py: with --resume) goes on",
             file=sys.stderr,
         )
         sys.exit(130)

@@ -197,12 +197,11 @@ class Config:
         beta is not: it is the theory's (`budget.py`). Raises ValueError.
         """
         task = self._defaults()
-        self._need(
-            self.reward or task["reward"],
-            "reward",
-            "these prompts and this policy have none; give a hub name, a directory or FILE.py:NAME "
-            "(reviews: a film review's)",
-        )
+        if not (self.reward or task["reward"]):
+            raise ValueError(
+                "--reward is missing: these prompts and this policy have no reward model; give a "
+                "hub name, a directory or FILE.py:NAME (reviews: that of film reviews)"
+            )
         filled = {name: task[name] for name in task if getattr(self, name, 0) is None}
         method = get_method(self.method)
         self._need(

@@ -176,7 +176,7 @@ def test_a_missing_policy_is_looked_for_somewhere(tmp_path, monkeypatch):
 def test_a_policy_and_prompts_of_ones_own_take_nothing_of_the_reviews(tmp_path):
     from minictrl.config import OWN_POLICY, OWN_PROMPTS
 
-    with pytest.raises(ValueError, match="--reward None: these prompts and this policy have none"):
+    with pytest.raises(ValueError, match="--reward is missing: these prompts and this policy"):
         Config(task="own.jsonl", policy="my/model").resolved()
     config = Config(task="own.jsonl", policy="my/model", reward="my/reward").resolved()
     expected = OWN_POLICY | OWN_PROMPTS | {"reward": "my/reward", "judge": None}
