@@ -2,7 +2,7 @@
 
     python evaluate.py runs/reviews-exp10             # two minutes on two cores
     python evaluate.py runs/a runs/b --split train    # several, on the prompts they trained on
-    python evaluate.py runs/a --judge NAME             # another judge's opinion
+    python evaluate.py runs/a --judge NAME            # another judge's opinion
 
 Draws M responses a prompt from pi and from pi_ref. The reward model selects (Best-of-N, Worst-of-N,
 …), reward model and judge score; every N <= M comes from one draw by the exact U-statistic of

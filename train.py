@@ -91,7 +91,7 @@ def train(config: Config, resume: bool):
         check_prefix_rewards(task)
     judge = config.judge and load_scorer(config.judge, "judge", device=config.device)
     held_out = read_prompts(replace(config, prompts=None), "test", task.policy, task.tokenizer)
-    try_scorers([s for s in (task.reward, judge) if s], [*task.prompts, *held_out[0]])
+    try_scorers([task.reward, judge], [*task.prompts, *held_out[0]])
     made_from = runs.digests_of(config, task, judge)
     freeze(task.policy, config.layers)
     if resume:

@@ -21,13 +21,13 @@ BASELINES = ("prefix", "value", "loo")
 HUB = {"folder": None, "train": "train", "test": "test", "skip_bad": True}
 HH = HUB | {"name": "Anthropic/hh-rlhf"}
 
-CHAT = dict(
+# Lengths and steps of chats, and of prompts of which nothing is known.
+LONG = dict(max_prompt_tokens=512, max_new_tokens=256, steps=200)
+
+CHAT = LONG | dict(
     reward="Skywork/Skywork-Reward-V2-Qwen3-0.6B",
     judge="Skywork/Skywork-Reward-V2-Llama-3.2-1B",
-    max_prompt_tokens=512,
-    max_new_tokens=256,
     prompts=1000,
-    steps=200,
     lr=1e-6,
 )  # what the tasks on HH's chats share
 
@@ -70,9 +70,7 @@ TASKS = {
 # What follows from a policy of one's own, and with it a file of prompts: nothing of the reviews'.
 # The learning rate is a guess; None: all blocks, all prompts.
 OWN_POLICY = dict(layers=None, lr=1e-5)
-OWN_PROMPTS = dict(
-    reward=None, judge=None, max_prompt_tokens=512, max_new_tokens=256, prompts=None, steps=200
-)
+OWN_PROMPTS = LONG | dict(reward=None, judge=None, prompts=None)
 
 
 def is_run(stored) -> bool:

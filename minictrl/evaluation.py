@@ -67,7 +67,7 @@ def evaluate(
     task = load_task(config, split)
     judge = config.judge and load_scorer(config.judge, "judge", device=device)
     runs.check_made_from(run, config, runs.digests_of(config, task, judge), but=second)
-    try_scorers([scorer for scorer in (task.reward, judge) if scorer], task.prompts)
+    try_scorers([task.reward, judge], task.prompts)
     policy, _ = load_policy(str(run / "policy"))
     policy.to(task.ids.device)
     reward_ref, texts_ref = draw_reference(task, config, M)

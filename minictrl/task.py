@@ -86,11 +86,14 @@ def read_prompts(
     return prompts, texts, encoded
 
 
-def try_scorers(scorers: list[Callable], prompts: list) -> None:
-    """One text a scorer for each pattern of roles among the prompts: what fails, fails now."""
+def try_scorers(scorers: list[Callable | None], prompts: list) -> None:
+    """One text a scorer for each pattern of roles among the prompts: what fails, fails now.
+
+    scorers: None stands for one that a run doesn't have.
+    """
     patterns = {
         "text" if isinstance(prompt, str) else tuple(m["role"] for m in prompt): prompt
         for prompt in prompts
     }
-    for scorer in scorers:
+    for scorer in filter(None, scorers):
         scorer(list(patterns.values()), ["."] * len(patterns))

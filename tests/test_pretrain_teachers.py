@@ -85,12 +85,12 @@ def test_a_fit_that_was_stopped_ends_where_it_would_have(tmp_path, monkeypatch):
             return (model(x) - y).square().sum()
 
         options = dict(epochs=2, batch=8, micro_batch=8, lr=1e-2, seed=0)
-        options["checkpoint"] = tmp_path / f"{stop}"
+        out = tmp_path / f"{stop}"
         if stop:
             with pytest.raises(KeyboardInterrupt):
-                hub.fit(model, rows, loss, "x", **options)
+                hub.fit(model, rows, loss, out, **options)
             torch.manual_seed(9)
-        hub.fit(model, rows, loss, "x", **options)
+        hub.fit(model, rows, loss, out, **options)
         return torch.cat([p.detach().flatten() for p in model.parameters()])
 
     assert torch.equal(trained(None), trained(6))

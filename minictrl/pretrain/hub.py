@@ -85,10 +85,8 @@ def train_pairs_task(
     claim(out, settings)
     result = {}
     if name is not None and not (out / "policy" / "config.json").is_file():
-        checkpoint = out / "policy.checkpoint"
-        result["sft_nll"] = sft(model.to(place), tokenizer, *rows, checkpoint=checkpoint, **options)
-        save_policy(model.cpu(), tokenizer, out / "policy")
-        checkpoint.unlink(missing_ok=True)
+        result["sft_nll"] = sft(model.to(place), tokenizer, *rows, out / "policy", **options)
+        save_fitted(model.cpu(), tokenizer, out / "policy")
     start = base or str(out / "policy")
     for half, role in enumerate(("reward", "judge")):
         part = [pair for pair in train if crc32(json.dumps(pair[0]).encode()) % 2 == half]
@@ -128,7 +126,7 @@ def sft_rows(tokenizer, pairs: list[Pair]) -> list[tuple[list[int], list[int]]]:
     return answer_rows(tokenizer, answers)
 
 
-def sft(model: nn.Module, tokenizer, train: list, held_out: list, **options) -> float:
+def sft(model: nn.Module, tokenizer, train: list, held_out: list, out: Path, **options) -> float:
     """Fit the chosen answers (`sft_rows`) in place; nats per token of the held-out ones afterwards,
     EOS included.
     """
@@ -138,7 +136,7 @@ def sft(model: nn.Module, tokenizer, train: list, held_out: list, **options) -> 
         return -(answer_logprobs(model, tokenizer, part) / lengths).sum()
 
     before = mean(loss, held_out, options["micro_batch"])
-    fit(model, train, loss, "sft", **options)
+    fit(model, train, loss, out, **options)
     after = mean(loss, held_out, options["micro_batch"])
     print(
         f"policy: {after:.3f} nats a token of {len(held_out)} held-out answers, {before:.3f} before"
@@ -193,12 +191,10 @@ def bradley_terry(
 
     held_out = rows(test)
     before = mean(loss, held_out, options["micro_batch"])
-    checkpoint = out.with_name(f"{out.name}.checkpoint")
-    fit(model, rows(train), loss, out.name, checkpoint=checkpoint, **options)
+    fit(model, rows(train), loss, out, **options)
     after = mean(loss, held_out, options["micro_batch"])
     print(f"{out.name}: {after:.3f} nats a held-out pair, {before:.3f} before, log 2 = 0.693")
-    save_policy(model.cpu(), tokenizer, out)
-    checkpoint.unlink(missing_ok=True)
+    save_fitted(model.cpu(), tokenizer, out)
 
 
 def load_start(start: str, frozen: int = 0) -> tuple[nn.Module, object]:
@@ -234,7 +230,7 @@ def fit(
     model: nn.Module,
     rows: list,
     loss: Callable[[list], Tensor],
-    name: str,
+    out: Path,
     *,
     epochs: int,
     batch: int,
@@ -242,14 +238,13 @@ def fit(
     lr: float,
     seed: int,
     weight_decay: float = 0.0,
-    checkpoint: Path | None = None,
 ):
     """AdamW on loss(rows), a sum over them, in random batches of similar length; bfloat16 autocast
     on a GPU.
 
-    checkpoint: a file that is written every few minutes, and from which an interrupted call goes
-    on. Out of GPU memory, a batch is tried again in smaller micro-batches. Raises ValueError if one
-    row alone doesn't fit.
+    out: where `save_fitted` will put the model. Beside it a checkpoint is written every few
+    minutes, from which an interrupted call goes on. Out of GPU memory, a batch is tried again in
+    smaller micro-batches. Raises ValueError if one row alone doesn't fit.
     """
     gpu = model.device.type == "cuda"
     if gpu:
@@ -260,11 +255,12 @@ def fit(
     rng = random.Random(seed)
     schedule = [chunk for _ in range(epochs) for chunk in shuffled(rows, batch, rng)]
     model.train()
+    checkpoint = checkpoint_of(out)
     first, saved = resume(checkpoint, model, optimizer), time.monotonic()
-    for step, chunk in enumerate(bar := tqdm(schedule, name, disable=None)):
+    for step, chunk in enumerate(bar := tqdm(schedule, out.name, disable=None)):
         if step < first:
             continue
-        if checkpoint and time.monotonic() - saved > SAVE_SECONDS:
+        if time.monotonic() - saved > SAVE_SECONDS:
             save_step(checkpoint, model, optimizer, step)
             saved = time.monotonic()
         optimizer.param_groups[0]["lr"] = lr * min(1, (step + 1) / 20) * (1 - step / len(schedule))
@@ -286,11 +282,21 @@ def fit(
     model.eval()
 
 
-def resume(checkpoint: Path | None, model: nn.Module, optimizer) -> int:
+def checkpoint_of(out: Path) -> Path:
+    return out.with_name(f"{out.name}.checkpoint")
+
+
+def save_fitted(model: nn.Module, tokenizer, out: Path):
+    """The model as a directory; the checkpoint of its `fit` has had its day."""
+    save_policy(model, tokenizer, out)
+    checkpoint_of(out).unlink(missing_ok=True)
+
+
+def resume(checkpoint: Path, model: nn.Module, optimizer) -> int:
     """Weights, optimizer and dropout's generator as `save_step` left them; the step to go on with,
     0 without a file.
     """
-    if checkpoint is None or not checkpoint.is_file():
+    if not checkpoint.is_file():
         return 0
     state = torch.load(checkpoint, map_location=model.device)
     model.load_state_dict(state["model"])

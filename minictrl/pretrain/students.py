@@ -23,11 +23,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from minictrl.models import load_policy, load_scorer, save_policy
-from minictrl.pretrain.hub import fit
+from minictrl.models import load_policy, load_scorer
+from minictrl.pretrain.hub import fit, load_start, save_fitted
 from minictrl.pretrain.packages import minilm
 from minictrl.pretrain.ratings import halves, split_of
-from minictrl.pretrain.teachers import SHARPNESS, fit_scorer, load_start, report_accuracy
+from minictrl.pretrain.teachers import SHARPNESS, fit_scorer, report_accuracy
 from minictrl.pretrain.text import TEMPERATURE
 from minictrl.pretrain.vocabulary import prune
 
@@ -70,7 +70,6 @@ def train_students(
                 f"{step}: {report_accuracy(load_scorer(str(out / step), step), reviews)}",
                 flush=True,
             )
-        (out / f"{step}.checkpoint").unlink(missing_ok=True)
 
 
 # --- what the policy teacher says ---
@@ -245,16 +244,15 @@ def train_student_policy(
         model,
         rows,
         loss,
-        out.name,
+        out,
         epochs=epochs,
         batch=batch,
         micro_batch=max(1, batch // 4),
         lr=lr,
         seed=seed,
         weight_decay=0.1,
-        checkpoint=out.with_name(f"{out.name}.checkpoint"),
     )
-    save_policy(model.half(), tokenizer, out)
+    save_fitted(model.half(), tokenizer, out)
 
 
 # --- reward model and judge ---
@@ -294,7 +292,7 @@ def train_student_scorer(
         lr=1e-3 if causal else 2e-4,
         seed=seed,
     )
-    save_policy(model.half(), tokenizer, out)
+    save_fitted(model.half(), tokenizer, out)
 
 
 def labels_of(

@@ -18,9 +18,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from minictrl.models import load_policy, load_scorer, save_policy
+from minictrl.models import load_policy, load_scorer
 from minictrl.pretrain.english import nats_per_word
-from minictrl.pretrain.hub import answer_logprobs, answer_rows, fit, load_start
+from minictrl.pretrain.hub import answer_logprobs, answer_rows, fit, load_start, save_fitted
 from minictrl.pretrain.packages import minilm, smollm2
 from minictrl.pretrain.preferences import bradley_terry_loss, pair_accuracy
 from minictrl.pretrain.ratings import cuts, halves, split_of
@@ -61,7 +61,6 @@ def train_teachers(
             )
         else:
             prune_policy(reviews, out / "policy", out / "pruned", VOCABULARY)
-        (out / f"{step}.checkpoint").unlink(missing_ok=True)
 
 
 # --- policy ---
@@ -93,19 +92,8 @@ def train_policy_teacher(
     def loss(part: list) -> Tensor:
         return -answer_logprobs(model, tokenizer, part).sum() / tokens
 
-    fit(
-        model,
-        rows,
-        loss,
-        "policy",
-        epochs=1,
-        batch=batch,
-        micro_batch=8,
-        lr=lr,
-        seed=seed,
-        checkpoint=out.with_name("policy.checkpoint"),
-    )
-    save_policy(model.cpu(), tokenizer, out)
+    fit(model, rows, loss, out, epochs=1, batch=batch, micro_batch=8, lr=lr, seed=seed)
+    save_fitted(model.cpu(), tokenizer, out)
     after = nats_per_word(model, tokenizer, held_out)
     print(
         f"policy: {after[0]:.2f} ± {after[1]:.2f} nats a word of {len(held_out)} held-out "
@@ -147,7 +135,7 @@ def train_scorer(
         lr=lr,
         seed=seed,
     )
-    save_policy(model.cpu(), tokenizer, out)
+    save_fitted(model.cpu(), tokenizer, out)
     print(f"{out.name}: {report_accuracy(load_scorer(str(out), out.name), reviews)}", flush=True)
 
 
@@ -182,18 +170,7 @@ def fit_scorer(
         labels = torch.tensor([label for _, (label,) in part], device=r.device)
         return bradley_terry_loss(r, labels, sharpness) * len(part)
 
-    fit(
-        model,
-        rows,
-        loss,
-        out.name,
-        epochs=epochs,
-        batch=batch,
-        micro_batch=batch,
-        lr=lr,
-        seed=seed,
-        checkpoint=out.with_name(f"{out.name}.checkpoint"),
-    )
+    fit(model, rows, loss, out, epochs=epochs, batch=batch, micro_batch=batch, lr=lr, seed=seed)
 
 
 def report_accuracy(score: Callable, reviews: list[dict]) -> str:

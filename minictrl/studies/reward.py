@@ -17,9 +17,10 @@ from torch import Tensor
 
 from minictrl.calibration import calibrated_reward
 from minictrl.figures import KL, WIN_RATE, errorbars, panels
-from minictrl.models import load_scorer, model_of, save_policy
+from minictrl.models import load_scorer, model_of
+from minictrl.pretrain.hub import load_start, save_fitted
 from minictrl.pretrain.ratings import halves, load_ratings, split_of
-from minictrl.pretrain.teachers import SHARPNESS, fit_scorer, load_start
+from minictrl.pretrain.teachers import SHARPNESS, fit_scorer
 from minictrl.rollout import score
 from minictrl.studies.sweep import judged, reference, shown, sweep
 from minictrl.studies.tables import Rows, column, mean_stderr, points, where, zipped
@@ -127,8 +128,7 @@ def reward_models(out: Path, quick: bool, reviews: list) -> dict[str, str]:
             model, tokenizer = load_start(model_of("reviews", "policy"))
             options = dict(sharpness=SHARPNESS, epochs=1 if quick else 3, lr=1e-3)
             fit_scorer(model, tokenizer, texts, labels, folder, **options)
-            save_policy(model, tokenizer, folder)
-            folder.with_name(f"{name}.checkpoint").unlink(missing_ok=True)
+            save_fitted(model, tokenizer, folder)
     return folders
 
 
