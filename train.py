@@ -72,7 +72,7 @@ def train(config: Config, resume: bool):
     from minictrl import runs
     from minictrl.budget import Budget
     from minictrl.methods import get_method
-    from minictrl.models import load_scorer, save_policy
+    from minictrl.models import save_policy
     from minictrl.rollout import (
         check_prefix_rewards,
         check_sampler,
@@ -80,7 +80,7 @@ def train(config: Config, resume: bool):
         reference_samples,
     )
     from minictrl.sampling import NotFinite
-    from minictrl.task import load_task, read_prompts, try_scorers
+    from minictrl.task import load_task, read_prompts, scorer_of, try_scorers
     from minictrl.update import freeze, make_learner
 
     # Whatever can be wrong with the input is found here, before the first sample is drawn.
@@ -89,7 +89,7 @@ def train(config: Config, resume: bool):
     task = load_task(config, "train")
     if method.online and config.baseline == "prefix":
         check_prefix_rewards(task)
-    judge = config.judge and load_scorer(config.judge, "judge", device=config.device)
+    judge = scorer_of(config, "judge")
     held_out = read_prompts(replace(config, prompts=None), "test", task.policy, task.tokenizer)
     try_scorers([task.reward, judge], [*task.prompts, *held_out[0]])
     made_from = runs.digests_of(config, task, judge)

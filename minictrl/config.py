@@ -21,6 +21,9 @@ BASELINES = ("prefix", "value", "loo")
 HUB = {"folder": None, "train": "train", "test": "test", "skip_bad": True}
 HH = HUB | {"name": "Anthropic/hh-rlhf"}
 
+# Files that `--task` takes beside .jsonl, as `datasets` calls their kind.
+FORMATS = {".json": "json", ".csv": "csv", ".parquet": "parquet"}
+
 # Lengths and steps of chats, and of prompts of which nothing is known.
 LONG = dict(max_prompt_tokens=512, max_new_tokens=256, steps=200)
 
@@ -73,6 +76,26 @@ OWN_POLICY = dict(layers=None, lr=1e-5)
 OWN_PROMPTS = LONG | dict(reward=None, judge=None, prompts=None)
 
 
+DATA_RULE = (
+    f'use one of {", ".join(TASKS)}; or a file ({", ".join([".jsonl", *FORMATS])}) with a "prompt" '
+    "in each row, a directory of `datasets`, or ORG/NAME on the hub"
+)
+
+
+def is_data(name: str) -> bool:
+    """Whether this can be a user's data, as far as its name tells."""
+    path = Path(name)
+    return path.suffix in (".jsonl", *FORMATS) or "/" in name or path.is_dir()
+
+
+def is_object(text: str | None) -> bool:
+    """Whether this is an object in JSON, or None."""
+    try:
+        return text is None or isinstance(json.loads(text), dict)
+    except ValueError:
+        return False
+
+
 def is_run(stored) -> bool:
     """Whether this is a run's config.json: a model's directory has one too."""
     return isinstance(stored, dict) and {"task", "method"} <= set(stored)
@@ -85,7 +108,22 @@ def setting(default, text: str, **rules):
 
 @dataclass(frozen=True)
 class Config:
-    task: str = setting("reviews", f"{', '.join(TASKS)}, or a .jsonl file of prompts")
+    task: str = setting(
+        "reviews",
+        f"{', '.join(TASKS)}; or prompts of your own: a file ({', '.join(['.jsonl', *FORMATS])}), "
+        "a directory of `datasets`, or a data set on the hub (ORG/NAME)",
+    )
+    column: str | None = setting(
+        None,
+        "where prompts of your own are (default: prompt, messages or conversations, the first that "
+        "a row has)",
+    )
+    template_args: str | None = setting(
+        None,
+        "what the policy's chat template takes beside the messages, in JSON: "
+        '{"enable_thinking": false}',
+    )
+    data_split: str = setting("train", "the split of a data set of your own that is read")
     transform: str | None = setting(
         None,
         "Phi: identity, log, exp<t>, bon_fp, won_fp, optimal; of the raw reward: none (the usual "
@@ -173,12 +211,8 @@ class Config:
                 self._need(0 < value < float("inf"), f.name, "use a positive number")
         self._need(self.transform != "", "transform", "give a name, or leave it out")
         self._need(abs(self.seed) < 2**40, "seed", "use a number of at most 40 bits")
-        known = ", ".join(TASKS)
-        self._need(
-            self.task in TASKS or self.task.endswith(".jsonl"),
-            "task",
-            f'use one of {known}, or a .jsonl file with a "prompt" per line',
-        )
+        self._need(self.task in TASKS or is_data(self.task), "task", DATA_RULE)
+        self._need(is_object(self.template_args), "template_args", "give an object in JSON")
         both = self.kl is not None and self.beta is not None
         self._need(not both, "beta", f"give --kl or --beta, not both (--kl is {self.kl})")
         self._need(self.lam is None or 0 <= self.lam <= 1, "lam", "use a number from 0 to 1")

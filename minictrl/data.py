@@ -1,8 +1,8 @@
-"""A task's name or a .jsonl file -> prompts.
+"""A task's name or a user's data -> prompts, each with the other columns of its row.
 
 A prompt is text, which the policy continues as it stands, or a list of chat messages {"role",
-"content"}, which it answers. Public data sets (`data` and `pairs` of an entry of TASKS) are read
-with `datasets`, from the hub or a local copy (`hub.py`).
+"content"}, which it answers. All but .jsonl is read with `datasets`: other files, its own
+directories, and what is on the hub or in a local copy of it (`hub.py`).
 """
 
 from __future__ import annotations
@@ -11,41 +11,53 @@ import json
 import re
 import warnings
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
-from minictrl.config import TASKS
+from minictrl.config import DATA_RULE, FORMATS, HUB, TASKS, is_data
 from minictrl.lm.hub import hub_name, unreachable
 
 ASSETS = Path(__file__).parent / "assets"
+NAMES = ("prompt", "messages", "conversations")  # columns that a prompt may be in
+SHAREGPT = {"human": "user", "gpt": "assistant"}  # its roles
 Prompt = str | list[dict]
 
 
-def load_prompts(task_or_file: str, split: str = "train") -> list[Prompt]:
-    """The prompts of a task or of a .jsonl file, in a fixed order, each once.
+def load_prompts(
+    task_or_data: str, split: str = "train", *, column: str | None = None, data_split: str = "train"
+) -> list[Prompt]:
+    """The prompts of a task or of a user's data, in a fixed order, each once.
 
     split: "train" for calibration and RL, "test" for evaluation; no prompt is in both. Every tenth
-    prompt of a file is "test". Raises ValueError on an unknown task or split, data that can't be
-    read, and a bad line, naming its number.
+    prompt of a user's data is "test". column, data_split: where a user's prompts are
+    (`Config.column`). Raises ValueError on an unknown task or split, data that can't be read, and a
+    bad line, naming its number.
     """
+    return [row[0] for row in load_rows(task_or_data, split, column=column, data_split=data_split)]
+
+
+def load_rows(
+    task_or_data: str, split: str, *, column: str | None = None, data_split: str = "train"
+) -> list[tuple[Prompt, dict]]:
+    """(prompt, the other columns of its row) of each prompt, as `load_prompts`."""
     check_split(split)
-    task_or_file = str(task_or_file)
-    if task_or_file.endswith(".jsonl"):
-        prompts = unique(convert(read_jsonl(Path(task_or_file)), prompt_of))
-        if len(prompts) < 10:
+    name = str(task_or_data)
+    if name not in TASKS:
+        rows = unique(convert(read_own(name, data_split), partial(row_of, column=column)))
+        if len(rows) < 10:
             raise ValueError(
-                f"{task_or_file} has {len(prompts)} prompts: give at least 10, every tenth for "
-                "evaluation"
+                f"{name} has {len(rows)} prompts: give at least 10, every tenth for evaluation"
             )
-        return [prompt for i, prompt in enumerate(prompts) if (i % 10 == 9) == (split == "test")]
-    source = task(task_or_file).get("data")
+        return [row for i, row in enumerate(rows) if (i % 10 == 9) == (split == "test")]
+    source = TASKS[name].get("data")
     if source is None:
-        return json.loads((ASSETS / "prompts.json").read_text())[split]
-    train = unique(convert(read_hub(source, "train"), prompt_of, skip_bad=source["skip_bad"]))
+        return [(prompt, {}) for prompt in json.loads((ASSETS / "prompts.json").read_text())[split]]
+    train = unique(convert(read_hub(source, "train"), row_of, skip_bad=source["skip_bad"]))
     if split == "train":
         return train
-    seen = {json.dumps(prompt) for prompt in train}
-    test = unique(convert(read_hub(source, "test"), prompt_of, skip_bad=source["skip_bad"]))
-    return [prompt for prompt in test if json.dumps(prompt) not in seen]
+    seen = {key(prompt) for prompt, _ in train}
+    test = unique(convert(read_hub(source, "test"), row_of, skip_bad=source["skip_bad"]))
+    return [row for row in test if key(row[0]) not in seen]
 
 
 def check_split(split: str):
@@ -53,13 +65,16 @@ def check_split(split: str):
         raise ValueError(f"unknown split {split!r}: use train or test")
 
 
-def task(name: str) -> dict:
-    if name not in TASKS:
-        raise ValueError(f"unknown task {name!r}: use one of {', '.join(TASKS)}, or a .jsonl file")
-    return TASKS[name]
-
-
 # --- rows of a file or a data set: (where, row) ---
+
+
+def read_own(name: str, data_split: str = "train") -> Iterable[tuple[str, object]]:
+    """The rows of a user's file, directory or data set on the hub."""
+    if not is_data(name):
+        raise ValueError(f"unknown task {name!r}: {DATA_RULE}")
+    if name.endswith(".jsonl"):
+        return read_jsonl(Path(name))
+    return read_hub(HUB | {"name": name, "train": data_split}, "train")
 
 
 def read_jsonl(path: Path) -> Iterable[tuple[str, object]]:
@@ -83,7 +98,8 @@ def read_jsonl(path: Path) -> Iterable[tuple[str, object]]:
 
 
 def read_hub(source: dict, split: str) -> Iterable[tuple[str, dict]]:
-    """The rows of a data set on the hub, or of a local copy of it (`hub.py`)."""
+    """The rows of a file, of a directory of `datasets`, or of a data set on the hub or in a local
+    copy of it (`hub.py`)."""
     try:
         import datasets
     except ImportError:
@@ -93,8 +109,14 @@ def read_hub(source: dict, split: str) -> Iterable[tuple[str, dict]]:
     datasets.disable_progress_bars()
     name, part = hub_name(source["name"]), source[split]
     where = f"{name}{'/' + source['folder'] if source['folder'] else ''}, {part}"
+    saved, suffix = Path(name, "dataset_dict.json").is_file(), Path(name).suffix
     try:
-        rows = datasets.load_dataset(name, data_dir=source["folder"], split=part)
+        if suffix in FORMATS:
+            rows = datasets.load_dataset(FORMATS[suffix], data_files=name, split="train")
+        elif saved or Path(name, "state.json").is_file():
+            rows = datasets.load_from_disk(f"{name}/{part}" if saved else name)
+        else:
+            rows = datasets.load_dataset(name, data_dir=source["folder"], split=part)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise ValueError(unreachable("data set", name, error)) from None
     return ((f"{where} row {number}", row) for number, row in enumerate(rows, 1))
@@ -124,20 +146,44 @@ def convert(
     return good
 
 
-def prompt_of(row) -> Prompt:
-    """The prompt of a row: its "prompt", its "messages", or what comes before the last answer of
-    HH's "chosen".
+def row_of(row, column: str | None = None) -> tuple[Prompt, dict]:
+    """(prompt, the other columns) of a row."""
+    prompt = prompt_of(row, column)
+    return prompt, {name: value for name, value in row.items() if name not in (*NAMES, column)}
+
+
+def prompt_of(row, column: str | None = None) -> Prompt:
+    """The prompt of a row: what its column holds, or the first of NAMES that it has, or what comes
+    before the last answer of HH's "chosen". Of a conversation that ends with an answer, what comes
+    before it.
     """
     row = row if isinstance(row, dict) else {}
-    if "prompt" not in row and isinstance(row.get("chosen"), str):
+    if column is None:
+        column = next((name for name in NAMES if row.get(name) is not None), None)
+    if column is None and isinstance(row.get("chosen"), str):
         return parse_hh(row["chosen"])[:-1]
-    prompt = row.get("prompt", row.get("messages"))
+    prompt = row.get(column)
+    if isinstance(prompt, list):
+        prompt = [message(m) for m in prompt]
+        if column != "prompt" and prompt and prompt[-1]["role"] == "assistant":
+            prompt.pop()
     if is_prompt(prompt):
         return prompt
     raise ValueError(
-        'give "prompt", a text that is not empty, or "messages", a list of {"role": system, user '
-        f'or assistant, "content": …}} that ends with the user\'s; it holds {str(row)[:80]}'
+        f'give "{column or "prompt"}", a text that is not empty, or "messages" (ShareGPT\'s '
+        '"conversations"), a list of {"role": system, user or assistant, "content": …} that ends '
+        f"with the user's, or name the column (--column); it holds {str(row)[:80]}"
     )
+
+
+def message(m) -> dict:
+    """{"role", "content"} of a chat message as people have it: ShareGPT's names, parts of text."""
+    m = m if isinstance(m, dict) else {}
+    role, content = m.get("role") or m.get("from"), m.get("content") or m.get("value")
+    if isinstance(content, list):  # of {"type": "text", "text": …}
+        parts = [part.get("text") if isinstance(part, dict) else part for part in content]
+        content = "".join(parts) if all(isinstance(part, str) for part in parts) else None
+    return {"role": SHAREGPT.get(role, role), "content": content}
 
 
 def parse_hh(text: str) -> list[dict]:
@@ -179,5 +225,16 @@ def is_prompt(value) -> bool:
     )
 
 
-def unique(prompts: Iterable[Prompt]) -> list[Prompt]:
-    return list({json.dumps(prompt): prompt for prompt in prompts}.values())
+def key(prompt: Prompt) -> str:
+    """A prompt as a key of dicts."""
+    if not isinstance(prompt, str):
+        prompt = [[m["role"], m["content"]] for m in prompt]
+    return json.dumps(prompt)
+
+
+def unique(rows: Iterable[tuple]) -> list[tuple]:
+    """The first row of each prompt, which is what a row begins with."""
+    first = {}
+    for row in rows:
+        first.setdefault(key(row[0]), row)
+    return list(first.values())

@@ -22,10 +22,10 @@ from minictrl.config import Config
 from minictrl.files import in_one_step, write_json
 from minictrl.lm.device import halving
 from minictrl.lm.logprobs import response_logits
-from minictrl.models import load_policy, load_scorer
+from minictrl.models import load_policy
 from minictrl.rollout import batch_of, reference_samples, sample_and_score, score
 from minictrl.sampling import Samples, texts_of
-from minictrl.task import Task, load_task, try_scorers
+from minictrl.task import Task, load_task, scorer_of, try_scorers
 from minictrl.transforms import Transform, get_transform
 from minictrl.winrate import mean_stderr, win_rates
 
@@ -65,7 +65,7 @@ def evaluate(
         prompts = min(prompts, config.prompts or prompts)  # those it was trained on
     config = replace(config, prompts=prompts, device=device, **second)
     task = load_task(config, split)
-    judge = config.judge and load_scorer(config.judge, "judge", device=device)
+    judge = scorer_of(config, "judge")
     runs.check_made_from(run, config, runs.digests_of(config, task, judge), but=second)
     try_scorers([task.reward, judge], task.prompts)
     policy, _ = load_policy(str(run / "policy"))

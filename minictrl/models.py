@@ -115,13 +115,18 @@ def save_policy(model: nn.Module, tokenizer, path: Path):
 
 
 def load_scorer(
-    name_or_path: str, role: str, *, device: str | torch.device = "auto"
+    name_or_path: str,
+    role: str,
+    *,
+    device: str | torch.device = "auto",
+    columns: dict[str, dict] | None = None,
 ) -> Callable[[list, list], Tensor]:
     """score(prompts, texts) -> Tensor (B,), float32 on the CPU, of a reward model or a judge;
     higher is better.
 
     role: "reward" or "judge". name_or_path: a task's; FILE.py:NAME, a function
-    (prompts, texts) -> B numbers; or a hub name or a directory, of a sequence
+    (prompts, texts, **columns) -> B numbers, where columns are the other fields of the prompts'
+    rows (data.key(prompt) -> fields); or a hub name or a directory, of a sequence
     classifier with one label (NAME#LABEL: the log-odds of one label of several), or of a causal LM,
     whose score is the log-odds of Yes against No as the next token after judge.QUESTION. Prompts
     may be chat messages; the scorer's own chat template is used if it has one. Raises ValueError on
@@ -135,7 +140,7 @@ def load_scorer(
         raise ValueError(f"unknown role {role!r}: use reward or judge")
     name, of_prefixes = model_of(name_or_path, role), None
     if ".py:" in name:
-        model, evaluate = load_function(name, role)
+        model, evaluate = load_function(name, role, columns or {})
         tokenizer, options = None, ()
     else:
         device = resolve_device(device) if isinstance(device, str) else device

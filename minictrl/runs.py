@@ -27,10 +27,9 @@ import minictrl
 from minictrl.batch import Batch
 from minictrl.budget import Budget
 from minictrl.config import Config, is_run
-from minictrl.data import load_prompts
 from minictrl.files import finite, in_one_step, write_json
 from minictrl.reference import digest
-from minictrl.task import Task
+from minictrl.task import Task, rows_of
 from minictrl.update import Learner
 
 MARKER = ".minictrl"  # the file that says that a directory is ours to delete
@@ -172,7 +171,7 @@ def commit_of(folder: Path) -> str | None:
 
 def digests_of(config: Config, task: Task, judge: Callable | None) -> dict[str, str | None]:
     """What a run's numbers depend on: a digest each of policy, reward model, judge and prompts."""
-    prompts = [load_prompts(config.task, split) for split in ("train", "test")]
+    prompts = [[prompt for prompt, _ in rows_of(config, split)] for split in ("train", "test")]
     return {
         "policy": task.digest,
         "reward": task.reward.digest,

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 from torch import Tensor, nn
 
 from minictrl.config import Config
-from minictrl.data import load_prompts
+from minictrl.data import Prompt, key, load_rows
 from minictrl.lm.device import resolve_device
 from minictrl.lm.identity import config_of, tokenizer_of
 from minictrl.lm.prompts import check_ids, check_lengths, encode_prompts, eos_ids, left_pad
@@ -48,8 +50,29 @@ def load_task(config: Config, split: str) -> Task:
     prompts, texts, encoded = read_prompts(config, split, model, tokenizer)
     model.to(resolve_device(config.device))
     ids, mask = left_pad(encoded, tokenizer.pad_token_id, model.device)
-    reward = load_scorer(config.reward, "reward", device=config.device)
+    reward = scorer_of(config, "reward")
     return Task(model, tokenizer, reward, prompts, texts, ids, mask, config.max_new_tokens)
+
+
+def rows_of(config: Config, split: str) -> list[tuple[Prompt, dict]]:
+    """A run's prompts, each with the other columns of its row."""
+    return load_rows(config.task, split, column=config.column, data_split=config.data_split)
+
+
+def scorer_of(config: Config, role: str) -> Callable | None:
+    """A run's reward model or judge; a function gets the columns of the prompts. None: no judge."""
+    name, columns = getattr(config, role), {}
+    if name is None:
+        return None
+    if ".py:" in name:
+        rows = rows_of(config, "train") + rows_of(config, "test")
+        columns = {key(prompt): row for prompt, row in rows}
+    return load_scorer(name, role, device=config.device, columns=columns)
+
+
+def text_of(config: Config, tokenizer, prompt: Prompt) -> str:
+    """A prompt as the policy reads it."""
+    return render(tokenizer, prompt, **json.loads(config.template_args or "{}"))
 
 
 def read_prompts(
@@ -61,10 +84,10 @@ def read_prompts(
     user's, so they raise ValueError.
     """
     prompts, texts, encoded = [], [], []
-    for prompt in load_prompts(config.task, split):
-        text = render(tokenizer, prompt)
+    for prompt, _ in rows_of(config, split):
+        text = text_of(config, tokenizer, prompt)
         ids = encode_prompts(tokenizer, [text])[0]
-        if len(ids) <= config.max_prompt_tokens or config.task.endswith(".jsonl"):
+        if len(ids) <= config.max_prompt_tokens or Path(config.task).exists():
             prompts.append(prompt)
             texts.append(text)
             encoded.append(ids)
@@ -79,6 +102,12 @@ def read_prompts(
         warnings.warn(
             f"--prompts {config.prompts}: {config.task} has {len(prompts)} for {split}, all are "
             "taken",
+            stacklevel=2,
+        )
+    if tokenizer.chat_template and isinstance(prompts[0], str):
+        warnings.warn(
+            f"{config.policy} answers chats, and these prompts are texts: it continues each as it "
+            'stands; give {"messages": …} for answers',
             stacklevel=2,
         )
     check_ids(model, tokenizer, encoded)

@@ -21,7 +21,6 @@ one cache. Without a directory that all machines see, copy the files of one cach
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -31,14 +30,13 @@ import torch
 from torch import Tensor
 
 from minictrl import runs
-from minictrl.config import TASKS, Config
-from minictrl.data import Prompt
+from minictrl.config import Config
+from minictrl.data import Prompt, key
 from minictrl.lm.device import resident
 from minictrl.methods import get_method
-from minictrl.models import render
 from minictrl.reference import CHUNK, Reference
 from minictrl.rollout import reference_key, reference_samples, sample_and_score
-from minictrl.task import Task, load_task
+from minictrl.task import Task, load_task, text_of
 
 SEED = 0  # the calibration's, as train.py's, whose cache is shared
 
@@ -55,8 +53,8 @@ def ctrl_reward(
 
     C_hat is Eq. 12's, from K samples of pi_ref.
 
-    task_or_run: a task, a .jsonl file of prompts, or a run directory, whose settings and reference
-    rewards are used. transform: default identity, or the run's. kl: beta is the theory's for it
+    task_or_run: what --task takes, or a run directory, whose settings and reference rewards are
+    used. transform: default identity, or the run's. kl: beta is the theory's for it
     and, unlike in train.py, stays. settings: any other of train.py's, such as procedure, n, K,
     prompts, policy, reward, cache, device. A prompt that was not calibrated is, with K samples,
     when it first comes. Prompts and completions may be texts or chat messages. Raises ValueError as
@@ -74,7 +72,7 @@ def ctrl_reward(
     def reward(prompts: list[Prompt], completions: list, **_) -> list[float]:
         new = list({key(prompt): prompt for prompt in prompts if key(prompt) not in known}.values())
         if new:
-            texts = [render(task.tokenizer, prompt) for prompt in new]
+            texts = [text_of(config, task.tokenizer, prompt) for prompt in new]
             with resident(task.policy, device):
                 _, drawn = sample_and_score(
                     replace(task, prompts=new, texts=texts),
@@ -102,7 +100,7 @@ def settings_of(task_or_run: str | Path, given: dict) -> Config:
     if unknown:
         known = ", ".join(Config.__dataclass_fields__)
         raise ValueError(f"{', '.join(sorted(unknown))}: no such setting; use one of {known}")
-    if str(task_or_run) in TASKS or str(task_or_run).endswith(".jsonl"):
+    if not Path(task_or_run).is_dir():
         return Config(task=str(task_or_run), **given).resolved()
     stored, _ = runs.load_config(Path(task_or_run))
     if "kl" in given or "beta" in given:
@@ -141,11 +139,3 @@ def share(P: int, rank: int, world: int) -> list[int]:
     single process.
     """
     return [i for i in range(P) if i // CHUNK % world == rank]
-
-
-def key(prompt: Prompt) -> str:
-    return (
-        prompt
-        if isinstance(prompt, str)
-        else json.dumps([[m["role"], m["content"]] for m in prompt])
-    )

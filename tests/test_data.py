@@ -7,7 +7,7 @@ import socket
 import pytest
 
 from minictrl.config import TASKS
-from minictrl.data import load_prompts, parse_hh
+from minictrl.data import load_prompts, load_rows, parse_hh, prompt_of
 from minictrl.pretrain.pairs import load_pairs
 
 
@@ -50,11 +50,90 @@ def test_chat_messages_are_prompts_that_end_with_the_user(tmp_path):
         [{"messages": [*chat[:1], chat[1] | {"content": str(i)}]} for i in range(10)],
     )
     assert load_prompts(path, "test")[0][1] == {"role": "user", "content": "9"}
-    path = write(
-        tmp_path / "q.jsonl", [{"messages": [*chat, {"role": "assistant", "content": "Ho"}]}]
-    )
+    answered = [*chat, {"role": "assistant", "content": "Ho"}]
+    path = write(tmp_path / "q.jsonl", [{"prompt": answered}])
     with pytest.raises(ValueError, match="line 1: .*ends with the user's"):
         load_prompts(path)
+
+
+ASKED = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+PARTS = [{"type": "text", "text": "H"}, {"type": "text", "text": "i", "image": None}]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": ASKED, "messages": None},
+        {"messages": [*ASKED, {"role": "assistant", "content": "Ho"}]},
+        {"messages": [ASKED[0] | {"name": None}, {"role": "user", "content": PARTS}]},
+        {
+            "conversations": [
+                {"from": "system", "value": "Be brief."},
+                {"from": "human", "value": "Hi"},
+                {"from": "gpt", "value": "Ho"},
+            ]
+        },
+    ],
+)
+def test_conversations_are_read_as_people_have_them(row):
+    """Chat prompts, answered chats, parts of text, ShareGPT's names; null where a key is absent."""
+    assert prompt_of(row) == ASKED
+
+
+@pytest.mark.parametrize(
+    "m",
+    [
+        {"role": "tool", "content": "3"},
+        {"role": "user", "content": None},
+        {"role": "user", "content": [{"type": "image", "url": "x"}]},
+        "Hi",
+    ],
+)
+def test_a_message_that_is_no_text_of_a_known_role_is_refused(m):
+    with pytest.raises(ValueError, match='give "messages"'):
+        prompt_of({"messages": [m]})
+
+
+@pytest.mark.parametrize("kind", ["json", "csv", "parquet", "disk", "disk of splits", "hub"])
+def test_prompts_come_from_every_kind_of_data(kind, hub):
+    """The column and the split are named; other columns stay beside their prompt."""
+    datasets = pytest.importorskip("datasets")
+    rows = datasets.Dataset.from_list(
+        [{"question": f"Tell me {i}", "answer": i} for i in range(20)]
+    )
+    path, split = str(hub / f"p.{kind}"), "train"
+    if kind == "disk of splits":
+        datasets.DatasetDict({"dev": rows}).save_to_disk(path)
+        split = "dev"
+    elif kind == "disk":
+        rows.save_to_disk(path)
+    elif kind == "hub":
+        (hub / "org/name").mkdir(parents=True)
+        rows.to_parquet(hub / "org/name/train.parquet")
+        path = "org/name"
+    else:
+        getattr(rows, f"to_{kind}")(path)
+    found = load_rows(path, "test", column="question", data_split=split)
+    assert found == [("Tell me 9", {"answer": 9}), ("Tell me 19", {"answer": 19})]
+    with pytest.raises(ValueError, match='row 1: give "prompt".*--column'):
+        load_prompts(path, data_split=split)
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("a.csv", b"prompt\n\xff\xfe\x00"),
+        ("a.parquet", b"PAR1 no more"),
+        ("a.json", b'[{"prompt": "x"}, {"prompt": '),
+        ("a.csv", b""),
+    ],
+)
+def test_a_broken_file_is_one_line(name, content, hub):
+    path = hub / name
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=name) as error:
+        load_prompts(str(path))
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -85,9 +164,7 @@ def test_bad_names_and_empty_files_are_one_line(tmp_path):
     ):
         with pytest.raises(ValueError, match=fault):
             load_prompts(*arguments)
-    with pytest.raises(
-        ValueError, match="no preference pairs: use a .jsonl file, or one of helpful"
-    ):
+    with pytest.raises(ValueError, match="no preference pairs: use a file, or one of helpful"):
         load_pairs("reviews")
 
 

@@ -6,6 +6,7 @@ import pytest
 
 import evaluate
 import train
+from minictrl.data import key
 from minictrl.models import load_scorer
 
 REWARD = '''
@@ -18,6 +19,13 @@ def fails(prompts, texts):
 
 def short(prompts, texts):
     return [1.0]
+
+def right(prompts, texts, answer, level=None):
+    """1 where the text has the answer: a verifier."""
+    return [float(a in text) for text, a in zip(texts, answer)]
+
+def checks(prompts, texts, **columns):
+    return [len(columns)] * len(texts)
 
 number = 3
 '''
@@ -45,6 +53,22 @@ def test_another_source_is_another_digest(file):
     before = load_scorer(f"{file}:vowels", "reward").digest
     file.write_text(REWARD.replace("aeiou", "aeiouy"))
     assert load_scorer(f"{file}:vowels", "reward").digest != before
+
+
+def test_a_function_gets_the_columns_that_it_names_or_all(file):
+    columns = {key(prompt): {"answer": prompt * 2, "id": 7} for prompt in "ab"}
+    texts = (["a", "b", "a"], ["bb", "xbb", "aa"])
+    score = load_scorer(f"{file}:right", "reward", columns=columns)
+    assert score(*texts).tolist() == [0, 1, 1]
+    assert load_scorer(f"{file}:checks", "reward", columns=columns)(*texts).tolist() == [2, 2, 2]
+    other = {prompt: row | {"id": 8} for prompt, row in columns.items()}
+    digests = [
+        [load_scorer(f"{file}:{name}", "reward", columns=c).digest for c in (columns, other)]
+        for name in ("right", "checks")
+    ]
+    assert digests[0][0] == digests[0][1] and digests[1][0] != digests[1][1]
+    with pytest.raises(ValueError, match="takes answer, which no prompt's row has"):
+        load_scorer(f"{file}:right", "reward")
 
 
 @pytest.mark.parametrize(

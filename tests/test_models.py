@@ -23,8 +23,10 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from minictrl.config import Config
 from minictrl.models import load_policy, load_scorer, render, save_policy
 from minictrl.scorers.text import BATCH_TOKENS, in_batches
+from minictrl.task import read_prompts, text_of
 
 TEMPLATE = (
     "{% for m in messages %}<s>{{ m['role'] }}\n{{ m['content'] }}</s>\n{% endfor %}"
@@ -68,6 +70,18 @@ def save(path, model, *, seed=0, **options) -> str:
 
 
 # --- policies ---
+
+
+def test_template_args_reach_the_policys_template_and_a_text_prompt_warns(tmp_path):
+    template = "{% if think %}T{% endif %}{{ messages[0]['content'] }}{{ suffix }}"
+    start = save(tmp_path / "chat", LlamaForCausalLM(LlamaConfig(**SIZE)))
+    model, fast = load_policy(start)
+    fast.chat_template = template
+    args = '{"think": true, "suffix": "!"}'
+    config = Config(policy=start, template_args=args, prompts=3, max_new_tokens=8).resolved()
+    assert text_of(config, fast, [{"role": "user", "content": "Hi"}]) == "THi!"
+    with pytest.warns(UserWarning, match="chat answers chats, and these prompts are texts"):
+        read_prompts(config, "train", model, fast)
 
 
 @pytest.mark.parametrize(

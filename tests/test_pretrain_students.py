@@ -1,6 +1,8 @@
 """Students of tiny random teachers."""
 
+import pytest
 import torch
+from safetensors.torch import save_file
 from test_models import SIZE, save
 from test_pretrain_teachers import REVIEWS
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -8,6 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from minictrl.models import load_policy, load_scorer
 from minictrl.pretrain import students, teachers, text
+from minictrl.pretrain.ratings import halves
 from minictrl.pretrain.vocabulary import prune
 
 TEXTS = [row["text"] for row in REVIEWS]
@@ -100,3 +103,17 @@ def test_a_student_learns_what_its_teacher_expects(tmp_path):
         ["film 7 of the"] * 2, [f" {word} kind is {word}" for word in ("good", "dull")]
     )
     assert good > dull
+
+
+def test_labels_are_the_teachers_scores_averaged_with_the_ratings(tmp_path):
+    """They are asked for once: what the file beside the teacher says is taken the second time."""
+    save_file({"scores": torch.tensor([1.0, 3.0, 7.0])}, tmp_path / "scores.safetensors")
+    scores = students.teacher_scores(tmp_path, "judge", ["a", "b", "c"])
+    rated = [{"ratings": [0, 2]}, {"ratings": [0, 1]}]
+    labels = students.labels_of(scores, rated, 1)
+    human = teachers.SHARPNESS * torch.tensor([halves(row["ratings"])[1] for row in rated])
+    torch.testing.assert_close(labels[:2].mean(), scores[:2].mean())
+    torch.testing.assert_close(labels[1] - labels[0], (2 + human[1] - human[0]) / 2)
+    assert labels[2] == 7
+    with pytest.raises(ValueError, match="judge"):  # other texts: the teacher would be asked
+        students.teacher_scores(tmp_path, "judge", ["a", "b"])

@@ -1,20 +1,17 @@
-"""A task's name or a .jsonl file -> preference pairs, for SFT and a Bradley-Terry reward model."""
+"""A task's name or a user's data -> preference pairs, for SFT and a Bradley-Terry reward model."""
 
 from __future__ import annotations
-
-import json
-from pathlib import Path
 
 from minictrl.config import TASKS
 from minictrl.data import (
     Prompt,
     check_split,
     convert,
+    key,
     parse_hh,
     prompt_of,
     read_hub,
-    read_jsonl,
-    task,
+    read_own,
     unique,
 )
 
@@ -22,9 +19,9 @@ Pair = tuple[Prompt, str, str]  # prompt, chosen, rejected
 
 
 def load_pairs(
-    task_or_file: str, split: str = "train", *, skip_bad: bool | None = None
+    task_or_data: str, split: str = "train", *, skip_bad: bool | None = None
 ) -> list[Pair]:
-    """(prompt, chosen, rejected) of a task or of a .jsonl file, for SFT and a Bradley-Terry reward
+    """(prompt, chosen, rejected) of a task or of a user's data, for SFT and a Bradley-Terry reward
     model.
 
     A row is {"prompt", "chosen", "rejected"}, or HH-RLHF's {"chosen", "rejected"}, two transcripts
@@ -33,17 +30,15 @@ def load_pairs(
     split: as in `load_prompts`, by prompt.
     """
     check_split(split)
-    if task_or_file.endswith(".jsonl"):
-        pairs = convert(read_jsonl(Path(task_or_file)), pair_of, skip_bad=bool(skip_bad))
-        held_out = {
-            json.dumps(prompt) for prompt in unique(prompt for prompt, _, _ in pairs)[9::10]
-        }
-        return [pair for pair in pairs if (json.dumps(pair[0]) in held_out) == (split == "test")]
-    entry = task(task_or_file)
+    if task_or_data not in TASKS:
+        pairs = convert(read_own(task_or_data), pair_of, skip_bad=bool(skip_bad))
+        held_out = {key(prompt) for prompt, _, _ in unique(pairs)[9::10]}
+        return [pair for pair in pairs if (key(pair[0]) in held_out) == (split == "test")]
+    entry = TASKS[task_or_data]
     source = entry.get("pairs", entry.get("data"))
     if source is None:
         raise ValueError(
-            f"task {task_or_file!r} has no preference pairs: use a .jsonl file, or one of "
+            f"task {task_or_data!r} has no preference pairs: use a file, or one of "
             f"{', '.join(name for name in TASKS if 'data' in TASKS[name])}"
         )
     return convert(

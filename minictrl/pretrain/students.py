@@ -14,7 +14,6 @@ from __future__ import annotations
 import gzip
 import json
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from minictrl.files import in_one_step
 from minictrl.models import load_policy, load_scorer
 from minictrl.pretrain.hub import fit, load_start, save_fitted
 from minictrl.pretrain.packages import minilm
@@ -55,17 +55,11 @@ def train_students(
                 seed=seed,
             )
         else:
-            more = written_texts(teachers / "text")
+            half = STEPS.index(step) - 1
+            texts = [row["text"] for row in train] + written_texts(teachers / "text")
+            labels = labels_of(teacher_scores(teachers / step, step, texts), train, half)
             start = out / "policy" if step == "reward" else minilm(teachers)
-            train_student_scorer(
-                train,
-                more,
-                load_scorer(str(teachers / step), step),
-                str(start),
-                out / step,
-                STEPS.index(step) - 1,
-                seed=seed,
-            )
+            train_student_scorer(texts, labels, str(start), out / step, seed=seed)
             print(
                 f"{step}: {report_accuracy(load_scorer(str(out / step), step), reviews)}",
                 flush=True,
@@ -259,22 +253,22 @@ def train_student_policy(
 
 
 def train_student_scorer(
-    reviews: list[dict],
-    more: list[str],
-    teacher: Callable,
+    texts: list[str],
+    labels: Tensor,
     start: str,
     out: Path,
-    half: int,
     *,
-    layers: int = 3,
+    layers: int = 2,
     vocab_size: int = 8000,
     epochs: int = 3,
     seed: int = 0,
 ):
-    """A classifier on the labels of `labels_of`: from a causal model as it is, or from the lowest
-    `layers` of a BERT with the `vocab_size` tokens that the texts use most."""
+    """A classifier on these labels: from a causal model as it is, or from the lowest `layers` of a
+    BERT with the `vocab_size` tokens that the texts use most.
+
+    A difference of labels is the log-odds of a preference.
+    """
     model, tokenizer = load_start(start)
-    texts, labels = labels_of(teacher, reviews, more, half)
     causal = hasattr(model, "score")
     if not causal:
         model.base_model.encoder.layer = model.base_model.encoder.layer[:layers]
@@ -295,16 +289,23 @@ def train_student_scorer(
     save_fitted(model.half(), tokenizer, out)
 
 
-def labels_of(
-    teacher: Callable, reviews: list[dict], more: list[str], half: int
-) -> tuple[list[str], Tensor]:
-    """(texts, labels): a difference of labels is the log-odds of a preference.
+def teacher_scores(teacher: Path, role: str, texts: list[str]) -> Tensor:
+    """(n,) what a teacher says of these texts, kept in its directory for the next attempt."""
+    file = teacher / "scores.safetensors"
+    if file.is_file():
+        scores = load_file(file)["scores"]
+        if len(scores) == len(texts):
+            return scores
+    scores = load_scorer(str(teacher), role)([""] * len(texts), texts)
+    with in_one_step(file) as path:
+        save_file({"scores": scores}, path)
+    return scores
 
-    They are the teacher's scores, for a review averaged with the mean rating of its raters.
-    """
-    texts = [row["text"] for row in reviews]
-    scores = teacher([""] * (len(texts) + len(more)), texts + more)
-    own = scores[: len(texts)]
+
+def labels_of(scores: Tensor, reviews: list[dict], half: int) -> Tensor:
+    """(n,) the teacher's scores; those of the reviews, which come first, are averaged with the mean
+    rating by this half of their raters."""
+    own = scores[: len(reviews)]
     human = SHARPNESS * torch.tensor([halves(row["ratings"])[half] for row in reviews])
     human += own.mean() - human.mean()
-    return texts + more, torch.cat([(own + human) / 2, scores[len(texts) :]])
+    return torch.cat([(own + human) / 2, scores[len(reviews) :]])

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from minictrl.data import Prompt
+from minictrl.data import Prompt, key
 
 
-def load_function(spec: str, role: str) -> tuple[str, Callable[[list, list], Tensor]]:
-    """(source of the file, evaluate) of FILE.py:NAME, a function (prompts, texts) -> B numbers.
+def load_function(
+    spec: str, role: str, columns: dict[str, dict]
+) -> tuple[list, Callable[[list, list], Tensor]]:
+    """(what a score depends on, evaluate) of FILE.py:NAME, a function (prompts, texts, **columns)
+    -> B numbers.
 
-    Raises ValueError if there is no such file or function, or the file can't be run; `evaluate`
-    does where the function raises, naming the prompt, or gives something else than B numbers.
+    columns: of each prompt (`data.key`), the other fields of its row. The function is given those
+    that it names, or all if it takes `**`; each as a list of B values. Raises ValueError if there
+    is no such file, function or column, or the file can't be run; `evaluate` does where the
+    function raises, naming the prompt, or gives something else than B numbers.
     """
     file, _, name = spec.rpartition(":")
     path = Path(file)
@@ -32,11 +38,24 @@ def load_function(spec: str, role: str) -> tuple[str, Callable[[list, list], Ten
     if not callable(function):
         raise ValueError(f"{role} {spec}: {file} has no function {name!r}")
 
+    known = sorted({name for row in columns.values() for name in row})
+    wanted, missing = wanted_columns(function, known)
+    if missing:
+        raise ValueError(
+            f"{role} {spec} takes {', '.join(missing)}, which no prompt's row has (it has "
+            f"{', '.join(known) or 'nothing else'}); rename the column or the argument"
+        )
+
+    def call(prompts: list[Prompt], texts: list[str]) -> list:
+        rows = [columns.get(key(prompt), {}) for prompt in prompts]
+        fields = {name: [row.get(name) for row in rows] for name in wanted}
+        return list(function(prompts, texts, **fields))
+
     def evaluate(prompts: list[Prompt], texts: list[str]) -> Tensor:
         try:
-            scores = torch.as_tensor(list(function(prompts, texts)), dtype=torch.float32)
+            scores = torch.as_tensor(call(prompts, texts), dtype=torch.float32)
         except Exception as error:
-            at = culprit(function, prompts, texts)
+            at = culprit(call, prompts, texts)
             raise ValueError(f"{role} {spec} fails with {describe(error)}{at}") from error
         if scores.shape != (len(texts),):
             raise ValueError(
@@ -45,14 +64,28 @@ def load_function(spec: str, role: str) -> tuple[str, Callable[[list, list], Ten
             )
         return scores
 
-    return path.read_text(), evaluate
+    used = {prompt: [row.get(name) for name in wanted] for prompt, row in columns.items()}
+    return [path.read_text(), used if wanted else None], evaluate
 
 
-def culprit(function: Callable, prompts: list, texts: list[str]) -> str:
+def wanted_columns(function: Callable, known: list[str]) -> tuple[list[str], list[str]]:
+    """(the columns that a function takes behind (prompts, texts), those of them that are missing).
+
+    `**` stands for all.
+    """
+    arguments = list(inspect.signature(function).parameters.values())[2:]
+    if any(p.kind is p.VAR_KEYWORD for p in arguments):
+        return known, []
+    named = [p for p in arguments if p.kind is not p.VAR_POSITIONAL]
+    missing = [p.name for p in named if p.default is p.empty and p.name not in known]
+    return [p.name for p in named if p.name in known], missing
+
+
+def culprit(call: Callable, prompts: list, texts: list[str]) -> str:
     """Which prompt and text the function fails on, if it is one alone."""
     for prompt, text in zip(prompts, texts, strict=True):
         try:
-            list(function([prompt], [text]))
+            call([prompt], [text])
         except Exception:
             return f" on the prompt {str(prompt)[:60]!r} and the text {text[:60]!r}"
     return ""

@@ -24,13 +24,13 @@ logging.disable_progress_bar()
 BATCH_TOKENS = {"cuda": 16_384, "cpu": 4_096}
 
 
-def render(tokenizer, prompt: Prompt) -> str:
+def render(tokenizer, prompt: Prompt, **template_args) -> str:
     """The prompt as the tokenizer's model reads it: a text as it is, chat messages by its template,
     or else as HH's.
     """
     if isinstance(prompt, str) or not tokenizer.chat_template:
         return plain(prompt)
-    return chat(tokenizer, prompt, add_generation_prompt=True)
+    return chat(tokenizer, prompt, add_generation_prompt=True, **template_args)
 
 
 def plain(prompt: Prompt) -> str:
