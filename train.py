@@ -71,6 +71,7 @@ def main(argv=None):
 def train(config: Config, resume: bool):
     from minictrl import runs
     from minictrl.budget import Budget
+    from minictrl.exchange import read_reference
     from minictrl.methods import get_method
     from minictrl.models import save_policy
     from minictrl.rollout import (
@@ -92,6 +93,7 @@ def train(config: Config, resume: bool):
     judge = scorer_of(config, "judge")
     held_out = read_prompts(replace(config, prompts=None), "test", task.policy, task.tokenizer)
     try_scorers([task.reward, judge], [*task.prompts, *held_out[0]])
+    given = config.reference and read_reference(config.reference, config, task)
     made_from = runs.digests_of(config, task, judge)
     freeze(task.policy, config.layers)
     if resume:
@@ -100,13 +102,16 @@ def train(config: Config, resume: bool):
         runs.create(out, config, made_from)
 
     # 1. Calibrate: K samples per prompt from pi_ref with their rewards. Every seed shares them.
-    reference = reference_samples(task, config.K, seed=0, cache=config.cache, name="calibrate")
-    check_sampler(task, reference)
+    if given:
+        reference = given
+    else:
+        reference = reference_samples(task, config.K, seed=0, cache=config.cache, name="calibrate")
+        check_sampler(task, reference)
     reference.save(out / "reference.safetensors", reference_key(task, 0, task.texts))
 
     # 2. Transform: Phi is the method's, and beta follows from the KL budget.
     beta_at = partial(method.beta_for, r_ref=reference.r_ref)
-    budget = Budget(config.kl, beta_at, beta=method.beta)
+    budget = Budget(config.kl, beta_at, beta=config.beta)
     runs.describe(out, config, budget.beta, made_from)
 
     # 3. Maximise E[Phi(C_hat)] - beta KL(pi || pi_ref).

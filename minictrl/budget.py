@@ -6,21 +6,13 @@ from collections.abc import Callable
 from torch import Tensor
 
 from minictrl import theory
-from minictrl.transforms import RAW, get_transform
 
 
-def beta_for(
-    transform: str, kl: float, *, procedure: str, n: int, K: int, r_ref: Tensor | None = None
-) -> float | None:
+def beta_for(transform: str, kl: float, *, procedure: str, n: int, K: int) -> float:
     """beta at which the optimum of this transform is `kl` nats from pi_ref (Theorem 3).
 
-    Raw rewards have no theory: theirs is that of r_ref (P, K), None without. Raises ValueError on
-    a KL out of reach of the theory or of K samples.
+    Raises ValueError on a KL out of reach of the theory or of K samples.
     """
-    if transform in RAW:
-        return (
-            None if r_ref is None else empirical_beta(get_transform(transform).of(r_ref, r_ref), kl)
-        )
     if kl >= math.log(K + 1):
         raise ValueError(
             f"--kl {kl:g} is out of reach of {K} samples, whose C_hat takes {K + 1} values: ask "
@@ -32,8 +24,8 @@ def beta_for(
 def empirical_beta(r_ref: Tensor, kl: float) -> float:
     """beta at which pi_ref e^{r / beta} / Z is `kl` nats from pi_ref, on average over prompts.
 
-    r_ref: (P, K) raw rewards, as far as K samples can tell. Raises ValueError on a KL that they
-    don't reach.
+    r_ref: (P, K) rewards, raw or Phi(C_hat), as far as K samples can tell. Raises ValueError on a
+    KL that they don't reach.
     """
     r = r_ref.double() - r_ref.double().mean(1, keepdim=True)
     K = r.shape[1]
@@ -47,7 +39,7 @@ def empirical_beta(r_ref: Tensor, kl: float) -> float:
     low, high = spread - 12, spread + 12
     if kl_at(low) < kl:
         raise ValueError(
-            f"--kl {kl}: raw rewards reach {kl_at(low):.2f} nats with {K} samples; use a smaller "
+            f"--kl {kl}: these rewards reach {kl_at(low):.2f} nats with {K} samples; use a smaller "
             "KL or more samples (--K)"
         )
     for _ in range(60):

@@ -144,6 +144,10 @@ class Config:
     )
     method: str = setting("ppo", "algorithm", choices=METHODS)
     K: int = setting(100, "reference samples per prompt for the calibration, Eq. 12", least=1)
+    reference: str | None = setting(
+        None,
+        "a file of reference samples to calibrate with, in place of drawing them (exchange.py)",
+    )
     baseline: str | None = setting(
         None,
         "what the reward to go is compared with: a value from the reward of the response so far, a "
@@ -264,6 +268,8 @@ class Config:
         """The task's entry, without what belongs to a policy or to prompts that aren't its own."""
         own_prompts = self.task not in TASKS
         task = TASKS["reviews"] | {"prompts": None} if own_prompts else TASKS[self.task]
+        if ".py:" in (self.reward or ""):
+            task = task | {"judge": None}  # a model's opinion of reviews is none of its answers
         if self.policy in (None, task["policy"]):
             return task
         return task | OWN_POLICY | (OWN_PROMPTS if own_prompts else {})

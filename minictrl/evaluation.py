@@ -27,7 +27,7 @@ from minictrl.rollout import batch_of, reference_samples, sample_and_score, scor
 from minictrl.sampling import Samples, texts_of
 from minictrl.task import Task, load_task, scorer_of, try_scorers
 from minictrl.transforms import Transform, get_transform
-from minictrl.winrate import mean_stderr, win_rates
+from minictrl.winrate import kept_scores, mean_stderr, win_rates
 
 # the calibration's is 0, those of training are positive: all samples here are fresh ones
 REFERENCE_SEED, POLICY_SEED = -1, -2
@@ -103,20 +103,31 @@ def table_of(
     curve: Transform,
     sizes: tuple[int, ...],
 ) -> tuple[list[dict], dict[str, Tensor]]:
-    """The rows of eval.json, and each row's win rates (P,) by its name. kl: with its error."""
+    """The rows of eval.json, and each row's win rates (P,) by its name. kl: with its error.
+
+    Where rewards tie, theory is that of their levels, and the optimum is not known. Where all are 0
+    or 1, `pass` and `pass_ref` are how often pi and pi_ref are right after the procedure: pass@N
+    for Best-of-N.
+    """
     table, wins = [], {}
     select, select_ref = pi.scores["reward"], pi_ref.scores["reward"]
     P, M = select.shape
+    tied = theory.tied(select_ref)
+    levels = theory.levels_of(select_ref) if tied else None
+    verified = all(r in (0.0, 1.0) for r in torch.cat([select, select_ref], 1).unique().tolist())
     for procedure, n in procedures(config, sizes, M):
-        expected = theory.at_kl(curve, kl[0], procedure, n) if curve.calibrated else None
+        at = (kl[0], procedure, n)
         shared = {
             "kl": kl[0],
             "kl_stderr": kl[1],
-            "theory": expected,
-            "optimal": theory.optimal_win_rate(kl[0], procedure, n),
+            "theory": theory.at_kl(curve, *at, levels=levels) if curve.calibrated else None,
+            "optimal": None if tied else theory.optimal_win_rate(*at),
             "prompts": P,
             "samples": M,
         }
+        if verified:
+            kept = kept_scores(select, select_ref, procedure, n)
+            shared |= {"pass": kept[0].mean().item(), "pass_ref": kept[1].mean().item()}
         for scorer, judge in pi.scores.items():
             each = win_rates(select, judge, select_ref, pi_ref.scores[scorer], procedure, n)
             win, stderr = mean_stderr(each)
@@ -204,7 +215,8 @@ def kl_of(policy, ref_policy, batch: Batch) -> Tensor:
 def markdown(table: list[dict]) -> str:
     """The table, to paste: win rates in per cent with standard errors, and the theory's."""
     scorers = list(dict.fromkeys(row["scorer"] for row in table))
-    head = ["procedure", "N", *(f"by {name}" for name in scorers), "theory", "optimal"]
+    passes = [name for name in ("pass", "pass_ref") if name in table[0]]
+    head = ["procedure", "N", *(f"by {name}" for name in scorers), "theory", "optimal", *passes]
 
     def percent(value: float | None, stderr: float | None = None) -> str:
         if value is None:
@@ -215,7 +227,7 @@ def markdown(table: list[dict]) -> str:
     for i in range(0, len(table), len(scorers)):
         first, *_ = rows = table[i : i + len(scorers)]
         measured = [percent(row["win_rate"], row["stderr"]) for row in rows]
-        expected = [percent(first[name]) for name in ("theory", "optimal")]
+        expected = [percent(first[name]) for name in ("theory", "optimal", *passes)]
         lines.append([first["procedure"], str(first["n"]), *measured, *expected])
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 

@@ -88,8 +88,8 @@ def check(out: Path, settings: dict, config: Config, *, resume: bool, overwrite:
             f"--out {out}: holds a run already; add --resume or --overwrite, or give another --out"
         )
     for name in ("task", "policy", "reward", "judge", "cache"):
-        path = Path(re.sub(r"(#|(?<=\.py):).*", "", getattr(config, name)))
-        if path.exists() and path.resolve().is_relative_to(out.resolve()):
+        path = Path(re.sub(r"(#|(?<=\.py):).*", "", getattr(config, name) or ""))
+        if path.name and path.exists() and path.resolve().is_relative_to(out.resolve()):
             raise ValueError(
                 f"--{name} {path}: lies in {out}, which --overwrite deletes; give another --out"
             )

@@ -35,6 +35,7 @@ Transform = str | Callable[[Tensor], Tensor]
 FINE = 32_000  # cells for a Phi in closed form: KL and win rate to 1e-7
 # midpoints of optimal_transform: for large N the optimum has a spike at u = 1, 1e-4 wide and less
 POINTS = 400_000
+TIED = 0.05
 MAX_KL = 16.0  # nats; a policy beyond it lives on the last 1e-7 of [0, 1], where the cells end
 
 
@@ -126,15 +127,22 @@ def beta_for_kl(
 
 
 def at_kl(
-    transform: Transform, kl: float, procedure: str | MassMap, n: int, *, K: int | None = None
+    transform: Transform,
+    kl: float,
+    procedure: str | MassMap,
+    n: int,
+    *,
+    K: int | None = None,
+    levels: Tensor | None = None,
 ) -> float:
     """The win rate that theory gives this transform at a (measured) KL in nats.
 
     A KL of 0, or below it by noise, is pi_ref: 1/2. Above MAX_KL it is the win rate at MAX_KL, 1
     for all purposes. For a fixed point under another procedure or n than it was solved for, pass
-    its Phi. K: as in `tradeoff`.
+    its Phi. K: as in `tradeoff`. levels: of a reward with ties (`levels_of`).
     """
-    return mass_win_rate(*policy_at_kl(transform, kl, procedure, n, K=K), procedure, n).item()
+    policy = policy_at_kl(transform, kl, procedure, n, K=K, levels=levels)
+    return mass_win_rate(*policy, procedure, n).item()
 
 
 def optimal_win_rate(kl: float, procedure: str | MassMap, n: int) -> float:
@@ -143,20 +151,53 @@ def optimal_win_rate(kl: float, procedure: str | MassMap, n: int) -> float:
 
 
 def policy_at_kl(
-    transform: Transform, kl: float, procedure: str | MassMap, n: int, *, K: int | None = None
+    transform: Transform,
+    kl: float,
+    procedure: str | MassMap,
+    n: int,
+    *,
+    K: int | None = None,
+    levels: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(mass, ref): the mass of each cell under this transform's policy at this KL, and pi_ref's.
 
-    (G,) each, or (prompts, G) with K. ref is also the cells' width. procedure, n: what a fixed
-    point is solved for. Other arguments as in `at_kl`.
+    (G,) each, or (prompts, G) with K or levels. ref is also the cells' width. procedure, n: what a
+    fixed point is solved for. Other arguments as in `at_kl`. A KL that no policy on the levels has
+    is that of one that has the best of them alone.
     """
     if math.isnan(kl):
         raise ValueError(f"kl {kl}: must be a number of nats")
     T, n, kl = mass_map(procedure), at_least_1("n", n), min(float(kl), MAX_KL)
     if kl < 1e-9:
         return cells.grid(COARSE), cells.grid(COARSE)
+    if levels is not None:
+        Phi = get_transform(transform, K=None) if isinstance(transform, str) else transform
+        values = Phi(cells.centres(levels))
+        kl = min(kl, (1 - 1e-9) * cells.largest_kl(values, levels))
+        return levels * cells.tilt_to_kl(values, kl, levels)[0].exp(), levels
     best = frontier(solved_for(transform, T), n, kl) if transform in FIXED_POINTS else None
     return _policy(transform, best, K, kl=kl).masses()
+
+
+def levels_of(r_ref: Tensor) -> Tensor:
+    """(P, M) the levels of a reward with ties, in rising order: pi_ref's mass on each.
+
+    r_ref: (P, M) rewards of pi_ref's samples. What M samples show of P prompts: a level has the
+    share of the samples on it; a prompt with fewer than M levels has empty ones.
+    """
+    order = r_ref.double().sort(1).values
+    below = torch.searchsorted(order, order)  # (P, M)
+    up_to = torch.searchsorted(order, order, right=True)
+    last = up_to == 1 + torch.arange(order.shape[1])
+    return (up_to - below).double() / order.shape[1] * last
+
+
+def tied(r_ref: Tensor) -> bool:
+    """Whether a reward's levels tell more than the theory of a continuous one: more than TIED of
+    the pairs of pi_ref's samples for one prompt have one reward. r_ref: (P, M)."""
+    M = r_ref.shape[1]
+    same = (levels_of(r_ref) * M).square().sum(1) - M
+    return same.mean().item() > TIED * M * (M - 1)
 
 
 # ---- the optimum of any procedure (Theorem 1) ----

@@ -68,16 +68,19 @@ class Transform:
         """Phi(C_hat) (B, M) of rewards r (B, M) against r_ref (B, K)."""
         return self.Phi(calibrated_reward(r, r_ref))
 
-    def in_nats(self, Phi_C: Tensor, beta: float) -> Tensor:
+    def in_nats(self, Phi_C: Tensor, beta: float, Phi_ref: Tensor | None = None) -> Tensor:
         """R = Phi(C_hat) / beta, the objective in units of the KL, at most FLOOR below log Z.
 
         There the optimum pi_ref e^R / Z keeps e^-FLOOR of pi_ref's probability, and it doesn't
         matter how much less it would keep. Without it R is -1,043 at C_hat = 0 for exp-10 at 1
-        nat, and a few samples there are all of the gradient. Z is that of C_hat's uniform law.
+        nat, and a few samples there are all of the gradient. Z is that of C_hat's uniform law, or
+        where rewards tie that of each prompt's Phi_ref (P, K), Phi(C_hat) of pi_ref's samples.
         """
-        R = self.Phi((torch.arange(GRID, dtype=torch.float64) + 0.5) / GRID) / beta
-        log_Z = float(R.logsumexp(0)) - math.log(GRID)
-        return (Phi_C / beta).clamp(min=log_Z - FLOOR)
+        if Phi_ref is None:
+            Phi_ref = self.Phi((torch.arange(GRID, dtype=torch.float64) + 0.5) / GRID)
+        R = Phi_ref.double() / beta
+        log_Z = R.logsumexp(-1, keepdim=True) - math.log(R.shape[-1])
+        return (Phi_C / beta).clamp(min=(log_Z - FLOOR).to(Phi_C))
 
 
 @dataclass(frozen=True)
@@ -94,7 +97,7 @@ class RawReward(Transform):
     def of(self, r: Tensor, r_ref: Tensor) -> Tensor:
         return self.Phi(r, r_ref)
 
-    def in_nats(self, Phi_C: Tensor, beta: float) -> Tensor:
+    def in_nats(self, Phi_C: Tensor, beta: float, Phi_ref: Tensor | None = None) -> Tensor:
         return Phi_C / beta
 
 

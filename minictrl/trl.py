@@ -84,8 +84,8 @@ def ctrl_reward(
             known.update(zip(map(key, new), drawn, strict=True))
         texts = [y if isinstance(y, str) else y[-1]["content"] for y in completions]
         r = task.reward(prompts, texts)[:, None]  # (B, 1)
-        Phi_C = method.Phi.of(r, torch.stack([known[key(prompt)] for prompt in prompts]))
-        return method.Phi.in_nats(Phi_C[:, 0], beta).tolist()
+        r_ref = torch.stack([known[key(prompt)] for prompt in prompts])
+        return method.in_nats(method.Phi.of(r, r_ref), beta, r_ref)[:, 0].tolist()
 
     reward.__name__ = f"ctrl_{config.transform}"  # what TRL logs it under
     return reward

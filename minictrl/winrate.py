@@ -38,14 +38,26 @@ def win_rates(
     select: Tensor, judge: Tensor, select_ref: Tensor, judge_ref: Tensor, procedure: str, n: int
 ) -> Tensor:
     """(P,) the win rate of each prompt, in float64. Arguments and errors as those of `win_rate`."""
-    weigh = get_procedure(procedure).weights
     scores = {"select": select, "judge": judge, "select_ref": select_ref, "judge_ref": judge_ref}
     _validate(scores, procedure, n)
-    n = int(n)
     select, judge, select_ref, judge_ref = (each.double() for each in scores.values())
-    weight = weigh(select, n, rewind.threshold_of(select_ref))
-    weight_ref = weigh(select_ref, n, None)
+    weight, weight_ref = weights(select, select_ref, procedure, int(n))
     return (weight * beaten(judge, judge_ref, weight_ref)).sum(1)
+
+
+def weights(select: Tensor, select_ref: Tensor, procedure: str, n: int) -> tuple[Tensor, Tensor]:
+    """(P, M) and (P, M'): how often each response of pi and of pi_ref is kept. Float64 scores."""
+    weigh = get_procedure(procedure).weights
+    return weigh(select, n, rewind.threshold_of(select_ref)), weigh(select_ref, n, None)
+
+
+def kept_scores(
+    select: Tensor, select_ref: Tensor, procedure: str, n: int
+) -> tuple[Tensor, Tensor]:
+    """(P,) each: the mean score of the response that pi and pi_ref keep after the procedure."""
+    select, select_ref = select.double(), select_ref.double()
+    weight, weight_ref = weights(select, select_ref, procedure, n)
+    return (weight * select).sum(1), (weight_ref * select_ref).sum(1)
 
 
 def beaten(judge: Tensor, judge_ref: Tensor, weight_ref: Tensor) -> Tensor:

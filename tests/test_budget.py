@@ -3,6 +3,8 @@ import torch
 
 from minictrl import theory
 from minictrl.budget import Budget, beta_for, empirical_beta
+from minictrl.config import Config
+from minictrl.methods import get_method
 
 
 def test_raw_rewards_get_the_beta_of_their_own_tilt():
@@ -39,3 +41,18 @@ def test_what_is_out_of_reach_of_the_samples_is_not_asked_for():
 def test_a_fixed_beta_stays():
     budget = Budget(None, None, beta=0.3)
     assert budget.follow(5.0) == 0.3
+
+
+@pytest.mark.parametrize("transform", ["identity", "exp10", "bon_fp"])
+def test_a_verifiers_beta_and_floor_are_those_of_its_levels(transform):
+    """Right with probability 0.2: C_hat is 0.4 or 0.9, not uniform, and the optimum is so far from
+    pi_ref as was asked; a continuous reward's floor would leave no difference between the two."""
+    method = get_method("ppo")(Config(transform=transform).resolved())
+    r_ref = (torch.arange(100) < 20).float().expand(3, -1)
+    beta = method.beta_for(1.5, r_ref)
+    R = method.in_nats(method.Phi.of(r_ref, r_ref), beta, r_ref).double()
+    p = R.softmax(1)
+    kl = (p * (p * 100).log()).sum(1)
+    torch.testing.assert_close(kl, torch.full((3,), 1.5).double(), rtol=1e-3, atol=0)
+    with pytest.raises(ValueError, match=r"--kl 2.0: these rewards reach 1.61 nats"):
+        method.beta_for(2.0, r_ref)

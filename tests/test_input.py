@@ -13,6 +13,7 @@ import pytest
 
 import evaluate
 import train
+from minictrl import runs
 from minictrl.config import Config
 
 ROOT = Path(__file__).parent.parent
@@ -90,6 +91,11 @@ def test_a_run_is_not_touched_without_being_asked(short_run, tmp_path):
     assert (tmp_path / "thesis.txt").read_text() == "precious" and (
         short_run / "config.json"
     ).read_bytes() == before
+
+
+def test_a_run_without_a_judge_can_be_overwritten(short_run):
+    config = replace(Config().resolved(), judge=None)
+    assert runs.check(short_run, {}, config, resume=False, overwrite=True) is config
 
 
 @pytest.mark.parametrize("content", [None, "", '{"task": ', "[]", '{"task": 1}'])
@@ -195,7 +201,6 @@ def test_lambda_is_1_with_a_value_head():
 
 
 def test_fewer_prompts_than_asked_for_are_reported(short_run):
-    from minictrl import runs
     from minictrl.task import load_task
 
     config, _ = runs.load_config(short_run)
@@ -233,7 +238,6 @@ def test_a_run_without_a_judge_has_no_judges_rows(short_run, tmp_path):
 
 
 def test_a_resumed_run_may_go_on_elsewhere_and_more_slowly(short_run, tmp_path):
-    from minictrl import runs
 
     settings = {"out": str(short_run), "cache": str(tmp_path), "device": "cpu", "lr": 1e-5}
     config = runs.check(short_run, settings, Config().resolved(), resume=True, overwrite=False)

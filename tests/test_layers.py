@@ -21,7 +21,7 @@ LAYERS = [
     {"methods.base", "rollout"},
     {"runs"},
     {"methods.ppo", "methods.grpo", "methods.ipo", "methods.bond", "methods.qrpo", "methods.pkpo"},
-    {"methods.grpo_fixed", "methods.bonbon", "baselines", "evaluation"},
+    {"methods.grpo_fixed", "methods.bonbon", "baselines", "evaluation", "exchange"},
     {"figures", "trl"},
     {"pretrain", "studies", "bench", "reproduce"},
 ]

@@ -244,3 +244,46 @@ def test_bad_input_names_the_value_the_rule_and_the_fix(call, names):
     with pytest.raises(ValueError, match=names) as error:
         call()
     assert "\n" not in str(error.value)
+
+
+# --- rewards with ties ---
+
+
+@pytest.mark.parametrize("transform", ["identity", "exp10", "exp-5"])
+def test_a_verifiers_theory_is_that_of_one_number(transform):
+    """Two levels, right with probability p and q: KL and win rates in closed form."""
+    p, q, n = 0.2, 0.5, 4
+    kl = q * math.log(q / p) + (1 - q) * math.log((1 - q) / (1 - p))
+    levels = torch.tensor([[1 - p, p], [1 - p, p]], dtype=torch.float64)
+    for procedure, right in (
+        ("standard", lambda s: s), ("bon", lambda s: 1 - (1 - s) ** n), ("won", lambda s: s**n)
+    ):  # fmt: skip
+        win = (1 + right(q) - right(p)) / 2  # a tie is half a win
+        assert theory.at_kl(transform, kl, procedure, n, levels=levels) == pytest.approx(win)
+    # no policy is further away than one that is always right
+    always = (1 + 1 - (1 - (1 - p) ** n)) / 2
+    assert theory.at_kl(transform, 9.0, "bon", n, levels=levels) == pytest.approx(always, abs=1e-5)
+
+
+def test_many_levels_are_the_continuous_theory_and_prompts_share_their_beta():
+    uniform = torch.full((1, 4000), 1 / 4000, dtype=torch.float64)
+    for procedure, n in (("standard", 1), ("bon", 4), ("won", 4)):
+        expected = theory.at_kl("exp10", 1.0, procedure, n)
+        found = theory.at_kl("exp10", 1.0, procedure, n, levels=uniform)
+        assert found == pytest.approx(expected, abs=1e-4)
+    levels = torch.tensor([[0.5, 0.0, 0.5], [0.2, 0.3, 0.5]], dtype=torch.float64)
+    mass, _ = theory.policy_at_kl("identity", 0.2, "bon", 4, levels=levels)
+    u = torch.tensor([[0.25, 0.5, 0.75], [0.1, 0.35, 0.75]], dtype=torch.float64)
+    R = (mass[:, [0, 2]] / levels[:, [0, 2]]).log().diff() / u[:, [0, 2]].diff()
+    torch.testing.assert_close(R[0], R[1])  # 1 / beta
+
+
+def test_levels_are_the_shares_of_equal_rewards():
+    r = torch.tensor([[3.0, 1, 3, 2], [5, 5, 5, 5]])
+    assert theory.levels_of(r).tolist() == [[0.25, 0.25, 0, 0.5], [0, 0, 0, 1]]
+    assert theory.tied(r) and not theory.tied(torch.tensor([[1.0, 2.0]]))
+    nearly = torch.arange(20.0).expand(2, -1).clone()
+    nearly[:, :4] = 0  # 6 of 190 pairs
+    assert not theory.tied(nearly)
+    nearly[:, :5] = 0  # 10
+    assert theory.tied(nearly)

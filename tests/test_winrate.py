@@ -9,7 +9,7 @@ import torch
 from minictrl import theory
 from minictrl.procedures import PROCEDURES, get_procedure
 from minictrl.procedures.rewind import threshold_of
-from minictrl.winrate import win_rate
+from minictrl.winrate import kept_scores, win_rate
 
 
 def scores(*shape, seed=0, levels=4):
@@ -152,3 +152,13 @@ def test_bad_scores_are_named(change, procedure, n, message):
     } | change
     with pytest.raises(ValueError, match=message):
         win_rate(*given.values(), procedure, n)
+
+
+def test_what_is_kept_of_a_verifiers_scores_is_pass_at_n():
+    """1 - C(wrong, N) / C(M, N) for Best-of-N, C(right, N) / C(M, N) for Worst-of-N."""
+    right = torch.tensor([[1.0, 0, 0, 0, 1, 0, 0, 0], [0] * 8])
+    best = kept_scores(right, right, "bon", 3)[0]
+    worst = kept_scores(1 - right, right, "won", 3)[0]
+    torch.testing.assert_close(best, torch.tensor([1 - 20 / 56, 0.0]).double())
+    torch.testing.assert_close(worst, torch.tensor([20 / 56, 1.0]).double())
+    assert kept_scores(right, 1 - right, "standard", 1)[1].tolist() == [0.75, 1.0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from minictrl import budget, ppo
+from minictrl import budget, ppo, theory
 from minictrl.batch import Batch
 from minictrl.config import Config
 from minictrl.reference import Reference
@@ -37,11 +37,20 @@ class Method:
     def beta_for(self, kl: float, r_ref: Tensor | None = None) -> float | None:
         """beta for a KL in nats, by the theory of what the method converges to.
 
-        None for raw rewards without r_ref (P, K), because they have no theory. Raises ValueError
-        on a KL out of reach.
+        Raw rewards have no theory: theirs is that of r_ref (P, K), None without. So is that of
+        rewards that tie. Raises ValueError on a KL out of reach.
         """
         c = self.config
-        return budget.beta_for(c.transform, kl, procedure=c.procedure, n=c.n, K=c.K, r_ref=r_ref)
+        if c.transform in RAW and r_ref is None:
+            return None
+        if r_ref is not None and (c.transform in RAW or theory.tied(r_ref)):
+            return budget.empirical_beta(self.Phi.of(r_ref, r_ref), kl)
+        return budget.beta_for(c.transform, kl, procedure=c.procedure, n=c.n, K=c.K)
+
+    def in_nats(self, Phi_C: Tensor, beta: float, r_ref: Tensor) -> Tensor:
+        """R (P, G) = Phi(C_hat) / beta with its floor (`Transform.in_nats`). r_ref: (P, K)."""
+        Phi_ref = self.Phi.of(r_ref, r_ref) if theory.tied(r_ref) else None
+        return self.Phi.in_nats(Phi_C, beta, Phi_ref)
 
     def loss(
         self, logprobs: Tensor, values: Tensor | None, batch: Batch
@@ -70,7 +79,7 @@ class Online(Method):
 
         r: (P, G) rewards. r_ref: (P, K) those of pi_ref. Phi_C: (P, G) Phi(C_hat).
         """
-        return self.Phi.in_nats(Phi_C, beta)
+        return self.in_nats(Phi_C, beta, r_ref)
 
     def extended(self, batch: Batch, reference: Reference, beta: float) -> Batch:
         """The batch, with what else the loss reads. reference: the samples of its prompts."""

@@ -28,7 +28,7 @@ class Method(Offline):
 
     def rows(self, reference: Reference, beta: float) -> Batch:
         C_hat = leave_one_out_calibration(reference.r_ref)
-        R = self.Phi.in_nats(self.Phi(C_hat.double()), beta)  # (P, K)
+        R = self.in_nats(self.Phi(C_hat.double()), beta, reference.r_ref)  # (P, K)
         log_Z = log_partition(R).expand_as(R).float().flatten()
         return replace(responses(reference), R=R.float().flatten(), log_Z=log_Z)
 

@@ -77,6 +77,11 @@ def tilt(Phi: Tensor, scale: float, ref: Tensor, base: Tensor | float = 0.0) -> 
     return log_ratio - torch.logsumexp(log_ratio + ref.log(), -1, keepdim=True)
 
 
+def largest_kl(Phi: Tensor, ref: Tensor) -> float:
+    """KL in nats of a policy that has nothing but the best cells, the mean over prompts."""
+    return -(ref * (Phi == Phi.amax(-1, keepdim=True))).sum(-1).log().mean().item()
+
+
 def tilt_to_kl(
     Phi: Tensor, kl: float, ref: Tensor, base: Tensor | float = 0.0, scale: float | None = None
 ) -> tuple[Tensor, float]:
@@ -86,7 +91,7 @@ def tilt_to_kl(
     Raises ValueError on a KL out of reach: a Phi that is largest on a part of [0, 1] has no KL
     above -log of that part.
     """
-    most = -(ref * (Phi == Phi.max())).sum(-1).log().mean().item()
+    most = largest_kl(Phi, ref)
     if kl >= most:
         raise ValueError(
             f"kl {kl:g} is out of reach: the largest of this transform is {most:.4g} nats; ask for "

@@ -1,0 +1,173 @@
+"""Reference samples from elsewhere (`train.py --reference FILE`), and a run's own for others.
+
+    python -m minictrl.exchange RUN --out FILE        # .jsonl, or .parquet with `datasets`
+
+A row holds a prompt as `data.py` reads it, "completions", its K texts, and "rewards", their K
+numbers by the run's reward model, or none.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from minictrl import runs
+from minictrl.batch import Batch
+from minictrl.cli import Parser, run_script
+from minictrl.config import Config
+from minictrl.data import convert, key, read_own, row_of
+from minictrl.files import in_one_step
+from minictrl.lm.prompts import encode_prompts
+from minictrl.reference import Reference
+from minictrl.rollout import reference_key, sample_and_score, score, with_prompts
+from minictrl.sampling import texts_of
+from minictrl.task import Task, load_task
+from minictrl.update import forward_all
+
+FAR = 0.5  # nats a token that given samples may be less likely than the policy's own
+FEW = 64  # prompts, and texts, that the checks look at
+
+
+def read_reference(file: str, config: Config, task: Task) -> Reference:
+    """The first K completions of each of the task's prompts, as reference samples.
+
+    Log-probabilities are the policy's, rewards the file's, or where it has none the reward model's.
+    Raises ValueError on a prompt that the file lacks or has fewer than K completions for, on
+    rewards that are not the reward model's, and on completions that are not the policy's.
+    """
+    rows = dict(convert(read_own(file), partial(completions_of, column=config.column)))
+    missing = [prompt for prompt in task.prompts if key(prompt) not in rows]
+    if missing:
+        raise ValueError(
+            f"--reference {file}: lacks {len(missing)} of {len(task.prompts)} prompts, the first "
+            f"{str(missing[0])[:60]!r}; draw them, or give --task the prompts that it has"
+        )
+    found = [rows[key(prompt)] for prompt in task.prompts]
+    least = min(len(texts) for texts, _ in found)
+    if least < config.K:
+        raise ValueError(
+            f"--K {config.K}: a prompt of {file} has {least} completions; use --K {least}"
+        )
+    texts = [texts[: config.K] for texts, _ in found]
+    given = [rewards and rewards[: config.K] for _, rewards in found]
+    r_ref = torch.tensor(given).float() if all(given) else score(task.reward, task.prompts, texts)
+    if all(given):
+        check_rewards(file, task, texts, r_ref)
+    reference = encoded(task, texts, r_ref, config.micro_batch)
+    check_policy(file, task, reference)
+    return reference
+
+
+def completions_of(row, column: str | None) -> tuple[str, tuple[list[str], list[float] | None]]:
+    """(the prompt's key, (completions, rewards)) of a row."""
+    prompt, rest = row_of(row, column)
+    texts, rewards = rest.get("completions"), rest.get("rewards")
+    if not isinstance(texts, list) or not texts or not all(isinstance(y, str) for y in texts):
+        raise ValueError(f'give "completions", a list of texts; it holds {str(texts)[:60]}')
+    numbers = (int, float)
+    if rewards is not None and (
+        len(rewards) != len(texts) or not all(isinstance(r, numbers) for r in rewards)
+    ):
+        raise ValueError(f'give "rewards", {len(texts)} numbers, or leave them out')
+    return key(prompt), (texts, rewards)
+
+
+def encoded(task: Task, texts: list[list[str]], r_ref: Tensor, size: int) -> Reference:
+    """Texts as the policy's tokens, with EOS, cut at the longest response; and their
+    log-probabilities."""
+    P, K, T = len(texts), len(texts[0]), task.max_new_tokens
+    ids = [
+        row
+        for x, ys in zip(task.texts, texts, strict=True)
+        for row in continuations(task.tokenizer, x, ys)
+    ]
+    cut = sum(len(row) > T for row in ids)
+    if cut:
+        warnings.warn(
+            f"{cut} of {P * K} reference samples are longer than --max-new-tokens {T} and are cut "
+            "there; their rewards are those of the whole texts",
+            stacklevel=2,
+        )
+    rows = [torch.tensor([*row, task.tokenizer.eos_token_id][:T]) for row in ids]
+    tokens = pad_sequence(rows, batch_first=True, padding_value=task.tokenizer.pad_token_id)
+    lengths = torch.tensor([len(row) for row in rows])
+    mask = torch.arange(tokens.shape[1]) < lengths[:, None]
+    of = torch.arange(P).repeat_interleave(K)
+    batch = with_prompts(task, Batch(of=of, tokens=tokens, mask=mask.float()).to(task.ids.device))
+    logprobs, _ = forward_all(task.policy, None, batch, size)
+    shaped = [x.cpu().view(P, K, -1) for x in (tokens.int(), logprobs, mask)]
+    return Reference(r_ref, *shaped)
+
+
+def continuations(tokenizer, prompt: str, texts: list[str]) -> list[list[int]]:
+    """The tokens of texts as they go on after their prompt."""
+    before, *whole = encode_prompts(tokenizer, [prompt, *(prompt + y for y in texts)])
+    alone = [tokenizer(y, add_special_tokens=False)["input_ids"] for y in texts]
+    n = len(before)
+    return [row[n:] if row[:n] == before else own for row, own in zip(whole, alone, strict=True)]
+
+
+def check_rewards(file: str, task: Task, texts: list[list[str]], r_ref: Tensor):
+    """Raises ValueError unless the reward model gives a few texts the rewards that the file has."""
+    few = slice(0, FEW)
+    ours = task.reward(task.prompts[few], [row[0] for row in texts[few]])
+    off = (ours - r_ref[few, 0]).abs().max().item()
+    if off > 0.01 * max(1.0, r_ref.std().item()):
+        raise ValueError(
+            f"--reference {file}: its rewards are up to {off:.3g} from those of the run's reward "
+            "model, which scores the responses; leave them out, or give that model (--reward)"
+        )
+
+
+def check_policy(file: str, task: Task, reference: Reference):
+    """Compares the log-probability of given tokens with that of the policy's own samples."""
+    few = range(min(FEW, len(task.prompts)))
+    own, _ = sample_and_score(task, task.policy, few, num_samples=1, seed=0)
+    theirs = reference[: len(few)]
+    own_mean = (own.logprobs.sum() / own.mask.sum()).item()
+    mean = (theirs.logprobs.sum() / theirs.mask.sum()).item()
+    if mean < own_mean - FAR:
+        raise ValueError(
+            f"--reference {file}: the policy gives its tokens {mean:.2f} nats, its own samples "
+            f"{own_mean:.2f}: they were drawn from another model or at another temperature; give "
+            "the policy that drew them (--policy)"
+        )
+
+
+def write_reference(run: Path, file: Path):
+    """A run's reference samples as rows of prompt, completions and rewards."""
+    config, _ = runs.load_config(run)
+    task = load_task(config, "train")
+    reference = Reference.load(run / "reference.safetensors", reference_key(task, 0, task.texts))
+    if reference is None:
+        raise ValueError(f"{run}: has no reference samples of its models; train it anew")
+    texts = texts_of(task.tokenizer, task.ids.tolist(), reference.tokens, reference.mask)
+    rows = [
+        {"prompt": prompt, "completions": row, "rewards": r}
+        for prompt, row, r in zip(task.prompts, texts, reference.r_ref.tolist(), strict=True)
+    ]
+    with in_one_step(file) as path:
+        if file.suffix == ".parquet":
+            from datasets import Dataset
+
+            Dataset.from_list(rows).to_parquet(path)
+        else:
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def main(argv=None):
+    parser = Parser("python -m minictrl.exchange", __doc__.split("\n")[0])
+    parser.add_argument("run", type=Path, help="run directory of train.py")
+    parser.add_argument("--out", type=Path, required=True, help="FILE.jsonl or FILE.parquet")
+    args = parser.parse_args(argv)
+    write_reference(args.run, args.out)
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,84 @@
+"""Reference samples from a file, and a run's own written to one."""
+
+import json
+
+import pytest
+import torch
+
+import train
+from minictrl import exchange
+from minictrl.config import Config
+from minictrl.reference import Reference
+from minictrl.task import load_task
+
+FLAGS = "--prompts 12 --K 8 --steps 2 --batch 6 --G 2 --max-new-tokens 12".split()
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("exchange")
+    assert not train.main([*FLAGS, "--out", f"{folder}/run", "--cache", f"{folder}/cache"])
+    return folder / "run"
+
+
+@pytest.fixture
+def rows(run, tmp_path):
+    exchange.main([str(run), "--out", str(tmp_path / "own.jsonl")])
+    return [json.loads(line) for line in (tmp_path / "own.jsonl").read_text().splitlines()]
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_a_runs_own_samples_come_back_as_they_were(run, rows, tmp_path):
+    """Texts find their tokens again but where another cut of a word gives the same text."""
+    file = write(tmp_path / "f.jsonl", rows)
+    config = Config(prompts=12, K=8, max_new_tokens=12, reference=file).resolved()
+    found = exchange.read_reference(file, config, load_task(config, "train"))
+    own = Reference.load(run / "reference.safetensors")
+    torch.testing.assert_close(found.r_ref, own.r_ref)
+    lengths = own.mask.sum(-1), found.mask.sum(-1)
+    T = found.tokens.shape[-1]
+    same = (found.tokens == own.tokens[..., :T]).logical_or(~found.mask).all(-1)
+    same &= lengths[0] == lengths[1]
+    assert same.float().mean() > 0.9
+    both = own.logprobs[..., :T][same].sum(-1), found.logprobs[same].sum(-1)
+    torch.testing.assert_close(*both, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_training_on_a_file_draws_nothing_and_scores_what_has_no_rewards(kind, rows, tmp_path):
+    rows = [{name: row[name] for name in ("prompt", "completions")} for row in rows]
+    file = str(tmp_path / f"f.{kind}")
+    if kind == "jsonl":
+        write(tmp_path / "f.jsonl", rows)
+    else:
+        pytest.importorskip("datasets").Dataset.from_list(rows).to_parquet(file)
+    flags = ["--reference", file, "--out", f"{tmp_path}/run", "--cache", f"{tmp_path}/none"]
+    assert not train.main([*FLAGS, *flags])
+    assert not (tmp_path / "none").exists()
+    assert Reference.load(tmp_path / "run" / "reference.safetensors").r_ref.shape == (12, 8)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda rows: rows[1:], "lacks 1 of 12 prompts"),
+        (lambda rows: [rows[0] | {"completions": [" a"], "rewards": [0]}, *rows[1:]], "--K 1"),
+        (lambda rows: [r | {"rewards": [9] * 8} for r in rows], "from those of the run's reward"),
+        (lambda rows: [r | {"rewards": [1, None]} for r in rows], 'line 1: give "rewards", 8'),
+        (lambda rows: [r | {"completions": "x"} for r in rows], 'line 1: give "completions"'),
+        (
+            lambda rows: [{"prompt": r["prompt"], "completions": [" zq xv kk"] * 8} for r in rows],
+            "they were drawn from another model",
+        ),
+    ],
+)
+def test_what_is_wrong_with_a_file_is_one_line(change, message, rows, tmp_path):
+    file = write(tmp_path / "f.jsonl", change(rows))
+    flags = ["--reference", file, "--out", f"{tmp_path}/run", "--cache", f"{tmp_path}/none"]
+    with pytest.raises(ValueError, match=message):
+        train.main([*FLAGS, *flags])
+    assert not (tmp_path / "run").exists()
