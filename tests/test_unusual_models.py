@@ -7,6 +7,8 @@ import torch
 from test_models import GPT2, LONG, SIZE, TEMPLATE, save, tokenizer
 from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     BertConfig,
     BertForSequenceClassification,
     BloomConfig,
@@ -144,10 +146,35 @@ def test_a_token_that_the_model_lacks_is_named(tmp_path):
         load_scorer(path, "reward", device="cpu")(["a"], ["<extra50>"])
 
 
-def test_an_adapter_is_named(tmp_path):
+def test_an_adapter_without_peft_or_base_is_named(tmp_path):
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
-    with pytest.raises(ValueError, match="is an adapter, not a model; .*merge_and_unload"):
+    with pytest.raises(ValueError, match="is an adapter, not a model: .*merge_and_unload"):
         load_policy(str(tmp_path))
+
+
+def adapted(path, base: str, loader, task_type: str):
+    """A LoRA with random weights on a saved base, whose model is returned."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(
+        task_type=task_type, target_modules=["q_proj"], init_lora_weights=False
+    )
+    options = {"num_labels": 1} if task_type == "SEQ_CLS" else {}
+    model = peft.get_peft_model(loader.from_pretrained(base, **options), config)
+    model.save_pretrained(path)
+    return model.eval()
+
+
+def test_an_adapter_is_merged_into_its_base(tmp_path):
+    base = save(tmp_path / "base", LlamaForCausalLM(LlamaConfig(**SIZE)))
+    x = torch.arange(20)[None] + 40
+    whole = adapted(tmp_path / "policy", base, AutoModelForCausalLM, "CAUSAL_LM")
+    merged, fast = load_policy(str(tmp_path / "policy"))
+    torch.testing.assert_close(merged(x).logits, whole(x).logits)
+    assert not torch.allclose(merged(x).logits, load_policy(base)[0](x).logits, atol=1e-3)
+    whole = adapted(tmp_path / "reward", base, AutoModelForSequenceClassification, "SEQ_CLS")
+    score = load_scorer(str(tmp_path / "reward"), "reward", device="cpu")
+    ids = torch.tensor([fast("ab cd", add_special_tokens=False)["input_ids"] + [fast.eos_token_id]])
+    torch.testing.assert_close(score(["ab"], [" cd"]), whole(ids).logits[0].float())
 
 
 @pytest.mark.parametrize("kind", ["lfm2", "mamba", "qwen3_next"])

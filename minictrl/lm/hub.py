@@ -7,7 +7,9 @@ there. It serves models and data sets alike.
 
 from __future__ import annotations
 
+import importlib.util
 import io
+import json
 import os
 import re
 import socket
@@ -71,8 +73,11 @@ def from_hub(loader, kind: str, name: str, *, new_head: bool = False, **options)
     new_head: the model gets a head that its weights don't have, and has no use for their own.
     """
     model, name = loader.__name__.startswith("AutoModelFor"), hub_name(name)
-    if (Path(name) / ADAPTER).is_file() and not (Path(name) / "config.json").is_file():
-        raise ValueError(adapter(kind, name))
+    here = Path(name)
+    if (here / ADAPTER).is_file() and not (here / "config.json").is_file():
+        tokenizer = loader.__name__ == "AutoTokenizer"
+        if not (tokenizer and (here / "tokenizer_config.json").is_file()):
+            return from_adapter(loader, kind, name, **options)
     # a .gguf file's progress bar
     quiet = nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO())
     try:
@@ -114,6 +119,32 @@ def from_hub(loader, kind: str, name: str, *, new_head: bool = False, **options)
     return loaded[0]
 
 
+def from_adapter(loader, kind: str, name: str, **options):
+    """Of a directory of peft's: its base with the adapter merged into it, or the base's config or
+    tokenizer. An adapter of a classifier has its head."""
+    settings = json.loads((Path(name) / ADAPTER).read_text())
+    base, head = settings.get("base_model_name_or_path"), settings.get("task_type") == "SEQ_CLS"
+    if importlib.util.find_spec("peft") is None or not base:
+        raise ValueError(adapter(kind, name))
+    if not loader.__name__.startswith("AutoModelFor"):
+        loaded = from_hub(loader, f"base of {kind}", base, **options)
+        if head and loader.__name__ == "AutoConfig":
+            loaded.architectures = ["ForSequenceClassification"]
+        return loaded
+    from peft import PeftModel
+
+    if head:
+        options |= {"new_head": True, "num_labels": 1}
+    model = from_hub(loader, f"base of {kind}", base, **options)
+    try:
+        return PeftModel.from_pretrained(model, name).merge_and_unload()
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise ValueError(
+            f"{kind} {name}: is no adapter of its base {base} ({first_line(error)}); give one that "
+            "was trained on it"
+        ) from None
+
+
 def check_weights(model: str, wanted: str, info: dict):
     """Raises ValueError on weights that are missing, or of a head that is not read; warns of others
     that are not read. info: transformers' loading info."""
@@ -139,6 +170,7 @@ def check_weights(model: str, wanted: str, info: dict):
 
 def adapter(kind: str, name: str) -> str:
     return (
-        f"{kind} {name}: is an adapter, not a model; put it into its base and give that: "
+        f"{kind} {name}: is an adapter, not a model: pip install peft, and name its base in "
+        f"{ADAPTER}; or merge the two and give that: "
         "AutoPeftModelForCausalLM.from_pretrained(ADAPTER).merge_and_unload().save_pretrained(DIR)"
     )
