@@ -3,6 +3,7 @@
     python evaluate.py runs/reviews-exp10             # two minutes on two cores
     python evaluate.py runs/a runs/b --split train    # several, on the prompts they trained on
     python evaluate.py runs/a --judge NAME            # another judge's opinion
+    python evaluate.py runs/a runs/b --report a.html  # a page to look at
 
 Draws M responses a prompt from pi and from pi_ref. The reward model selects (Best-of-N, Worst-of-N,
 …), reward model and judge score; every N <= M comes from one draw by the exact U-statistic of
@@ -11,6 +12,7 @@ Draws M responses a prompt from pi and from pi_ref. The reward model selects (Be
 """
 
 import argparse
+import importlib.util
 from pathlib import Path
 
 from minictrl.cli import Parser, run_script
@@ -32,11 +34,18 @@ def read_arguments(argv=None) -> argparse.Namespace:
     )
     for role in ("reward", "judge"):
         parser.add_argument(f"--{role}", help=f"another {role} model than the run's")
+    parser.add_argument(
+        "--report", type=Path, metavar="FILE.html", help="a page with all the runs to look at"
+    )
     parser.add_argument("--device", help="auto, cpu or cuda (default: the run's)")
     args = parser.parse_args(argv)
     for name in ("prompts", "samples"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} {getattr(args, name)}: use a whole number of at least 1")
+    if args.report and importlib.util.find_spec("matplotlib") is None:
+        parser.error(f"--report {args.report}: its pictures need matplotlib; pip install matplotlib")
+    if args.report and not args.report.absolute().parent.is_dir():
+        parser.error(f"--report {args.report}: there is no such directory; make it first")
     return args
 
 
@@ -46,6 +55,7 @@ def main(argv=None):
     from minictrl import (  # torch and transformers, which --help doesn't need
         evaluation,
         figures,
+        report,
         runs,
     )
 
@@ -72,6 +82,9 @@ def main(argv=None):
         )
         print(evaluation.behind(config, second))
         print(figures.draw(run, evaluation.suffix(args.split, second), table))
+    if args.report:
+        report.write_page(args.runs, evaluation.suffix(args.split, second), args.report)
+        print(f"report: {args.report}")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from torch.nn.functional import kl_div, log_softmax
 
 from minictrl import runs, theory
 from minictrl.batch import Batch
-from minictrl.calibration import calibrated_reward
+from minictrl.calibration import calibrated_reward, leave_one_out_calibration
 from minictrl.config import Config
 from minictrl.files import in_one_step, write_json
 from minictrl.lm.device import halving
@@ -86,7 +86,7 @@ def evaluate(
     models = {role: getattr(config, role) for role in pi.scores}
     write_json(run / f"eval{name}.json", {"rows": table, "models": models})
     with in_one_step(run / f"wins{name}.safetensors") as path:
-        save_file(wins, path)
+        save_file(wins | C_hats(pi, pi_ref), path)
     lines = "".join(
         json.dumps(row, ensure_ascii=False) + "\n" for row in shown(task.prompts, pi, pi_ref)
     )
@@ -145,16 +145,27 @@ def draw_reference(task: Task, config: Config, M: int) -> tuple[Tensor, list[lis
 
 
 def shown(prompts: list, pi: Scored, pi_ref: Scored) -> list[dict]:
-    """Rows of samples.jsonl: the first response of each policy to each prompt."""
-    C_hat = calibrated_reward(pi.scores["reward"], pi_ref.scores["reward"])
+    """Rows of samples.jsonl: the first response of each policy to each prompt, and the best of its
+    first four."""
+    levels = C_hats(pi, pi_ref)
     rows = []
     for i, prompt in enumerate(prompts):
         row = {"prompt": prompt, "reference": pi_ref.texts[i][0], "response": pi.texts[i][0]}
-        for name in pi.scores:
-            row[f"{name}_reference"] = float(pi_ref.scores[name][i, 0])
-            row[name] = float(pi.scores[name][i, 0])
-        rows.append(row | {"C_hat": float(C_hat[i, 0])})
+        for end, policy in (("_reference", pi_ref), ("", pi)):
+            best = int(policy.scores["reward"][i, :4].argmax())
+            row |= {f"{name}{end}": float(each[i, 0]) for name, each in policy.scores.items()}
+            row[f"C_hat{end}"] = float(levels[f"C_hat{end}"][i, 0])
+            row[f"best{end}"] = policy.texts[i][best]
+            row[f"best_C_hat{end}"] = float(levels[f"C_hat{end}"][i, best])
+        rows.append(row)
     return rows
+
+
+def C_hats(pi: Scored, pi_ref: Scored) -> dict[str, Tensor]:
+    """(P, M) calibrated rewards of both: pi_ref's samples against the others of their prompt."""
+    r_ref = pi_ref.scores["reward"]
+    own = leave_one_out_calibration(r_ref) if r_ref.shape[1] > 1 else torch.full_like(r_ref, 0.5)
+    return {"C_hat": calibrated_reward(pi.scores["reward"], r_ref), "C_hat_reference": own}
 
 
 def curve_of(config: Config, run: Path) -> Transform:

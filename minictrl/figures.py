@@ -176,8 +176,12 @@ def tradeoff(
     and theory (dashed).
 
     rows: of this procedure and n, with kl, kl_stderr, win_rate, stderr. expected: name ->
-    transform, in its colour.
+    transform, in its colour. Where rewards tie there is no optimum to draw.
     """
+    errorbars(axis, rows, "kl", "win_rate", by=by, xerr="kl_stderr", yerr="stderr")
+    axis.set(title=title(procedure, n), xlabel=KL, ylabel=WIN_RATE)
+    if any(row.get("optimal", 0) is None for row in rows):
+        return
     top = 1.2 * max([row["kl"] for row in rows], default=1.0)
     kls = [top * (i / 24) ** 2 for i in range(25)]
     axis.plot(
@@ -189,5 +193,4 @@ def tradeoff(
     for name, transform in expected.items():
         wins = [theory.at_kl(transform, kl, procedure, n) for kl in kls]
         axis.plot(kls, wins, "--", linewidth=1, color=COLORS.get(name))
-    errorbars(axis, rows, "kl", "win_rate", by=by, xerr="kl_stderr", yerr="stderr")
-    axis.set(title=title(procedure, n), xlabel=KL, ylabel=f"{WIN_RATE} (dashed: theory)")
+        axis.set_ylabel(f"{WIN_RATE} (dashed: theory)")

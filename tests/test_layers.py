@@ -23,6 +23,7 @@ LAYERS = [
     {"methods.ppo", "methods.grpo", "methods.ipo", "methods.bond", "methods.qrpo", "methods.pkpo"},
     {"methods.grpo_fixed", "methods.bonbon", "baselines", "evaluation", "exchange"},
     {"figures", "trl"},
+    {"report"},
     {"pretrain", "studies", "bench", "reproduce"},
 ]
 MATH = {"calibration", "transforms", "theory", "winrate", "ppo", "batch"}

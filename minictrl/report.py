@@ -1,0 +1,163 @@
+"""Runs as a page to look at: one HTML file that fetches nothing."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Callable
+from functools import partial
+from html import escape
+from pathlib import Path
+
+from safetensors.torch import load_file
+
+from minictrl import evaluation, figures, runs
+from minictrl.files import in_one_step
+
+PROMPTS = 20  # shown side by side
+CASES = (("standard", 1), ("bon", 4), ("won", 4))
+COLUMNS = ("C_hat", "kl_ref", "entropy")
+STYLE = """
+:root { color-scheme: light dark; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: auto; padding: 1rem; }
+figure { margin: 0; display: grid; grid-template-columns: repeat(auto-fit, minmax(18rem, 1fr)); }
+img { width: 100%; max-width: 32rem; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-size: 0.9rem; }
+td, th { white-space: nowrap; padding: 0.2rem 0.6rem; text-align: left; }
+tr { border-bottom: 1px solid #8886; }
+article { border-top: 1px solid #8886; padding: 0.5rem 0; }
+article div { display: grid; gap: 1rem; }
+@media (min-width: 40rem) { article div { grid-auto-flow: column; grid-auto-columns: 1fr; } }
+small { color: #888; display: block; }
+@media (prefers-color-scheme: dark) { img { filter: invert(0.9) hue-rotate(180deg); } }
+"""
+
+
+def write_page(folders: list[Path], suffix: str, file: Path):
+    """The page of evaluated runs. suffix: of their evaluation's files. Needs matplotlib."""
+    import matplotlib
+
+    named = {folder.name if folder.name else str(folder): folder for folder in folders}
+    tables = {
+        name: json.loads((folder / f"eval{suffix}.json").read_text())["rows"]
+        for name, folder in named.items()
+    }
+    sections = {
+        "Win rates against KL": [partial(win_rates, tables=tables, case=case) for case in CASES],
+        "Training": [partial(training, named=named, column=column) for column in COLUMNS],
+        "Calibrated reward of the samples: flat under pi_ref": [
+            partial(histogram, name=name, stored=load_file(folder / f"wins{suffix}.safetensors"))
+            for name, folder in named.items()
+        ],
+    }
+    if all(any(row["scorer"] == "judge" for row in table) for table in tables.values()):
+        sections["Reward against judge, one response per prompt"] = [
+            partial(scatter, name=name, rows=read_samples(folder, suffix))
+            for name, folder in named.items()
+        ]
+    drawn = ""
+    with matplotlib.rc_context(figures.STYLE):
+        for title, draws in sections.items():
+            drawn += f"<h2>{title}</h2><figure>{''.join(map(picture, draws))}</figure>"
+    body = "".join(
+        f"<h2>{escape(name)}</h2>{settings(folder)}{html_table(tables[name])}"
+        for name, folder in named.items()
+    )
+    page = f"""<!doctype html><html lang="en"><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1"><title>minictrl</title>
+<style>{STYLE}</style><h1>{escape(", ".join(named))}</h1>
+<p>Win rates of trained policies over pi_ref, the model before training, both after the same
+procedure; N draws, of which Best-of-N keeps the best. C_hat is the share of pi_ref's responses to
+the same prompt that a response beats.</p>
+{drawn}{body}<h2>Samples</h2>{side_by_side(named, suffix)}</html>
+"""
+    with in_one_step(file) as path:
+        path.write_text(page)
+
+
+def win_rates(axis, *, tables: dict[str, list[dict]], case: tuple[str, int]):
+    rows = [
+        row | {"run": f"{name}, by {row['scorer']}"}
+        for name, table in tables.items()
+        for row in table
+        if (row["procedure"], row["n"]) == case
+    ]
+    figures.tradeoff(axis, rows, *case, by="run", expected={})
+
+
+def training(axis, *, named: dict[str, Path], column: str):
+    for name, folder in named.items():
+        rows = runs.read_metrics(folder)
+        if rows[-1].get(column) is not None:
+            axis.plot([row["step"] for row in rows], [row[column] for row in rows], label=name)
+    axis.set(title=column, xlabel="step")
+
+
+def histogram(axis, *, name: str, stored: dict):
+    for label, key in (("pi_ref", "C_hat_reference"), ("pi", "C_hat")):
+        axis.hist(stored[key].flatten(), 8, range=(0, 1), density=True, alpha=0.6, label=label)
+    axis.set(title=name, xlabel="C_hat", ylabel="density")
+
+
+def scatter(axis, *, name: str, rows: list[dict]):
+    for label, end in (("pi_ref", "_reference"), ("pi", "")):
+        points = ([row[f"{scorer}{end}"] for row in rows] for scorer in ("reward", "judge"))
+        axis.plot(*points, ".", label=label)
+    axis.set(title=name, xlabel="reward", ylabel="judge")
+
+
+def picture(draw: Callable) -> str:
+    """An image of what draw(axis) draws."""
+    figure, [axis] = figures.panels(1, 1, width=4.6, height=3.6)
+    draw(axis)
+    if axis.get_legend_handles_labels()[0]:
+        axis.legend()
+    png = io.BytesIO()
+    figure.savefig(png, format="png", dpi=120)
+    return f'<img alt="" src="data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}">'
+
+
+def settings(folder: Path) -> str:
+    """The run's settings, as one line."""
+    config, _ = runs.load_config(folder)
+    given = ((name, value) for name, value in vars(config).items() if value is not None)
+    return f"<p><small>{escape(', '.join(f'{name} {value}' for name, value in given))}</small></p>"
+
+
+def html_table(table: list[dict]) -> str:
+    """The table that evaluate.py prints."""
+    head, _, *lines = evaluation.markdown(table).splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in (head, *lines)]
+    rows = ["".join(f"<td>{escape(cell)}</td>" for cell in line) for line in cells]
+    body = "".join(f"<tr>{row}</tr>" for row in rows).replace("td>", "th>", 2 * len(cells[0]))
+    return f'<div class="wide"><table>{body}</table></div>'
+
+
+def side_by_side(named: dict[str, Path], suffix: str) -> str:
+    """The first prompts, each with a response of pi_ref and of every run, and their Best-of-4."""
+    samples = {name: read_samples(folder, suffix)[:PROMPTS] for name, folder in named.items()}
+    articles = []
+    for rows in zip(*samples.values()):
+        cells = [cell("pi_ref", rows[0], "_reference")]
+        cells += [cell(name, row, "") for name, row in zip(samples, rows)]
+        prompt = rows[0]["prompt"]
+        text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+        articles.append(f"<article><b>{escape(text)}</b><div>{''.join(cells)}</div></article>")
+    return "".join(articles)
+
+
+def cell(name: str, row: dict, end: str) -> str:
+    texts = [row["response" if end == "" else "reference"], row[f"best{end}"]]
+    levels = [row[f"C_hat{end}"], row[f"best_C_hat{end}"]]
+    titles = (name, f"{name}, Best-of-4")
+    return "<p>" + "".join(
+        f"<small>{escape(title)}, C_hat {level:.2f}</small>{escape(text)}"
+        for title, text, level in zip(titles, texts, levels)
+    )
+
+
+def read_samples(folder: Path, suffix: str) -> list[dict]:
+    lines = (folder / f"samples{suffix}.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
