@@ -52,7 +52,7 @@ class Batch:
         T, L = int(self.mask.sum(-1).max()), int(self.prompt_mask.sum(1).max())
 
         def narrow(name: str, x: Tensor) -> Tensor:
-            if x.dim() == 1:
+            if x.dim() == 1 or name == "R":
                 return x
             return x[:, -L:] if name.startswith("prompt") else x[..., :T]
 
