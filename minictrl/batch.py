@@ -18,7 +18,7 @@ class Batch:
     """B rows, each a prompt with a response. A field that a method has no use for is None.
 
     Where a row has several responses to its prompt (a preference pair), there is an axis more:
-    (B, 2, T) in place of (B, T).
+    (B, 2, T) in place of (B, T), (B, 2) in place of R's (B,).
     """
 
     of: Tensor  # (B,) number of the row's prompt

@@ -13,6 +13,8 @@ from minictrl.methods.pkpo import max_at_n_advantages
 
 
 class Method(Pkpo):
+    least_G = 2
+
     @staticmethod
     def largest_n(G: int) -> float:
         """A subset without the response must be left."""
