@@ -88,7 +88,7 @@ def train(config: Config, resume: bool):
     start, out = time.time(), Path(config.out)
     method = get_method(config.method)(config)  # its Phi, its beta, its loss
     task = load_task(config, "train")
-    if method.online and config.baseline == "prefix":
+    if method.compared and config.baseline == "prefix":
         check_prefix_rewards(task)
     judge = scorer_of(config, "judge")
     held_out = read_prompts(replace(config, prompts=None), "test", task.policy, task.tokenizer)
@@ -115,7 +115,7 @@ def train(config: Config, resume: bool):
     runs.describe(out, config, budget.beta, made_from)
 
     # 3. Maximise E[Phi(C_hat)] - beta KL(pi || pi_ref).
-    with_head = method.online and config.baseline == "value"
+    with_head = method.compared and config.baseline == "value"
     learner = make_learner(task.policy, value_head=with_head, lr=config.lr)
     with runs.Training(out, learner, budget, config.steps) as training:
         maximise = online if method.online else offline
@@ -166,7 +166,8 @@ def online(training, config, task, method, reference):
         beta = budget.follow(stats["kl_ref"]) if step >= WARMUP else budget.beta
         R = method.reward(r, r_ref, Phi_C, beta)  # Phi(C_hat) / beta
         batch.R = R.flatten().to(batch.mask)
-        batch = with_advantages(batch, task=task, r_ref=r_ref, learner=learner, config=config)
+        if method.compared:
+            batch = with_advantages(batch, task=task, r_ref=r_ref, learner=learner, config=config)
         if batch.values is not None:
             explained = explained_variance(batch.values, batch.returns, batch.mask)
             stats["explained_variance"] = explained.item()
@@ -180,7 +181,7 @@ def offline(training, config, task, method, reference):
 
     rows = method.rows(reference, training.budget.beta)
     for step in training.steps():
-        index = prompts_of(step, len(rows), config.batch * config.G, config.seed)
+        index = prompts_of(step, len(rows), method.rows_per_step, config.seed)
         batch = with_prompts(task, rows[index])
         training.log(batch, updated(training.learner, batch, method, step, config))
 

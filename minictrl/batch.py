@@ -18,7 +18,7 @@ class Batch:
     """B rows, each a prompt with a response. A field that a method has no use for is None.
 
     Where a row has several responses to its prompt (a preference pair), there is an axis more:
-    (B, 2, T) in place of (B, T).
+    (B, 2, T) in place of (B, T), (B, 2) in place of R's (B,).
     """
 
     of: Tensor  # (B,) number of the row's prompt
@@ -52,7 +52,7 @@ class Batch:
         T, L = int(self.mask.sum(-1).max()), int(self.prompt_mask.sum(1).max())
 
         def narrow(name: str, x: Tensor) -> Tensor:
-            if x.dim() == 1:
+            if x.dim() == 1 or name == "R":
                 return x
             return x[:, -L:] if name.startswith("prompt") else x[..., :T]
 

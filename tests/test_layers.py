@@ -20,8 +20,9 @@ LAYERS = [
     {"budget", "task"},
     {"methods.base", "rollout"},
     {"runs"},
-    {"methods.ppo", "methods.grpo", "methods.ipo", "methods.bond", "methods.qrpo", "methods.pkpo"},
-    {"methods.grpo_fixed", "methods.bonbon", "baselines", "evaluation", "exchange"},
+    {f"methods.{name}" for name in ("ppo", "grpo", "ipo", "bond", "qrpo", "pkpo", "maxrl")},
+    {f"methods.{name}" for name in ("grpo_fixed", "bonbon", "maxpo", "tea", "rs_grpo", "a2po")}
+    | {"methods.tpo", "baselines", "evaluation", "exchange"},
     {"figures", "trl"},
     {"report"},
     {"pretrain", "studies", "bench", "reproduce"},

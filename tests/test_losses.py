@@ -16,7 +16,7 @@ from minictrl.methods.bonbon import bonbon_beta, bonbon_loss
 from minictrl.methods.bond import jeffreys_loss
 from minictrl.methods.grpo import grpo_advantages
 from minictrl.methods.ipo import ipo_loss
-from minictrl.methods.pkpo import max_at_n_advantages, min_at_n_advantages
+from minictrl.methods.pkpo import max_at_n_advantages
 from minictrl.methods.qrpo import log_partition, qrpo_loss
 from minictrl.ppo import loo_advantages, policy_loss
 from minictrl.transforms import get_transform
@@ -31,6 +31,10 @@ BETAS = {
 
 def randn(*shape, seed=0):
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def min_at_n_advantages(g, n, baseline=True):
+    return -max_at_n_advantages(-g, n, baseline)
 
 
 def total_variation(p, q):

@@ -31,7 +31,7 @@ SHORT = [
     "--batch",
     "6",
     "--G",
-    "4",
+    "5",
     "--max-new-tokens",
     "6",
     "--lr",

@@ -11,14 +11,21 @@ A new method is one file with a class `Method`, of a parent in `base.py`, and it
 | bonbon | SFT and IPO on the best and worst of n | near Best-of-n of pi_ref |
 | bond | the log transform, plus SFT on the best of n | Best-of-n of pi_ref |
 | qrpo | regression on the reference samples | pi_ref e^R / Z, the same as CTRL |
+| a2po | the same regression, on responses of the policy | pi_ref e^R / Z, the same as CTRL |
+| tpo | shares among n reference samples, by cross-entropy | pi_ref e^R / Z, the same as CTRL |
 | pkpo | the win rate after the procedure, without a transform | the optimum of InfAlign itself |
+| maxpo | pkpo with centred advantages, for N < G | the optimum of InfAlign itself |
+| tea | pkpo for N > G, extrapolated | that optimum, as far as the tail is a power law |
+| maxrl | the log of each prompt's standard win rate | the identity transform |
+| rs_grpo | the log of E[e^{t C_hat}] | the transform exp<t> |
 
 vBoN (Amini et al. 2024) is ppo with `--transform log`.
 """
 
 from importlib import import_module
 
-METHODS = ("ppo", "grpo", "grpo_fixed", "ipo", "bonbon", "bond", "qrpo", "pkpo")
+METHODS = ("ppo", "grpo", "grpo_fixed", "ipo", "bonbon", "bond", "qrpo", "a2po", "tpo")
+METHODS += ("pkpo", "maxpo", "tea", "maxrl", "rs_grpo")
 
 
 def get_method(name: str) -> type:

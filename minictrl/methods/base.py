@@ -15,11 +15,15 @@ from minictrl.transforms import RAW, get_transform
 class Method:
     """A method with the settings of its run. `Online` and `Offline` say what else one has.
 
-    transform: the name of the Phi that its optimum has, None where it is the run's to choose.
+    transform: the name of the Phi that its optimum has, None where it is the run's to choose, and
+    then `usual` is the default. compared: whether the loss reads advantages, so that --baseline
+    matters.
     """
 
     online: bool
+    compared: bool
     transform: str | None = None
+    usual = "identity"
 
     def __init__(self, config: Config):
         self.config = config
@@ -60,15 +64,24 @@ class Method:
 
 
 class Online(Method):
-    """Draws G responses per prompt from the current policy; R says what is good, PPO the rest."""
+    """Draws G responses per prompt from the current policy; R says what is good, PPO the rest.
 
-    online = True
+    least_G: how many a prompt needs.
+    """
+
+    online = compared = True
+    least_G = 1
 
     @classmethod
     def check(cls, config: Config) -> None:
         super().check(config)
+        if config.G < cls.least_G:
+            raise ValueError(
+                f"--G {config.G}: {config.method} compares a response with the prompt's other "
+                f"samples; use at least {cls.least_G}"
+            )
         others = config.G if config.transform in RAW else config.batch * config.G
-        if config.baseline == "loo" and others < 2:
+        if cls.compared and config.baseline == "loo" and others < 2:
             raise ValueError(
                 f"--G {config.G}: a response is compared with the prompt's other samples, or with "
                 "those of the other prompts; use at least 2"
@@ -108,7 +121,11 @@ def with_value_loss(
 class Offline(Method):
     """Trains on the reference samples of the calibration."""
 
-    online = False
+    online = compared = False
+
+    @property
+    def rows_per_step(self) -> int:
+        return self.config.batch * self.config.G
 
     def rows(self, reference: Reference, beta: float) -> Batch:
         """The rows of one epoch, without their prompts."""
@@ -132,15 +149,33 @@ def responses(reference: Reference) -> Batch:
 def pairs(reference: Reference, n: int, seed: int) -> Batch:
     """The best and the worst of each n reference samples, a row each: (B, 2, T)."""
     generator = torch.Generator().manual_seed(seed)
-    best, worst = best_and_worst(reference.r_ref, n, generator)
-    of = torch.arange(len(best)).repeat_interleave(best.shape[1])
-    index = torch.stack([best.flatten(), worst.flatten()], 1)  # (B, 2)
+    return side_by_side(reference, torch.stack(best_and_worst(reference.r_ref, n, generator), 2))
+
+
+def side_by_side(reference: Reference, index: Tensor) -> Batch:
+    """Rows of n reference samples of one prompt: (B, n, T).
+
+    index: (P, groups, n) which of a prompt's K samples.
+    """
+    of = torch.arange(len(index)).repeat_interleave(index.shape[1])
+    index = index.flatten(0, 1)  # (B, n)
     return Batch(
         of=of,
         tokens=reference.tokens[of[:, None], index].long(),
         mask=reference.mask[of[:, None], index].float(),
         ref_logprobs=reference.logprobs[of[:, None], index],
     )
+
+
+def partition(P: int, K: int, n: int, generator: torch.Generator | None = None) -> Tensor:
+    """(P, K // n, n) which of a prompt's K samples are in which group of n; some may be left over.
+
+    Neighbours, or with a generator (on the CPU) at random.
+    """
+    order = torch.arange(K).expand(P, K)
+    if generator is not None:
+        order = torch.rand(P, K, generator=generator).argsort(1)
+    return order[:, : K // n * n].reshape(P, K // n, n)
 
 
 def best_and_worst(
@@ -153,13 +188,8 @@ def best_and_worst(
     rewards the first is called best, the last worst: among two, a coin flip, as IPO asks for.
     """
     check_samples("r_ref", r_ref, n, least=2)
-    P, K = r_ref.shape
-    order = torch.arange(K).expand(P, K)
-    if generator is not None:
-        order = torch.rand(P, K, generator=generator).argsort(1)
-    order = order[:, : K // n * n].to(r_ref.device)
-    groups = r_ref.gather(1, order).view(P, K // n, n)
-    order = order.reshape(P, K // n, n)
+    order = partition(*r_ref.shape, n, generator).to(r_ref.device)
+    groups = r_ref.gather(1, order.flatten(1)).view_as(order)
     best = groups.argmax(2, keepdim=True)
     worst = n - 1 - groups.flip(2).argmin(2, keepdim=True)
     return order.gather(2, best)[..., 0], order.gather(2, worst)[..., 0]

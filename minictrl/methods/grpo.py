@@ -9,21 +9,12 @@ import math
 
 from torch import Tensor
 
-from minictrl.config import Config
 from minictrl.methods.base import Online, check_samples
 
 
 class Method(Online):
     transform = "none"
-
-    @classmethod
-    def check(cls, config: Config) -> None:
-        super().check(config)
-        if config.G < 2:
-            raise ValueError(
-                f"--G {config.G}: raw rewards are compared with the prompt's other samples; use at "
-                "least 2"
-            )
+    least_G = 2
 
     def beta_for(self, kl: float, r_ref: Tensor | None = None) -> float:
         """A standardised reward is taken for a normal one of deviation 1: KL = 1 / (2 beta^2)."""

@@ -22,21 +22,34 @@ class Method(Online):
     def check(cls, config: Config) -> None:
         super().check(config)
         if config.procedure not in ("standard", "bon", "won"):
-            raise ValueError(f"--procedure {config.procedure}: pkpo has standard, bon and won")
-        if config.procedure != "standard" and config.n > config.K:
-            raise ValueError(f"--n {config.n}: more than the --K {config.K} reference samples")
-        if config.procedure != "standard" and config.n > config.G:
             raise ValueError(
-                f"--n {config.n}: pkpo looks for the best of n among the --G {config.G} samples of "
-                "a prompt; use a larger G or a smaller n"
+                f"--procedure {config.procedure}: {config.method} has standard, bon and won"
             )
+        if config.procedure == "standard":
+            return
+        if config.n > config.K:
+            raise ValueError(f"--n {config.n}: more than the --K {config.K} reference samples")
+        if config.n > cls.largest_n(config.G):
+            raise ValueError(
+                f"--n {config.n}: {config.method} looks for the best of n among the --G {config.G} "
+                f"samples of a prompt, for an n of at most {cls.largest_n(config.G)}; use a larger "
+                "G, a smaller n, or --method tea, which extrapolates"
+            )
+
+    @staticmethod
+    def largest_n(G: int) -> float:
+        """The largest n that G samples have advantages for."""
+        return G
 
     def reward(self, r: Tensor, r_ref: Tensor, Phi_C: Tensor, beta: float) -> Tensor:
         n = 1 if self.config.procedure == "standard" else self.config.n
-        if self.config.procedure == "won":
-            g = 1 - beats_best_of(-r, -r_ref, n)
-            return min_at_n_advantages(g, n, baseline=n > 1) / beta
-        return max_at_n_advantages(beats_best_of(r, r_ref, n), n, baseline=n > 1) / beta
+        # min g = 1 - max (1 - C)^n: the best of n of the reward turned round
+        sign = -1 if self.config.procedure == "won" else 1
+        return sign * self.advantages(beats_best_of(sign * r, sign * r_ref, n), n) / beta
+
+    def advantages(self, g: Tensor, n: int) -> Tensor:
+        """(P, G) those of E[max of g over n draws of pi], from g (P, G)."""
+        return max_at_n_advantages(g, n, baseline=n > 1)
 
 
 def beats_best_of(r: Tensor, r_ref: Tensor, n: int) -> Tensor:
@@ -83,8 +96,3 @@ def max_at_n_advantages(g: Tensor, n: int, baseline: bool = True) -> Tensor:
         with_i = values * share(lambda j: math.comb(j - 2, n - 2) if min(j, n) > 1 else 0)
         s = best * values + with_i.sum(1, keepdim=True) - with_i.cumsum(1)
     return torch.empty_like(s).scatter_(1, order, G * s).to(g)
-
-
-def min_at_n_advantages(g: Tensor, n: int, baseline: bool = True) -> Tensor:
-    """The same for E[min of g over n draws], for Worst-of-n: g = 1 - (1 - C_hat)^n."""
-    return -max_at_n_advantages(-g, n, baseline)

@@ -12,29 +12,35 @@ from torch import Tensor
 from minictrl.batch import Batch
 from minictrl.calibration import leave_one_out_calibration
 from minictrl.config import Config
+from minictrl.methods.base import Method as Base
 from minictrl.methods.base import Offline, check_shapes, responses
 from minictrl.reference import Reference
 from minictrl.transforms import RAW
 
 
 class Method(Offline):
-    """Each reference sample is calibrated against the prompt's other K - 1."""
-
     @classmethod
     def check(cls, config: Config) -> None:
         if config.transform in RAW:
-            raise ValueError(f"--transform {config.transform}: qrpo needs a calibrated reward")
+            raise ValueError(
+                f"--transform {config.transform}: {config.method} needs a calibrated reward"
+            )
         super().check(config)
 
     def rows(self, reference: Reference, beta: float) -> Batch:
-        C_hat = leave_one_out_calibration(reference.r_ref)
-        R = self.in_nats(self.Phi(C_hat.double()), beta, reference.r_ref)  # (P, K)
+        R = reference_R(self, reference.r_ref, beta)
         log_Z = log_partition(R).expand_as(R).float().flatten()
         return replace(responses(reference), R=R.float().flatten(), log_Z=log_Z)
 
     def loss(self, logprobs: Tensor, values: None, batch: Batch) -> tuple[Tensor, dict]:
         sums = logprobs.sum(-1), batch.ref_logprobs.sum(-1)
         return qrpo_loss(*sums, batch.R, batch.log_Z), {}
+
+
+def reference_R(method: Base, r_ref: Tensor, beta: float) -> Tensor:
+    """(P, K) R of the reference samples, each calibrated against the prompt's other K - 1."""
+    C_hat = leave_one_out_calibration(r_ref)
+    return method.in_nats(method.Phi(C_hat.double()), beta, r_ref)
 
 
 def log_partition(R: Tensor) -> Tensor:
