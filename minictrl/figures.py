@@ -23,6 +23,11 @@ TITLES = {
     "bon": "Best-of-{n}",
     "won": "Worst-of-{n}",
     "rewind": "rewind-and-repeat, {n} draws",
+    "second": "second best of {n}",
+    "median": "median of {n}",
+    "trimmed": "one of the middle half of {n}",
+    "soft": "soft Best-of-{n}",
+    "poisson": "Best-of-Poisson, {n} draws on average",
 }
 KL, WIN_RATE = "KL(pi || pi_ref) [nats]", "win rate over pi_ref"
 COLORS = {  # of a transform, a method or a scorer, in every picture

@@ -13,13 +13,13 @@ from itertools import product
 from pathlib import Path
 from statistics import fmean
 
-import torch
 from torch import Tensor
 
 from minictrl import evaluation, runs, theory, winrate
 from minictrl.figures import KL, WIN_RATE, errorbars, panels, title, tradeoff
 from minictrl.models import load_policy
-from minictrl.procedures import bon, get_procedure, rewind
+from minictrl.procedures import get_procedure, rewind
+from minictrl.procedures.base import by_rank
 from minictrl.rollout import sample_and_score
 from minictrl.studies.curves import best_of_kl
 from minictrl.studies.sweep import AWARE, METHODS, OTHERS, judged, reference, shown, sweep
@@ -139,7 +139,7 @@ def best_of(out: Path, quick: bool) -> Rows:
     for size, (procedure, n) in product((2, 4, 8), (("standard", 1), ("bon", 4), ("won", 4))):
         kl = best_of_kl(size)
         weight = best_of_weights(select, size, procedure, n)
-        weight_ref = get_procedure(procedure).weights(select_ref, n, torch.empty(0))
+        weight_ref = get_procedure(procedure).weights(select_ref, n)
         for scorer, (x, x_ref) in scores.items():
             wins = (weight * winrate.beaten(x, x_ref, weight_ref)).sum(1)  # (P,)
             win_rate, stderr = mean_stderr(wins.tolist())
@@ -170,7 +170,7 @@ def best_of_weights(select: Tensor, size: int, procedure: str, n: int) -> Tensor
     """
     M = select.shape[1]
     if procedure != "won":
-        return bon.weights(select.double(), n * size, torch.empty(0))
+        return get_procedure("bon").weights(select.double(), n * size)
 
     def among_lowest(m: int) -> float:
         none_below = 0.0
@@ -179,7 +179,7 @@ def best_of_weights(select: Tensor, size: int, procedure: str, n: int) -> Tensor
             none_below += (-1) ** j * math.comb(n, j) * below
         return 1 - none_below
 
-    return bon.by_rank(select.double(), [among_lowest(m) for m in range(M + 1)])
+    return by_rank(select.double(), [among_lowest(m) for m in range(M + 1)])
 
 
 # --- other pictures of the sweep ---
