@@ -134,9 +134,8 @@ def test_soft_is_best_of_n_when_cold_and_standard_when_hot(n):
 def test_pi_ref_against_itself_wins_one_half(procedure):
     """Exactly on one set of samples; 4 standard errors on two, for soft also half a point."""
     u, v = draws(1000, 16), draws(1000, 16, seed=1)
-    assert win_rate(u, u, u, u, procedure, 4)[0] == pytest.approx(0.5, abs=1e-12)
-    tied = (5 * u).floor()
-    assert win_rate(tied, tied, tied, tied, procedure, 4)[0] == pytest.approx(0.5, abs=1e-12)
+    for same in (u[:50], (5 * u[:50]).floor()):  # without ties and with them
+        assert win_rate(same, same, same, same, procedure, 4)[0] == pytest.approx(0.5, abs=1e-12)
     win, stderr = win_rate(u, u, v, v, procedure, 4)
     slack = 0.005 if procedure.startswith("soft") else 0
     assert stderr < 8e-3 and win == pytest.approx(0.5, abs=4 * stderr + slack)
@@ -147,7 +146,7 @@ def test_pi_ref_against_itself_wins_one_half(procedure):
 @pytest.mark.parametrize("procedure", NEW)
 def test_samples_of_a_known_policy_have_the_theorys_win_rate(procedure):
     """4 standard errors; for soft one point more, because C is known from 32 samples only."""
-    u, v = draws(1000, 32) ** (1 / 3), draws(1000, 32, seed=1)  # log at beta 1/2
+    u, v = draws(500, 32) ** (1 / 3), draws(500, 32, seed=1)  # log at beta 1/2
     win, stderr = win_rate(u, u, v, v, procedure, 4)
     exact = theory.tradeoff("log", procedure, 4, [0.5])[1][0]
     slack = 0.01 if procedure.startswith("soft") else 0
@@ -174,7 +173,7 @@ def test_the_theorys_win_rate_is_definition_4_by_quadrature(procedure):
     assert theory.tradeoff("log", procedure, n, [0.5])[1][0] == pytest.approx(win, abs=2e-6)
 
 
-@pytest.mark.parametrize("procedure", NEW)
+@pytest.mark.parametrize("procedure", ["second", "median", "trimmed", "soft0.5", "poisson"])
 def test_its_optimum_is_above_every_transform_and_keeps_to_the_kl(procedure):
     best = theory.optimal_win_rate(0.7, procedure, 4)
     for name in ("identity", "log", "exp5", "exp10", "exp-5"):
