@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 from minictrl.methods import METHODS, get_method
-from minictrl.procedures import PROCEDURES
+from minictrl.procedures import PROCEDURES, parse_procedure
 
 BASELINES = ("prefix", "value", "loo")
 
@@ -102,7 +102,9 @@ def is_run(stored) -> bool:
 
 
 def setting(default, text: str, **rules):
-    """A field with its help and rules: `choices`; `least`, the smallest value; `positive`."""
+    """A field with its help and rules: `choices`; `known`, a function that raises ValueError;
+    `least`, the smallest value; `positive`.
+    """
     return field(default=default, metadata={"help": text, **rules})
 
 
@@ -137,10 +139,14 @@ class Config:
     )
     beta: float | None = setting(None, "KL strength, fixed, instead of --kl", positive=True)
     procedure: str = setting(
-        "bon", "inference-time procedure the run is aligned for", choices=PROCEDURES
+        "bon",
+        f"inference-time procedure the run is aligned for ({', '.join(PROCEDURES)}, soft<t>)",
+        known=parse_procedure,
     )
     n: int | None = setting(
-        None, "samples the procedure draws (default 4; rewind: the most draws, 32)", least=1
+        None,
+        "samples the procedure draws (default 4; rewind: the most draws, 32; poisson: on average)",
+        least=1,
     )
     method: str = setting("ppo", "algorithm", choices=METHODS)
     K: int = setting(100, "reference samples per prompt for the calibration, Eq. 12", least=1)
@@ -208,6 +214,8 @@ class Config:
             if "choices" in f.metadata:
                 known = f.metadata["choices"]
                 self._need(value in known, f.name, f"use one of {', '.join(known)}")
+            if "known" in f.metadata:
+                f.metadata["known"](value)
             if "least" in f.metadata:
                 least = f.metadata["least"]
                 self._need(value >= least, f.name, f"use a whole number of at least {least}")

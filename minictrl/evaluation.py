@@ -23,6 +23,7 @@ from minictrl.files import in_one_step, write_json
 from minictrl.lm.device import halving
 from minictrl.lm.logprobs import response_logits
 from minictrl.models import load_policy
+from minictrl.procedures import get_procedure
 from minictrl.rollout import batch_of, reference_samples, sample_and_score, score
 from minictrl.sampling import Samples, texts_of
 from minictrl.task import Task, load_task, scorer_of, try_scorers
@@ -190,7 +191,7 @@ def procedures(config: Config, sizes: tuple[int, ...], M: int) -> list[tuple[str
     for procedure in ("bon", "won"):
         chosen += [(procedure, n) for n in sizes if n > 1]
     chosen += [("bon", config.n), ("won", config.n)]  # the pictures have them
-    return [(procedure, n) for procedure, n in dict.fromkeys(chosen) if n <= M]
+    return [(name, n) for name, n in dict.fromkeys(chosen) if get_procedure(name).samples(n) <= M]
 
 
 @torch.no_grad()

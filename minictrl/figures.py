@@ -23,6 +23,11 @@ TITLES = {
     "bon": "Best-of-{n}",
     "won": "Worst-of-{n}",
     "rewind": "rewind-and-repeat, {n} draws",
+    "second": "second best of {n}",
+    "median": "median of {n}",
+    "trimmed": "one of the middle half of {n}",
+    "soft": "soft Best-of-{n}",
+    "poisson": "Best-of-Poisson, {n} draws on average",
 }
 KL, WIN_RATE = "KL(pi || pi_ref) [nats]", "win rate over pi_ref"
 COLORS = {  # of a transform, a method or a scorer, in every picture
@@ -31,7 +36,7 @@ COLORS = {  # of a transform, a method or a scorer, in every picture
     "none": "C7", "ipo": "C6", "bonbon": "C8", "bond": "C9", "grpo": "gold", "grpo_fixed": "peru",
     "qrpo exp10": "darkred", "qrpo exp-10": "darkred", "pkpo bon": "navy", "pkpo won": "navy",
     "bon_fp 2": "C6", "bon_fp 4": "black", "bon_fp 32": "C7", "reward": "C0", "judge": "C3",
-    "theory": "C7",
+    "theory": "C7", "pi_ref": "black",
 }  # fmt: skip
 
 

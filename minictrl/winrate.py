@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from minictrl.procedures import get_procedure, rewind
+from minictrl.procedures import get_procedure
 from minictrl.procedures.masses import at_least_1
 
 
@@ -48,7 +48,7 @@ def win_rates(
 def weights(select: Tensor, select_ref: Tensor, procedure: str, n: int) -> tuple[Tensor, Tensor]:
     """(P, M) and (P, M'): how often each response of pi and of pi_ref is kept. Float64 scores."""
     weigh = get_procedure(procedure).weights
-    return weigh(select, n, rewind.threshold_of(select_ref)), weigh(select_ref, n, None)
+    return weigh(select, n, select_ref), weigh(select_ref, n)
 
 
 def kept_scores(
@@ -86,5 +86,6 @@ def _validate(scores: dict[str, Tensor], procedure: str, n: int) -> None:
             raise ValueError(f"{name} has {bad} scores that are not finite; drop or rescore them")
     at_least_1("n", n)
     M = min(scores["select"].shape[1], scores["select_ref"].shape[1])
-    if M < (1 if procedure == "standard" else n):
-        raise ValueError(f"n {n} with {M} samples per prompt: draw {n} or more, or lower n")
+    least = get_procedure(procedure).samples(n)
+    if M < least:
+        raise ValueError(f"n {n} with {M} samples per prompt: draw {least} or more, or lower n")

@@ -3,6 +3,8 @@
 import ast
 from pathlib import Path
 
+from minictrl.procedures import PROCEDURES
+
 PACKAGE = Path(__file__).parent.parent / "minictrl"
 FOLDERS = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
 # From the lowest up; a folder's name stands for all of its modules that have no line of their own,
@@ -11,8 +13,8 @@ LAYERS = [
     {"calibration", "files", "batch", "cli"},
     {"procedures", "methods", "lm.device", "lm.hub", "lm.draw", "lm.prompts", "lm.identity"},
     {"config", "procedures.cells", "lm.kvcache"},
-    {"procedures.standard", "procedures.bon", "procedures.rewind", "data", "lm.decode"},
-    {"procedures.won", "procedures.masses", "lm.logprobs"},
+    {"procedures.base", "data", "lm.decode"},
+    {*(f"procedures.{name}" for name in PROCEDURES), "procedures.masses", "lm.logprobs"},
     {"winrate"},
     {"procedures.optimum", "sampling", "reference", "scorers.text"},
     {"transforms", "ppo", "update", "scorers.generative", "scorers.function", "scorers.classifier"},

@@ -1,5 +1,6 @@
-"""What the README shows is what comes out."""
+"""What the README and docs/theory.md show is what comes out."""
 
+import ast
 import re
 from pathlib import Path
 
@@ -9,17 +10,22 @@ ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text()
 
 
-def test_its_python_gives_the_numbers_beside_it():
-    (block,) = re.findall(r"```python\n(.*?)```", TEXT, re.S)
-    names = {}
-    for line in block.splitlines():
-        code, _, shown = line.partition("#")
-        if not shown:
-            exec(code, names)
-            continue
-        number = re.match(r" *([\d.]+)", shown)[1].rstrip(".")
-        tolerance = 10.0 ** -len(number.partition(".")[2])
-        assert eval(code, names) == pytest.approx(float(number), abs=tolerance)
+@pytest.mark.parametrize("page", ["README.md", "docs/theory.md"])
+def test_its_python_gives_the_numbers_beside_it(page):
+    names, compared = {}, 0
+    for block in re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.S):
+        lines = block.splitlines()
+        for statement in ast.parse(block).body:
+            code = ast.unparse(statement)
+            _, _, shown = lines[statement.end_lineno - 1].partition("#")
+            number = re.match(r" *([\d.]+)", shown)
+            if number is None:
+                exec(code, names)
+                continue
+            number, compared = number[1].rstrip("."), compared + 1
+            tolerance = 10.0 ** -len(number.partition(".")[2])
+            assert eval(code, names) == pytest.approx(float(number), abs=tolerance), code
+    assert compared >= 3
 
 
 def test_its_links_and_files_are_there():

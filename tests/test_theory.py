@@ -287,3 +287,12 @@ def test_levels_are_the_shares_of_equal_rewards():
     assert not theory.tied(nearly)
     nearly[:, :5] = 0  # 10
     assert theory.tied(nearly)
+
+
+@pytest.mark.parametrize("procedure", PROCEDURES)
+def test_levels_have_a_win_rate_after_every_procedure(procedure):
+    """pi_ref itself wins one half; rewind's threshold may be the edge of an empty level."""
+    r_ref = torch.tensor([[0.0] * 17 + [1.0] * 3, list(range(20))])
+    levels = theory.levels_of(r_ref)
+    assert mass_win_rate(levels, levels, procedure, 4).item() == pytest.approx(0.5)
+    assert 0.5 < theory.at_kl("identity", 0.2, procedure, 4, levels=levels) < 1

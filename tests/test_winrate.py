@@ -112,10 +112,9 @@ def test_standard_error_is_the_bootstraps_over_prompts():
 @pytest.mark.parametrize("procedure", PROCEDURES)
 def test_weights_are_a_distribution(procedure):
     select = scores(5, 12)
-    weights = get_procedure(procedure).weights(
-        select.double(), 4, torch.tensor([-1.0, 0, 2, 3, 9], dtype=torch.float64)
-    )
-    assert weights.sum(1).tolist() == pytest.approx([1] * 5) and (weights >= 0).all()
+    for select_ref in (scores(5, 12, seed=1).double(), None):
+        weights = get_procedure(procedure).weights(select.double(), 4, select_ref)
+        assert weights.sum(1).tolist() == pytest.approx([1] * 5) and (weights >= 0).all()
 
 
 def test_selection_and_judge_may_disagree():

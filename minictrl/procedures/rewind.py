@@ -6,32 +6,29 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from minictrl.procedures import base
 from minictrl.procedures.cells import REWIND_QUANTILE
 
 
-def mass_after(mass: Tensor, edges: Tensor, n: int) -> Tensor:
-    # the share of each cell that lies above the threshold
-    above = ((edges[..., 1:] - REWIND_QUANTILE) / edges.diff()).clamp(0, 1)
-    q = (mass * (1 - above)).sum(-1, keepdim=True)  # a draw falls below it
-    draws = (q ** torch.arange(n)).sum(-1, keepdim=True)  # made on average, (1 - q^N) / (1 - q)
-    return mass * (above * draws + (1 - above) * q ** (n - 1))
+class Procedure(base.Procedure):
+    def mass_after(self, mass: Tensor, edges: Tensor, n: int) -> Tensor:
+        # the share of each cell that lies above the threshold
+        above = ((edges[..., 1:] - REWIND_QUANTILE) / edges.diff()).nan_to_num().clamp(0, 1)
+        q = (mass * (1 - above)).sum(-1, keepdim=True)  # a draw falls below it
+        draws = (q ** torch.arange(n)).sum(-1, keepdim=True)  # on average, (1 - q^N) / (1 - q)
+        return mass * (above * draws + (1 - above) * q ** (n - 1))
 
-
-def weights(select: Tensor, n: int, threshold: Tensor | None) -> Tensor:
-    """The first draw at or above the threshold, else the N-th.
-
-    threshold: None where it is that of these very samples.
-    """
-    if threshold is None:
-        return own_weights(select, n)
-    M = select.shape[1]
-    above = select >= threshold[:, None]
-    below = (~above).sum(1, keepdim=True)  # (P, 1)
-    draws = torch.arange(n)
-    fails = ((below - draws).clamp(min=0) / (M - draws)).prod(
-        1, keepdim=True
-    )  # C(below, N)/C(M, N)
-    return split(above, ~above, fails)
+    def weights(self, select: Tensor, n: int, select_ref: Tensor | None = None) -> Tensor:
+        """The first draw at or above pi_ref's threshold, else the N-th."""
+        if select_ref is None:
+            return own_weights(select, n)
+        M = select.shape[1]
+        above = select >= threshold_of(select_ref)[:, None]
+        below = (~above).sum(1, keepdim=True)  # (P, 1)
+        draws = torch.arange(n)
+        # C(below, N) / C(M, N)
+        fails = ((below - draws).clamp(min=0) / (M - draws)).prod(1, keepdim=True)
+        return split(above, ~above, fails)
 
 
 def own_weights(select: Tensor, n: int) -> Tensor:

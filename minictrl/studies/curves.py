@@ -14,8 +14,7 @@ from torch import Tensor
 from minictrl import theory
 from minictrl.figures import COLORS, KL, WIN_RATE, panels, title
 from minictrl.procedures import cells
-from minictrl.procedures.bon import mass_after as bon
-from minictrl.procedures.masses import mass_win_rate
+from minictrl.procedures.masses import mass_map, mass_win_rate
 from minictrl.studies.tables import Rows, below_optimum, column, where, zipped
 from minictrl.transforms import get_transform
 
@@ -207,8 +206,8 @@ def any_n(mass: Tensor, u: Tensor, n: int) -> Tensor:
     """Best-of-N of a user whose N is uniform over 1 .. n: (n, G), which mass_win_rate averages
     over.
     """
-    sizes = range(1, n + 1)
-    return torch.stack([bon(mass, u, N) for N in sizes])
+    bon = mass_map("bon")
+    return torch.stack([bon(mass, u, N) for N in range(1, n + 1)])
 
 
 def mix(out: Path, quick: bool):
@@ -216,7 +215,7 @@ def mix(out: Path, quick: bool):
     at equal KL.
     """
     sizes = (1, 4, 32) if quick else (1, 2, 4, 8, 16, 32)
-    used = {f"Best-of-{N}": (bon, N) for N in sizes} | {"1 .. 32": (any_n, 32)}
+    used = {f"Best-of-{N}": ("bon", N) for N in sizes} | {"1 .. 32": (any_n, 32)}
     policies = {f"optimal for {at}": ("optimal", *case) for at, case in used.items()}
     policies |= {name: (name, "bon", 1) for name in ("log", "exp5", "exp10", "exp20", "exp40")}
     kls = (1.0,) if quick else (0.25, 0.5, 1.0, 2.0)

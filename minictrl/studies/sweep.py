@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import json
 from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -16,10 +17,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 import minictrl
-from minictrl import evaluation
+from minictrl import evaluation, runs
 from minictrl.config import Config
-from minictrl.models import load_scorer
-from minictrl.rollout import score
+from minictrl.models import load_policy, load_scorer
+from minictrl.rollout import sample_and_score, score
 from minictrl.studies.tables import Rows
 from minictrl.task import Task, load_task
 
@@ -107,12 +108,12 @@ def sweep(
     return rows
 
 
-def finish(runs: dict[Path, dict], scale: dict, split: str):
+def finish(wanted: dict[Path, dict], scale: dict, split: str):
     """Trains and evaluates what is missing of the runs, folder -> settings."""
-    missing = [folder for folder in runs if not table_of(folder, split).is_file()]
+    missing = [folder for folder in wanted if not table_of(folder, split).is_file()]
     for folder in tqdm(missing, "runs", unit="run", disable=None if missing else True):
         try:
-            run(folder, runs[folder], scale["prompts"], scale["samples"], split)
+            run(folder, wanted[folder], scale["prompts"], scale["samples"], split)
         except ValueError as error:
             if "reach" not in str(error):  # of theory or of K samples
                 raise
@@ -179,6 +180,25 @@ def reference(out: Path, prompts: int, M: int) -> tuple[Task, Tensor, list[list[
     config = Config(prompts=prompts, cache=str(out / "cache")).resolved()
     task = load_task(config, "test")
     return task, *evaluation.draw_reference(task, config, M)
+
+
+Scores = dict[str, Tensor]  # reward and judge -> (P, M)
+
+
+def redrawn(run: Path, row: dict) -> tuple[Scores, Scores]:
+    """Scores of the samples of pi and of pi_ref behind a run's eval.json, drawn again from their
+    seeds. row: one of that file's.
+    """
+    prompts, M = row["prompts"], row["samples"]
+    config = replace(runs.load_finished(run), prompts=prompts)
+    task = load_task(config, "test")
+    policy, _ = load_policy(str(run / "policy"))
+    policy.to(task.ids.device)
+    r_ref, texts_ref = evaluation.draw_reference(task, config, M)
+    seed = evaluation.POLICY_SEED
+    samples, r = sample_and_score(task, policy, range(prompts), num_samples=M, seed=seed)
+    pi = {"reward": r, "judge": judged(task, samples.texts)}
+    return pi, {"reward": r_ref, "judge": judged(task, texts_ref)}
 
 
 def judged(task: Task, texts: list[list[str]]) -> Tensor:

@@ -8,21 +8,18 @@ optimum for the procedure (black).
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from statistics import fmean
 
-import torch
 from torch import Tensor
 
-from minictrl import evaluation, runs, theory, winrate
+from minictrl import theory, winrate
 from minictrl.figures import KL, WIN_RATE, errorbars, panels, title, tradeoff
-from minictrl.models import load_policy
-from minictrl.procedures import bon, get_procedure, rewind
-from minictrl.rollout import sample_and_score
+from minictrl.procedures import get_procedure, rewind
+from minictrl.procedures.base import by_rank
 from minictrl.studies.curves import best_of_kl
-from minictrl.studies.sweep import AWARE, METHODS, OTHERS, judged, reference, shown, sweep
+from minictrl.studies.sweep import AWARE, METHODS, OTHERS, judged, redrawn, reference, shown, sweep
 from minictrl.studies.tables import (
     SCORERS,
     Rows,
@@ -34,7 +31,6 @@ from minictrl.studies.tables import (
     points,
     where,
 )
-from minictrl.task import load_task
 
 # --- win rate against KL ---
 
@@ -139,7 +135,7 @@ def best_of(out: Path, quick: bool) -> Rows:
     for size, (procedure, n) in product((2, 4, 8), (("standard", 1), ("bon", 4), ("won", 4))):
         kl = best_of_kl(size)
         weight = best_of_weights(select, size, procedure, n)
-        weight_ref = get_procedure(procedure).weights(select_ref, n, torch.empty(0))
+        weight_ref = get_procedure(procedure).weights(select_ref, n)
         for scorer, (x, x_ref) in scores.items():
             wins = (weight * winrate.beaten(x, x_ref, weight_ref)).sum(1)  # (P,)
             win_rate, stderr = mean_stderr(wins.tolist())
@@ -170,7 +166,7 @@ def best_of_weights(select: Tensor, size: int, procedure: str, n: int) -> Tensor
     """
     M = select.shape[1]
     if procedure != "won":
-        return bon.weights(select.double(), n * size, torch.empty(0))
+        return get_procedure("bon").weights(select.double(), n * size)
 
     def among_lowest(m: int) -> float:
         none_below = 0.0
@@ -179,7 +175,7 @@ def best_of_weights(select: Tensor, size: int, procedure: str, n: int) -> Tensor
             none_below += (-1) ** j * math.comb(n, j) * below
         return 1 - none_below
 
-    return bon.by_rank(select.double(), [among_lowest(m) for m in range(M + 1)])
+    return by_rank(select.double(), [among_lowest(m) for m in range(M + 1)])
 
 
 # --- other pictures of the sweep ---
@@ -267,22 +263,13 @@ def fig12(out: Path, quick: bool):
 
 
 def rewound(run: Path, row: dict) -> Rows:
-    """Rows of rewind-and-repeat, by reward and by judge, for the run that `row` is of.
-
-    From the samples behind its eval.json, drawn again from their seeds.
-    """
-    prompts, M = row["prompts"], row["samples"]
-    config = replace(runs.load_finished(run), prompts=prompts)
-    task = load_task(config, "test")
-    policy, _ = load_policy(str(run / "policy"))
-    policy.to(task.ids.device)
-    r_ref, texts_ref = evaluation.draw_reference(task, config, M)
-    seed = evaluation.POLICY_SEED
-    samples, r = sample_and_score(task, policy, range(prompts), num_samples=M, seed=seed)
-    scores = {"reward": (r, r_ref), "judge": (judged(task, samples.texts), judged(task, texts_ref))}
+    """Rows of rewind-and-repeat, by reward and by judge, for the run that `row` is of."""
+    pi, pi_ref = redrawn(run, row)
+    r, r_ref = pi["reward"], pi_ref["reward"]
     rows = []
-    for scorer, (x, x_ref) in scores.items():
-        win_rate, stderr = winrate.win_rate(r, x, r_ref, x_ref, "rewind", 32)
+    for scorer in SCORERS:
+        scores = r, pi[scorer], r_ref, pi_ref[scorer]
+        win_rate, stderr = winrate.win_rate(*scores, "rewind", 32)
         measured = {
             "procedure": "rewind",
             "n": 32,

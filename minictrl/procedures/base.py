@@ -1,0 +1,85 @@
+"""What every procedure has, and those that keep a draw by its rank.
+
+`mass_after` serves the theory, where [0, 1] is cut into cells and a policy is the mass of each
+(`masses.py`, `cells.py`); the solver for a procedure's optimum (`optimum.py`) needs nothing else.
+`weights` and `samples` serve the evaluation (`winrate.py`).
+"""
+
+import math
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from minictrl.procedures.cells import cdf
+
+
+class Procedure:
+    """An inference-time procedure with N (`n`) draws."""
+
+    def mass_after(self, mass: Tensor, edges: Tensor, n: int) -> Tensor:
+        """The mass of each cell after it (..., G), differentiable in `mass` (..., G).
+
+        edges: (..., G + 1) of the cells, where pi_ref is uniform. Within a cell all draws tie.
+        """
+        raise NotImplementedError
+
+    def weights(self, select: Tensor, n: int, select_ref: Tensor | None = None) -> Tensor:
+        """(P, M) the probability that each of M samples is the one kept, over all N-subsets.
+
+        select: (P, M) scores of the samples; equal ones share theirs equally. select_ref: (P, M')
+        scores of pi_ref's samples; None: the samples are these.
+        """
+        raise NotImplementedError
+
+    def samples(self, n: int) -> int:
+        """The smallest M that `weights` can do with."""
+        return n
+
+
+class ByRank(Procedure):
+    """Keeps the draw of rank j of N, 1 the lowest, with probability `rank_weights(N)[j - 1]`.
+
+    What lies in the lowest share F of a distribution is kept with probability E[W_k]: k of the N
+    draws are among the lowest, W_k the weights of ranks 1..k. Then k is binomial(N, F) for a
+    density, and hypergeometric for N of M samples.
+    """
+
+    def rank_weights(self, n: int) -> list[float]:
+        """N weights, nowhere negative, in any scale."""
+        raise NotImplementedError
+
+    def lowest(self, n: int) -> list[float]:
+        """W_0 .. W_N."""
+        total = list(accumulate(self.rank_weights(n), initial=0))
+        return [each / total[-1] for each in total]
+
+    def mass_after(self, mass: Tensor, edges: Tensor, n: int) -> Tensor:
+        F, W = cdf(mass), self.lowest(n)
+        constant = max((0, 1), key=W.count)  # differences don't see it, and it saves terms
+        kept = torch.zeros_like(F)
+        for k, each in enumerate(W):
+            if each != constant:
+                kept = kept + (each - constant) * math.comb(n, k) * F**k * (1 - F) ** (n - k)
+        return kept.diff()
+
+    def weights(self, select: Tensor, n: int, select_ref: Tensor | None = None) -> Tensor:
+        M, W = select.shape[1], self.lowest(n)
+
+        def kept(m: int) -> float:
+            ways = (math.comb(m, k) * math.comb(M - m, n - k) for k in range(n + 1))
+            return sum(each * way / math.comb(M, n) for each, way in zip(W, ways))
+
+        return by_rank(select, [kept(m) for m in range(M + 1)])
+
+
+def by_rank(select: Tensor, lowest: list[float]) -> Tensor:
+    """(P, M) weights from ranks; equal scores share theirs equally.
+
+    lowest[m]: the probability that the response kept is among the m lowest, m = 0..M.
+    """
+    order = select.sort(1).values
+    below = torch.searchsorted(order, select)  # (P, M)
+    up_to = torch.searchsorted(order, select, right=True)
+    lowest = torch.tensor(lowest, dtype=select.dtype)
+    return (lowest[up_to] - lowest[below]) / (up_to - below)
