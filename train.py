@@ -82,6 +82,7 @@ def train(config: Config, resume: bool):
     )
     from minictrl.sampling import NotFinite
     from minictrl.task import load_task, read_prompts, scorer_of, try_scorers
+    from minictrl.track import Tracker, check_tracker
     from minictrl.update import freeze, make_learner
 
     # Whatever can be wrong with the input is found here, before the first sample is drawn.
@@ -95,11 +96,13 @@ def train(config: Config, resume: bool):
     try_scorers([task.reward, judge], [*task.prompts, *held_out[0]])
     given = config.reference and read_reference(config.reference, config, task)
     made_from = runs.digests_of(config, task, judge)
+    check_tracker(config.track)
     freeze(task.policy, config.layers)
     if resume:
         runs.check_made_from(out, config, made_from)
     else:
         runs.create(out, config, made_from)
+    tracker = config.track and Tracker(config.track, out, vars(config))
 
     # 1. Calibrate: K samples per prompt from pi_ref with their rewards. Every seed shares them.
     if given:
@@ -117,7 +120,7 @@ def train(config: Config, resume: bool):
     # 3. Maximise E[Phi(C_hat)] - beta KL(pi || pi_ref).
     with_head = method.compared and config.baseline == "value"
     learner = make_learner(task.policy, value_head=with_head, lr=config.lr)
-    with runs.Training(out, learner, budget, config.steps) as training:
+    with runs.Training(out, learner, budget, config.steps, tracker) as training:
         maximise = online if method.online else offline
         try:
             maximise(training, config, task, method, reference)
@@ -149,7 +152,8 @@ def online(training, config, task, method, reference):
     from minictrl.baselines import with_advantages
     from minictrl.calibration import calibrated_reward
     from minictrl.ppo import explained_variance
-    from minictrl.rollout import prompts_of, rollout, rollout_stats
+    from minictrl.rollout import prompts_of, responses, rollout, rollout_stats
+    from minictrl.track import EVERY
     from minictrl.update import forward_all
 
     learner, budget, Phi = training.learner, training.budget, method.Phi
@@ -160,6 +164,8 @@ def online(training, config, task, method, reference):
         r_ref = reference.r_ref[index]  # (P, K)
         batch, r = rollout(task, index, num_samples=config.G, seed=seed_of(step, config))
         batch.ref_logprobs, _ = forward_all(pi_ref, None, batch, config.micro_batch)
+        if training.tracker and step % EVERY == 0:
+            training.tracker.table(responses(task, batch, r), step + 1)
         C_hat = calibrated_reward(r, r_ref)  # (P, G), Eq. 12
         Phi_C = Phi.of(r, r_ref)  # Phi(C_hat)
         stats = rollout_stats(batch, r, C_hat, Phi_C)

@@ -15,6 +15,7 @@ from minictrl.methods import METHODS, get_method
 from minictrl.procedures import PROCEDURES, parse_procedure
 
 BASELINES = ("prefix", "value", "loo")
+TRACKERS = ("wandb", "trackio", "tensorboard")
 
 # A data set on the hub (`data.py`): name, folder in it, its splits, and whether rows without a
 # prompt or a side are left out.
@@ -162,6 +163,9 @@ class Config:
         choices=BASELINES,
     )
     steps: int | None = setting(None, "policy updates (default: the task's)", least=1)
+    track: str | None = setting(
+        None, "a tracker to log to beside metrics.jsonl, if it is installed", choices=TRACKERS
+    )
     seed: int = setting(0, "seed of every random draw")
     out: str | None = setting(None, "run directory (default runs/TASK-TRANSFORM)")
     cache: str = setting("runs/cache", "where reference samples are kept for the next run")

@@ -14,8 +14,9 @@ from minictrl.batch import Batch
 from minictrl.lm.logprobs import sequence_logprobs
 from minictrl.lm.prompts import response_texts
 from minictrl.reference import Reference, cached, digest
-from minictrl.sampling import SAMPLER, Samples, sample
+from minictrl.sampling import SAMPLER, Samples, sample, texts_of
 from minictrl.task import Task
+from minictrl.track import SHOWN
 
 
 def prompts_of(step: int, P: int, size: int, seed: int) -> Tensor:
@@ -117,6 +118,15 @@ def check_prefix_rewards(task: Task):
             f"--baseline prefix: the reward model {reward.tokenizer.name_or_path} {why}; use "
             "--baseline loo"
         )
+
+
+def responses(task: Task, batch: Batch, r: Tensor, most: int = SHOWN) -> list[tuple]:
+    """(prompt, response, reward) of the first response to each of the first prompts."""
+    first = torch.arange(len(r))[:most] * r.shape[1]
+    tokens, mask = batch.tokens[first, None].cpu(), batch.mask[first, None].cpu()
+    of = batch.of[first].tolist()
+    texts = texts_of(task.tokenizer, [task.ids[i].tolist() for i in of], tokens, mask)
+    return [(task.texts[i], row[0], each) for i, row, each in zip(of, texts, r[:, 0].tolist())]
 
 
 def rollout_stats(batch: Batch, r: Tensor, C_hat: Tensor, Phi_C: Tensor) -> dict[str, float]:

@@ -30,10 +30,11 @@ from minictrl.config import Config, is_run
 from minictrl.files import finite, in_one_step, write_json
 from minictrl.reference import digest
 from minictrl.task import Task, rows_of
+from minictrl.track import Tracker
 from minictrl.update import Learner
 
 MARKER = ".minictrl"  # the file that says that a directory is ours to delete
-FREE = ("out", "device", "cache", "lr")  # a run may go on elsewhere, and more slowly
+FREE = ("out", "device", "cache", "lr", "track")  # a run may go on elsewhere, and more slowly
 CHECKPOINT = 20  # seconds between checkpoints, at least; 20 times what one takes, if that is more
 
 # The columns of metrics.jsonl; None where a method has no such number.
@@ -219,8 +220,15 @@ class Training:
     because every draw is a function of the seed and the step.
     """
 
-    def __init__(self, out: Path, learner: Learner, budget: Budget, steps: int):
-        self.out, self.learner, self.budget = out, learner, budget
+    def __init__(
+        self,
+        out: Path,
+        learner: Learner,
+        budget: Budget,
+        steps: int,
+        tracker: Tracker | None = None,
+    ):
+        self.out, self.learner, self.budget, self.tracker = out, learner, budget, tracker
         self.end = steps
         self.step, self.tokens, self.seconds = 0, 0, 0.0
         self.stopped = False  # by Ctrl-C
@@ -228,6 +236,8 @@ class Training:
 
     def __enter__(self) -> Training:
         self.interrupt = self.open.enter_context(Interrupt())
+        if self.tracker:
+            self.open.callback(self.tracker.close)
         return self
 
     def __exit__(self, *error):
@@ -270,6 +280,8 @@ class Training:
         row |= {"kl_asked": self.budget.target, "beta": self.budget.beta}
         row |= {"tok_per_s": round(tokens / seconds)}
         self.metrics.write(json.dumps(finite(row)) + "\n")
+        if self.tracker:
+            self.tracker.log(row, row["step"])
         watched = [name for name in ("C_hat", "kl_ref") if row[name] is not None]
         shown = [f"{name} {row[name]:.3f}" for name in watched]
         self.bar.set_postfix_str(" ".join([*shown, f"tok/s {row['tok_per_s']}"]))

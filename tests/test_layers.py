@@ -10,7 +10,7 @@ FOLDERS = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
 # From the lowest up; a folder's name stands for all of its modules that have no line of their own,
 # which may import each other.
 LAYERS = [
-    {"calibration", "files", "batch", "cli"},
+    {"calibration", "files", "batch", "cli", "track"},
     {"procedures", "methods", "lm.device", "lm.hub", "lm.draw", "lm.prompts", "lm.identity"},
     {"config", "procedures.cells", "lm.kvcache"},
     {"procedures.base", "data", "lm.decode"},

@@ -258,7 +258,7 @@ def train_student_scorer(
     start: str,
     out: Path,
     *,
-    layers: int = 2,
+    layers: int = 3,
     vocab_size: int = 8000,
     epochs: int = 3,
     seed: int = 0,

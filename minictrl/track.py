@@ -1,0 +1,76 @@
+"""Trackers of runs, if they are installed: what metrics.jsonl gets, and some responses now and
+then.
+"""
+
+from __future__ import annotations
+
+import warnings
+from importlib import import_module
+from pathlib import Path
+
+EVERY, SHOWN = 10, 20  # steps between tables of responses, and their rows
+COLUMNS = ["prompt", "response", "reward"]
+
+
+def check_tracker(name: str | None):
+    """Raises ValueError if it is not installed."""
+    try:
+        import_module(name or "json")
+    except ImportError:
+        raise ValueError(f"--track {name}: it is not installed; pip install {name}") from None
+
+
+class Tracker:
+    """`--track`: wandb, trackio or tensorboard. What fails while a run trains is warned of once,
+    and the run goes on without."""
+
+    def __init__(self, name: str, out: Path, settings: dict):
+        self.name, self.board = name, name == "tensorboard"
+        try:
+            if self.board:
+                writer = import_module("torch.utils.tensorboard").SummaryWriter
+                self.run = writer(str(out / "tensorboard"))
+            else:
+                self.module = import_module(name)
+                self.run = self.module.init(project="minictrl", name=out.name, config=settings)
+        except Exception as error:  # no account, no network
+            line = str(error).strip().split("\n")[0]
+            raise ValueError(f"--track {name}: can't start ({line}); leave it out") from None
+
+    def log(self, row: dict, step: int):
+        self._try(self._log, {key: value for key, value in row.items() if value is not None}, step)
+
+    def table(self, rows: list[tuple], step: int):
+        """Rows of COLUMNS."""
+        self._try(self._table, rows, step)
+
+    def close(self):
+        self._try(lambda: self.run.close() if self.board else self.run.finish())
+
+    def _try(self, function, *arguments):
+        if self.run is None:
+            return
+        try:
+            function(*arguments)
+        except Exception as error:
+            warnings.warn(
+                f"--track {self.name} fails ({error}): the run goes on without it", stacklevel=3
+            )
+            self.run = None
+
+    def _log(self, row: dict, step: int):
+        if not self.board:
+            return self.run.log(row, step=step)
+        for key, value in row.items():
+            self.run.add_scalar(key, value, step)
+
+    def _table(self, rows: list[tuple], step: int):
+        if not self.board:
+            table = self.module.Table(columns=COLUMNS, data=[list(row) for row in rows])
+            return self.run.log({"responses": table}, step=step)
+        lines = [COLUMNS, ["---"] * len(COLUMNS), *rows]
+        cells = [
+            [str(cell).replace("|", "\\|").replace("\n", " ") for cell in line] for line in lines
+        ]
+        text = "\n".join(f"| {' | '.join(line)} |" for line in cells)
+        self.run.add_text("responses", text, step)
