@@ -7,8 +7,8 @@
 
 Draws M responses a prompt from pi and from pi_ref. The reward model selects (Best-of-N, Worst-of-N,
 …), reward model and judge score; every N <= M comes from one draw by the exact U-statistic of
-`winrate.py`. Writes eval.json, samples.jsonl, tradeoff.png and training.png into the run; with
---split, --reward or --judge their names say so.
+`winrate.py`. Writes eval.json, samples.jsonl, tradeoff.png and training.png into the run, and its
+policy's model card; with --split, --reward or --judge their names say so.
 """
 
 import argparse
@@ -43,7 +43,9 @@ def read_arguments(argv=None) -> argparse.Namespace:
         if getattr(args, name) < 1:
             parser.error(f"--{name} {getattr(args, name)}: use a whole number of at least 1")
     if args.report and importlib.util.find_spec("matplotlib") is None:
-        parser.error(f"--report {args.report}: its pictures need matplotlib; pip install matplotlib")
+        parser.error(
+            f"--report {args.report}: its pictures need matplotlib; pip install matplotlib"
+        )
     if args.report and not args.report.absolute().parent.is_dir():
         parser.error(f"--report {args.report}: there is no such directory; make it first")
     return args
@@ -63,6 +65,7 @@ def main(argv=None):
     configs = [runs.load_finished(run) for run in args.runs]
     given = {"reward": args.reward, "judge": args.judge}
     second = {role: model for role, model in given.items() if model}
+    suffix = evaluation.suffix(args.split, second)
     for run, config in zip(args.runs, configs, strict=True):
         table = evaluation.evaluate(
             run,
@@ -81,9 +84,11 @@ def main(argv=None):
             f"nats\n\n{evaluation.markdown(table)}\n"
         )
         print(evaluation.behind(config, second))
-        print(figures.draw(run, evaluation.suffix(args.split, second), table))
+        print(figures.draw(run, suffix, table))
+        if not suffix:
+            report.write_card(run, config, table)
     if args.report:
-        report.write_page(args.runs, evaluation.suffix(args.split, second), args.report)
+        report.write_page(args.runs, suffix, args.report)
         print(f"report: {args.report}")
 
 

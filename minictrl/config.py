@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
@@ -285,6 +286,19 @@ class Config:
         if self.policy in (None, task["policy"]):
             return task
         return task | OWN_POLICY | (OWN_PROMPTS if own_prompts else {})
+
+    def command(self) -> str:
+        """The command that makes a run with these settings, anywhere: what isn't a default."""
+        named = ("task", "policy", "reward", "judge", "method", "transform", "procedure")
+        usual = Config(**{name: getattr(self, name) for name in named}).resolved()
+        own = TASKS.get(self.task, {})
+        flags = []
+        for f in fields(self):
+            value = getattr(self, f.name)
+            default = own.get(f.name, f.default) if f.name in named else getattr(usual, f.name)
+            if value not in (None, default) and f.name not in ("out", "cache", "device", "track"):
+                flags.append(f"--{f.name.replace('_', '-')} {shlex.quote(str(value))}")
+        return " ".join(["python train.py", *flags])
 
     @classmethod
     def load(cls, path: Path) -> tuple[Config, dict]:

@@ -1,4 +1,4 @@
-"""Runs as a page to look at: one HTML file that fetches nothing."""
+"""Runs as a page to look at, one HTML file that fetches nothing; and a policy's model card."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from pathlib import Path
 from safetensors.torch import load_file
 
 from minictrl import evaluation, figures, runs
+from minictrl.config import Config
 from minictrl.files import in_one_step
 
 PROMPTS = 20  # shown side by side
@@ -33,6 +34,42 @@ article div { display: grid; gap: 1rem; }
 small { color: #888; display: block; }
 @media (prefers-color-scheme: dark) { img { filter: invert(0.9) hue-rotate(180deg); } }
 """
+
+
+CARD = """---
+library_name: transformers
+tags: [minictrl, infalign, rlhf]
+---
+# {name}
+
+{policy} after reinforcement learning with minictrl, an implementation of InfAlign-CTRL: reward
+model {reward}, transform {transform}, method {method}, aligned for the inference-time procedure
+{procedure} with N = {n}. It is {kl:.3f} ± {kl_stderr:.3f} nats per response from the model that it
+started from.
+
+    {command}
+
+Win rates over that model after each procedure, in per cent ± one standard error over {prompts}
+held-out prompts with {samples} responses each, by the reward model (and by the judge, {judge}):
+
+{table}
+
+Balashankar, Sun et al., *InfAlign: Inference-aware language model alignment*, ICML 2025.
+"""
+
+
+def write_card(run: Path, config: Config, table: list[dict]):
+    """The model card of a run's policy, policy/README.md, from its evaluation."""
+    text = CARD.format(
+        name=run.name,
+        command=config.command(),
+        table=evaluation.markdown(table),
+        **{name: table[0][name] for name in ("kl_stderr", "prompts", "samples")},
+        **{name: x for name, x in vars(config).items() if name not in ("kl", "prompts")},
+        kl=table[0]["kl"],
+    )
+    with in_one_step(run / "policy" / "README.md") as path:
+        path.write_text(text)
 
 
 def write_page(folders: list[Path], suffix: str, file: Path):

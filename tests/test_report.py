@@ -1,11 +1,16 @@
 """The page to look at."""
 
 import re
+import shlex
 import shutil
+from dataclasses import replace
 
 import pytest
 
 import evaluate
+import train
+from minictrl import runs
+from minictrl.config import Config
 
 
 def test_a_page_has_every_run_and_fetches_nothing(short_run, tmp_path):
@@ -26,3 +31,31 @@ def test_a_page_with_no_place_to_go_is_refused_first(short_run, tmp_path, capsys
     with pytest.raises(SystemExit):
         evaluate.main([str(short_run), "--report", str(tmp_path / "none" / "page.html")])
     assert "there is no such directory" in capsys.readouterr().err
+
+
+def test_the_policys_card_has_its_table_and_the_command_that_makes_it(short_run):
+    """The command, parsed again, gives the settings of the run."""
+    text = (short_run / "policy" / "README.md").read_text()
+    assert text.startswith("---\nlibrary_name: transformers") and "| bon | 4 |" in text
+    command = next(line for line in text.splitlines() if "python train.py" in line)
+    settings, *_ = train.read_arguments(shlex.split(command)[2:])
+    again, config = Config(**settings).resolved(), runs.load_config(short_run)[0]
+    elsewhere = {name: getattr(config, name) for name in ("out", "cache")}
+    assert replace(again, **elsewhere) == config
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "",
+        "--beta 0.1 --method grpo",
+        "--procedure won --n 8 --transform won_fp",
+        "--task helpful --lr 2e-6 --policy x/y",
+        "--task a.jsonl --policy p --reward r.py:f",
+    ],
+)
+def test_a_command_is_what_was_typed(flags):
+    settings, *_ = train.read_arguments(flags.split())
+    config = Config(**settings).resolved()
+    settings, *_ = train.read_arguments(shlex.split(config.command())[2:])
+    assert Config(**settings).resolved() == config
