@@ -1,4 +1,4 @@
-"""What the README and docs/theory.md show is what comes out."""
+"""What the README, docs/theory.md and docs/tour.md show is what comes out."""
 
 import ast
 import re
@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text()
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/theory.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/theory.md", "docs/tour.md"])
 def test_its_python_gives_the_numbers_beside_it(page):
     names, compared = {}, 0
     for block in re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.S):
