@@ -1,8 +1,8 @@
 """The paper's figures that need trained policies. All read the runs of one sweep (`sweep.py`).
 
 Win rates are by reward model and by judge on held-out prompts, error bars one standard error over
-seeds. Beside the measured curves: the theory of each transform (dashed, same colour) and the
-optimum for the procedure (black).
+seeds and prompts. Beside the measured curves: the theory of each transform (dashed, same colour)
+and the optimum for the procedure (black).
 """
 
 from __future__ import annotations
@@ -13,10 +13,12 @@ from itertools import product
 from pathlib import Path
 from statistics import fmean
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from minictrl import evaluation, runs, theory, winrate
+from minictrl.config import TEST
 from minictrl.figures import KL, WIN_RATE, errorbars, panels, title, tradeoff
 from minictrl.models import load_policy
 from minictrl.procedures import bon, get_procedure, rewind
@@ -30,7 +32,7 @@ from minictrl.studies.tables import (
     column,
     common_kl,
     grouped,
-    mean_stderr,
+    plain,
     points,
     where,
 )
@@ -96,10 +98,7 @@ def against_kl(rows: Rows, cases: list[tuple[str, int]], methods: list[str] | No
     for axis, (scorer, (procedure, n)) in zip(axes, product(SCORERS, cases)):
         drawn = methods or [*AWARE[procedure], "identity", *OTHERS]
         draw_measured(axis, table, drawn, procedure, n, scorer)
-    kept = [row for row in rows if (row["procedure"], row["n"]) in cases]
-    for row in kept:
-        row.pop("run", None)  # its folder
-    return kept, figure
+    return plain(row for row in rows if (row["procedure"], row["n"]) in cases), figure
 
 
 def draw_measured(axis, table: Rows, methods: list[str], procedure: str, n: int, scorer: str):
@@ -142,7 +141,7 @@ def best_of(out: Path, quick: bool) -> Rows:
         weight_ref = get_procedure(procedure).weights(select_ref, n, torch.empty(0))
         for scorer, (x, x_ref) in scores.items():
             wins = (weight * winrate.beaten(x, x_ref, weight_ref)).sum(1)  # (P,)
-            win_rate, stderr = mean_stderr(wins.tolist())
+            win_rate, stderr = winrate.mean_stderr(wins)
             row = {
                 "method": "Best-of-n",
                 "budget": size,
@@ -156,6 +155,8 @@ def best_of(out: Path, quick: bool) -> Rows:
                 "kl_stderr": 0.0,
                 "theory": theory.at_kl("log", kl, procedure, n),
                 "optimal": theory.optimal_win_rate(kl, procedure, n),
+                "wins": wins.numpy(),
+                "kls": np.full(P, kl),
             }
             rows.append(row)
     return rows
@@ -277,18 +278,20 @@ def rewound(run: Path, row: dict) -> Rows:
     policy, _ = load_policy(str(run / "policy"))
     policy.to(task.ids.device)
     r_ref, texts_ref = evaluation.draw_reference(task, config, M)
-    seed = evaluation.POLICY_SEED
+    seed = config.seed_for(TEST)
     samples, r = sample_and_score(task, policy, range(prompts), num_samples=M, seed=seed)
     scores = {"reward": (r, r_ref), "judge": (judged(task, samples.texts), judged(task, texts_ref))}
     rows = []
     for scorer, (x, x_ref) in scores.items():
-        win_rate, stderr = winrate.win_rate(r, x, r_ref, x_ref, "rewind", 32)
+        wins = winrate.win_rates(r, x, r_ref, x_ref, "rewind", 32)
+        win_rate, stderr = winrate.mean_stderr(wins)
         measured = {
             "procedure": "rewind",
             "n": 32,
             "scorer": scorer,
             "win_rate": win_rate,
             "stderr": stderr,
+            "wins": wins.numpy(),
             "theory": None,
             "optimal": theory.optimal_win_rate(row["kl"], "rewind", 32),
             "draws": mean_draws(r, rewind.threshold_of(r_ref), 32),
