@@ -37,7 +37,7 @@ from functools import partial
 from pathlib import Path
 
 from minictrl.cli import Parser, run_script
-from minictrl.config import Config
+from minictrl.config import CALIBRATION, Config
 
 WARMUP = 5  # steps
 
@@ -104,13 +104,16 @@ def train(config: Config, resume: bool):
         runs.create(out, config, made_from)
     tracker = config.track and Tracker(config.track, out, vars(config))
 
-    # 1. Calibrate: K samples per prompt from pi_ref with their rewards. Every seed shares them.
+    # 1. Calibrate: K samples per prompt from pi_ref with their rewards, shared by runs of one seed.
+    seed = config.seed_for(CALIBRATION)
     if given:
         reference = given
     else:
-        reference = reference_samples(task, config.K, seed=0, cache=config.cache, name="calibrate")
+        reference = reference_samples(
+            task, config.K, seed=seed, cache=config.cache, name="calibrate"
+        )
         check_sampler(task, reference)
-    reference.save(out / "reference.safetensors", reference_key(task, 0, task.texts))
+    reference.save(out / "reference.safetensors", reference_key(task, seed, task.texts))
 
     # 2. Transform: Phi is the method's, and beta follows from the KL budget.
     beta_at = partial(method.beta_for, r_ref=reference.r_ref)
@@ -162,7 +165,7 @@ def online(training, config, task, method, reference):
     for step in training.steps():
         index = prompts_of(step, len(task.prompts), config.batch, config.seed)  # (P,) prompts x
         r_ref = reference.r_ref[index]  # (P, K)
-        batch, r = rollout(task, index, num_samples=config.G, seed=seed_of(step, config))
+        batch, r = rollout(task, index, num_samples=config.G, seed=config.seed_for(step + 1))
         batch.ref_logprobs, _ = forward_all(pi_ref, None, batch, config.micro_batch)
         if training.tracker and step % EVERY == 0:
             training.tracker.table(responses(task, batch, r), step + 1)
@@ -204,13 +207,8 @@ def updated(learner, batch, method, step: int, config: Config) -> dict[str, floa
         minibatch=config.minibatch,
         micro_batch=config.micro_batch,
         epochs=config.ppo_epochs,
-        seed=seed_of(step, config),
+        seed=config.seed_for(step + 1),
     )
-
-
-def seed_of(step: int, config: Config) -> int:
-    """The seed of a step's draws: none is that of the calibration or of another step."""
-    return config.seed * 1_000_003 + step + 1
 
 
 def schedule(step: int, steps: int) -> float:

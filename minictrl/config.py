@@ -18,6 +18,10 @@ from minictrl.procedures import PROCEDURES, parse_procedure
 BASELINES = ("prefix", "value", "loo")
 TRACKERS = ("wandb", "trackio", "tensorboard")
 
+# What a run draws: the calibration's samples of pi_ref, those of the evaluation, of pi_ref and of
+# pi. Training's steps are 1, 2, ... `Config.seed_for` has the seed of each.
+CALIBRATION, TEST_REF, TEST = 0, -1, -2
+
 # A data set on the hub (`data.py`): name, folder in it, its splits, and whether rows without a
 # prompt or a side are left out.
 HUB = {"folder": None, "train": "train", "test": "test", "skip_bad": True}
@@ -299,6 +303,14 @@ class Config:
             if value not in (None, default) and f.name not in ("out", "cache", "device", "track"):
                 flags.append(f"--{f.name.replace('_', '-')} {shlex.quote(str(value))}")
         return " ".join(["python train.py", *flags])
+
+    def seed_for(self, draw: int) -> int:
+        """The seed of a draw: no two draws share one, and none is another --seed's.
+
+        So the scatter of seeds holds all the chance in a run. Runs of one --seed share their
+        samples of pi_ref, which are cached: they are compared on the same luck.
+        """
+        return self.seed * 1_000_003 + draw
 
     @classmethod
     def load(cls, path: Path) -> tuple[Config, dict]:

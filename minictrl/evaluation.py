@@ -18,7 +18,7 @@ from torch.nn.functional import kl_div, log_softmax
 from minictrl import runs, theory
 from minictrl.batch import Batch
 from minictrl.calibration import calibrated_reward, leave_one_out_calibration
-from minictrl.config import Config
+from minictrl.config import TEST, TEST_REF, Config
 from minictrl.files import in_one_step, write_json
 from minictrl.lm.device import halving
 from minictrl.lm.logprobs import response_logits
@@ -30,9 +30,7 @@ from minictrl.task import Task, load_task, scorer_of, try_scorers
 from minictrl.transforms import Transform, get_transform
 from minictrl.winrate import kept_scores, mean_stderr, win_rates
 
-# the calibration's is 0, those of training are positive: all samples here are fresh ones
-REFERENCE_SEED, POLICY_SEED = -1, -2
-KL_SAMPLES = 16  # responses per prompt for the KL, whose error is that over prompts
+KL_SAMPLES = 16  # responses per prompt for the KL
 
 
 @dataclass(frozen=True)
@@ -73,16 +71,16 @@ def evaluate(
     policy.to(task.ids.device)
     reward_ref, texts_ref = draw_reference(task, config, M)
     samples, reward = sample_and_score(
-        task, policy, range(len(task.prompts)), num_samples=M, seed=POLICY_SEED
+        task, policy, range(len(task.prompts)), num_samples=M, seed=config.seed_for(TEST)
     )
     pi = Scored(samples.texts, {"reward": reward})
     pi_ref = Scored(texts_ref, {"reward": reward_ref})
     if judge:
         for each in (pi, pi_ref):
             each.scores["judge"] = score(judge, task.prompts, each.texts)
-    kl, kl_stderr = mean_kl(policy, task, samples, config.micro_batch)
+    kl = kl_by_prompt(policy, task, samples, config.micro_batch)
 
-    table, wins = table_of(config, pi, pi_ref, (kl, kl_stderr), curve_of(config, run), sizes)
+    table, wins = table_of(config, pi, pi_ref, kl, curve_of(config, run), sizes)
     name = suffix(split, second)
     models = {role: getattr(config, role) for role in pi.scores}
     write_json(run / f"eval{name}.json", {"rows": table, "models": models})
@@ -100,27 +98,28 @@ def table_of(
     config: Config,
     pi: Scored,
     pi_ref: Scored,
-    kl: tuple[float, float],
+    kls: Tensor,
     curve: Transform,
     sizes: tuple[int, ...],
 ) -> tuple[list[dict], dict[str, Tensor]]:
-    """The rows of eval.json, and each row's win rates (P,) by its name. kl: with its error.
+    """The rows of eval.json; and by prompt (P,) each row's win rates by its name, and `kl`.
 
-    Where rewards tie, theory is that of their levels, and the optimum is not known. Where all are 0
-    or 1, `pass` and `pass_ref` are how often pi and pi_ref are right after the procedure: pass@N
-    for Best-of-N.
+    kls: (P,) nats. Where rewards tie, theory is that of their levels, and the optimum is not known.
+    Where all are 0 or 1, `pass` and `pass_ref` are how often pi and pi_ref are right after the
+    procedure: pass@N for Best-of-N.
     """
-    table, wins = [], {}
+    table, wins = [], {"kl": kls.double()}
+    kl, kl_stderr = mean_stderr(kls)
     select, select_ref = pi.scores["reward"], pi_ref.scores["reward"]
     P, M = select.shape
     tied = theory.tied(select_ref)
     levels = theory.levels_of(select_ref) if tied else None
     verified = all(r in (0.0, 1.0) for r in torch.cat([select, select_ref], 1).unique().tolist())
     for procedure, n in procedures(config, sizes, M):
-        at = (kl[0], procedure, n)
+        at = (kl, procedure, n)
         shared = {
-            "kl": kl[0],
-            "kl_stderr": kl[1],
+            "kl": kl,
+            "kl_stderr": kl_stderr,
             "theory": theory.at_kl(curve, *at, levels=levels) if curve.calibrated else None,
             "optimal": None if tied else theory.optimal_win_rate(*at),
             "prompts": P,
@@ -140,7 +139,8 @@ def table_of(
 
 def draw_reference(task: Task, config: Config, M: int) -> tuple[Tensor, list[list[str]]]:
     """M fresh samples of pi_ref for each of the P prompts: their rewards and texts, (P, M) each."""
-    drawn = reference_samples(task, M, seed=REFERENCE_SEED, cache=config.cache, name="pi_ref")
+    seed = config.seed_for(TEST_REF)
+    drawn = reference_samples(task, M, seed=seed, cache=config.cache, name="pi_ref")
     # texts aren't cached
     return drawn.r_ref, texts_of(task.tokenizer, task.ids.tolist(), drawn.tokens, drawn.mask)
 
@@ -195,8 +195,8 @@ def procedures(config: Config, sizes: tuple[int, ...], M: int) -> list[tuple[str
 
 
 @torch.no_grad()
-def mean_kl(policy, task: Task, samples: Samples, size: int) -> tuple[float, float]:
-    """KL(pi || pi_ref) in nats per response and its standard error over prompts.
+def kl_by_prompt(policy, task: Task, samples: Samples, size: int) -> Tensor:
+    """(P,) KL(pi || pi_ref) of each prompt, in nats per response.
 
     From the first KL_SAMPLES samples of pi per prompt. At each token the full distributions are
     compared, sum_a pi(a) (log pi(a) - log pi_ref(a)): the same mean as the sampled tokens'
@@ -213,7 +213,7 @@ def mean_kl(policy, task: Task, samples: Samples, size: int) -> tuple[float, flo
             kl[piece] = kl_of(policy, task.policy, batch[piece].cut())
         return kl.cpu()
 
-    return mean_stderr(halving(size, of_all)[0].view(P, few).mean(1))
+    return halving(size, of_all)[0].view(P, few).mean(1)
 
 
 def kl_of(policy, ref_policy, batch: Batch) -> Tensor:

@@ -20,7 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 from minictrl import runs
 from minictrl.batch import Batch
 from minictrl.cli import Parser, run_script
-from minictrl.config import Config
+from minictrl.config import CALIBRATION, Config
 from minictrl.data import convert, key, read_own, row_of
 from minictrl.files import in_one_step
 from minictrl.lm.prompts import encode_prompts
@@ -144,7 +144,9 @@ def write_reference(run: Path, file: Path):
     """A run's reference samples as rows of prompt, completions and rewards."""
     config, _ = runs.load_config(run)
     task = load_task(config, "train")
-    reference = Reference.load(run / "reference.safetensors", reference_key(task, 0, task.texts))
+    reference = Reference.load(
+        run / "reference.safetensors", reference_key(task, config.seed_for(CALIBRATION), task.texts)
+    )
     if reference is None:
         raise ValueError(f"{run}: has no reference samples of its models; train it anew")
     texts = texts_of(task.tokenizer, task.ids.tolist(), reference.tokens, reference.mask)

@@ -34,7 +34,7 @@ COLORS = {  # of a transform, a method or a scorer, in every picture
     "identity": "C0", "log": "C1", "exp5": "C2", "exp10": "C3", "exp-5": "C4", "exp-10": "C5",
     "bon_fp": "black", "won_fp": "black", "optimal": "black", "rewind": "black", "Best-of-n": "C1",
     "none": "C7", "ipo": "C6", "bonbon": "C8", "bond": "C9", "grpo": "gold", "grpo_fixed": "peru",
-    "qrpo exp10": "darkred", "qrpo exp-10": "darkred", "pkpo bon": "navy", "pkpo won": "navy",
+    "qrpo exp10": "darkred", "qrpo exp-10": "darkred", "pkpo": "navy", "pkpo won": "navy",
     "bon_fp 2": "C6", "bon_fp 4": "black", "bon_fp 32": "C7", "reward": "C0", "judge": "C3",
     "theory": "C7", "pi_ref": "black",
 }  # fmt: skip

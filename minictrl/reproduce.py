@@ -4,8 +4,8 @@
 Leaves NAME.csv and NAME.png in DIR; `--list` prints the names. A study is a function (out, quick)
 -> (rows, figure): rows are dicts with the same keys, figure a matplotlib Figure; `out` is where a
 study keeps the runs it has to train. A new one is that function, named in the STUDIES of its
-module. The last paragraph of its docstring may say what the paper found ("Paper: ..."): results.py
-shows it.
+module. The last paragraph of its docstring may say what the paper found ("Paper: ..."), for
+leaderboard.py.
 """
 
 import time
@@ -28,10 +28,7 @@ def main(argv: list[str] | None = None):
     add = parser.add_argument
     add("names", nargs="*", metavar="NAME", help="studies, see --list")
     add("--out", type=Path, metavar="DIR", help="where the files go; made if it isn't there")
-    add("--quick", action="store_true", help="coarser and faster")
-    add("--seeds", type=int, metavar="N", help="seeds of a sweep (default 5; --quick 1)")
-    add("--budgets", type=float, nargs="+", metavar="KL", help="of the runs (default 0.25 to 4)")
-    add("--done", action="store_true", help="read the finished runs in DIR and train no others")
+    sweep.add_scale(parser)
     add("--list", action="store_true", help="print the names of all studies and stop")
     args = parser.parse_args(argv)
     if args.list:
@@ -45,8 +42,7 @@ def main(argv: list[str] | None = None):
         parser.error(f"no study is named; known: {known}")
     if args.out is None:
         parser.error("--out DIR is missing: say where the files go")
-    chosen = {"seeds": args.seeds, "budgets": args.budgets, "done": args.done}
-    sweep.SCALES[args.quick] |= {name: value for name, value in chosen.items() if value}
+    sweep.resize(args)
     args.out.mkdir(parents=True, exist_ok=True)
     for name in args.names:
         reproduce(name, args.out, args.quick)

@@ -30,15 +30,13 @@ import torch
 from torch import Tensor
 
 from minictrl import runs
-from minictrl.config import Config
+from minictrl.config import CALIBRATION, Config
 from minictrl.data import Prompt, key
 from minictrl.lm.device import resident
 from minictrl.methods import get_method
 from minictrl.reference import CHUNK, Reference
 from minictrl.rollout import reference_key, reference_samples, sample_and_score
 from minictrl.task import Task, load_task, text_of
-
-SEED = 0  # the calibration's, as train.py's, whose cache is shared
 
 
 def ctrl_reward(
@@ -79,7 +77,7 @@ def ctrl_reward(
                     task.policy,
                     range(len(new)),
                     num_samples=config.K,
-                    seed=SEED,
+                    seed=config.seed_for(CALIBRATION),
                 )
             known.update(zip(map(key, new), drawn, strict=True))
         texts = [y if isinstance(y, str) else y[-1]["content"] for y in completions]
@@ -114,8 +112,9 @@ def calibrate(task: Task, config: Config, run: Path) -> Tensor:
     The run's, if it is a run, or from the cache, or drawn, where every process draws a share.
     """
     P, K = len(task.prompts), config.K
+    drawn = {"seed": config.seed_for(CALIBRATION), "cache": config.cache}  # as train.py has it
     if run.is_dir():
-        digest = reference_key(task, SEED, task.texts)
+        digest = reference_key(task, drawn["seed"], task.texts)
         stored = Reference.load(run / "reference.safetensors", digest)
         if stored is not None and len(stored.r_ref) == P and stored.r_ref.shape[1] >= K:
             return stored.r_ref[:, :K]
@@ -129,9 +128,9 @@ def calibrate(task: Task, config: Config, run: Path) -> Tensor:
                 task, prompts=[task.prompts[i] for i in mine], texts=[task.texts[i] for i in mine]
             )
             name = f"calibrate {rank + 1}/{world}"
-            reference_samples(part, K, seed=SEED, cache=config.cache, name=name)
+            reference_samples(part, K, name=name, **drawn)
         PartialState().wait_for_everyone()
-    return reference_samples(task, K, seed=SEED, cache=config.cache, name="calibrate").r_ref
+    return reference_samples(task, K, name="calibrate", **drawn).r_ref
 
 
 def share(P: int, rank: int, world: int) -> list[int]:

@@ -9,11 +9,13 @@ import math
 import shutil
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from safetensors.numpy import save_file
 
 from minictrl import reproduce, theory
-from minictrl.studies import results, reward, sweep, tables, trained
+from minictrl.studies import leaderboard, reward, sweep, tables, trained
 
 pytest.importorskip("matplotlib")
 
@@ -52,8 +54,14 @@ def eval_rows(
 
 @pytest.fixture
 def scripts(monkeypatch):
-    """train and evaluate that only leave their files; `calls` has the arguments of both."""
-    calls = []
+    """train and evaluate that only leave their files; the list has the arguments of every training,
+    its `lead` is added to win rates.
+    """
+
+    class Calls(list):
+        lead = 0.0
+
+    calls = Calls()
 
     def train(argv):
         flags = dict(flag.removeprefix("--").split("=") for flag in argv if "=" in flag)
@@ -84,9 +92,11 @@ def scripts(monkeypatch):
 
     def evaluate(argv):
         kl = json.loads((sweep.Path(argv[0]) / "config.json").read_text())["kl"]
-        sweep.Path(argv[0], "eval.json").write_text(
-            json.dumps({"rows": eval_rows(kl, 0.5 + 0.1 * kl**0.5)})
-        )
+        rows = eval_rows(kl, 0.5 + 0.1 * kl**0.5 + calls.lead)
+        sweep.Path(argv[0], "eval.json").write_text(json.dumps({"rows": rows}))
+        prompts = np.linspace(-0.03, 0.03, 24)
+        wins = {f"{x['procedure']}-{x['n']}-{x['scorer']}": x["win_rate"] + prompts for x in rows}
+        save_file(wins | {"kl": np.full(24, kl)}, sweep.Path(argv[0], "wins.safetensors"))
 
     modules = {"train": SimpleNamespace(main=train), "evaluate": SimpleNamespace(main=evaluate)}
     monkeypatch.setattr(sweep, "script", modules.__getitem__)
@@ -101,7 +111,7 @@ def test_a_sweep_trains_what_is_missing_and_only_that(tmp_path, scripts):
     (tmp_path / "runs-quick" / "grpo-kl2-seed0" / "eval.json").unlink()
     (tmp_path / "runs-quick" / "grpo-kl2-seed0" / "policy" / "config.json").unlink()  # interrupted
     (tmp_path / "runs-quick" / "grpo-kl2-seed0" / "policy").rmdir()
-    assert sweep.sweep(tmp_path, True, methods, seeds=2) == rows
+    assert tables.plain(sweep.sweep(tmp_path, True, methods, seeds=2)) == tables.plain(rows)
     assert len(scripts) == 9 and "--resume" in scripts[-1]
 
 
@@ -113,33 +123,52 @@ def test_a_run_with_other_settings_is_not_taken_for_this_one(tmp_path, scripts):
         sweep.table(tmp_path / "run", settings | {"kl": 2.0}, "test")
 
 
-def test_at_equal_kl_the_share_of_the_optimum_is_regressed_with_the_error_of_least_squares():
-    kls, noise = (0.6, 0.9, 1.0, 1.3, 1.9), (0.01, -0.02, 0.0, 0.02, -0.01)
+def runs_of(method, kls, share, seed_effects, prompts):
+    """Rows of runs, one a KL and seed, whose share of the optimum's gain is share(kl); prompts (P,)
+    are effects that sum to 0.
+    """
+    rows = []
+    for (seed, effect), (budget, kl) in itertools.product(seed_effects.items(), kls.items()):
+        optimal = theory.optimal_win_rate(kl, "bon", 4)
+        win = 0.5 + (optimal - 0.5) * (share(kl) + effect)
+        row = {"method": method, "budget": budget, "seed": seed, "kl": kl, "optimal": optimal}
+        case = {"procedure": "bon", "n": 4, "scorer": "judge", "win_rate": win}
+        rows.append(row | case | {"wins": win + prompts, "kls": np.full(len(prompts), kl)})
+    return rows
+
+
+def test_at_equal_kl_runs_are_carried_along_their_share_of_the_optimum():
+    prompts = np.linspace(-0.1, 0.1, 50)
     case = {"method": "m", "procedure": "bon", "n": 4, "scorer": "judge"}
     share = lambda kl: 0.8 + 0.1 * math.log(kl)  # noqa: E731
-    runs_of = lambda noise: [  # noqa: E731
-        dict(row, method="m", seed=seed)
-        for seed, (kl, e) in enumerate(zip(kls, noise))
-        for row in eval_rows(kl, 0.5 + 0.4 * (share(kl) + e))
-    ]
-    gain = theory.optimal_win_rate(1.2, "bon", 4) - 0.5
-    win, stderr = tables.win_rate_at(runs_of([0.0] * 5), 1.2, **case)
-    assert win == pytest.approx(0.5 + gain * share(1.2)) and stderr < 1e-9
-    win, stderr = tables.win_rate_at(runs_of(noise), 1.2, **case)
-    X = torch.tensor([[1, math.log(kl / 1.2)] for kl in kls], dtype=torch.float64)
-    y = torch.tensor([share(kl) + e for kl, e in zip(kls, noise)], dtype=torch.float64)
-    fit = torch.linalg.lstsq(X, y).solution
-    variance = (y - X @ fit).square().sum() / 3 * torch.linalg.inv(X.T @ X)[0, 0]
-    assert win == pytest.approx(0.5 + gain * fit[0].item()) and stderr == pytest.approx(
-        gain * variance.item() ** 0.5
-    )
-    # over prompts
-    assert tables.win_rate_at(runs_of(noise)[: 2 * 14], 0.8, **case)[1] == pytest.approx(0.01)
-    assert math.isnan(tables.win_rate_at(runs_of(noise), 2.2, **case)[0])  # beyond 1.9
-    assert math.isnan(tables.win_rate_at(runs_of(noise), 0.3, **case)[0])
-    assert tables.common_kl(runs_of(noise)) == 1.0  # the nearest to the five
-    others = [row | {"method": "other"} for row in runs_of(noise)[: 2 * 14]]  # to 0.9 nats
-    assert tables.common_kl(runs_of(noise) + others) == 0.9
+    kls = {0.5: 0.6, 1.0: 0.9, 2.0: 1.9}
+    rows = runs_of("m", kls, share, {0: 0.0, 1: 0.0}, prompts)
+    found = tables.wins_at(rows, 1.0, **case)
+    gain = theory.optimal_win_rate(1.0, "bon", 4) - 0.5
+    scale = gain / (theory.optimal_win_rate(0.9, "bon", 4) - 0.5)  # of the nearest budget's runs
+    assert set(found) == {0, 1}
+    assert np.allclose(found[1], 0.5 + gain * share(1.0) + scale * prompts, atol=1e-12)
+    assert not tables.wins_at(rows, 2.5, **case) and not tables.wins_at(rows, 0.4, **case)
+    # a prompt whose KL is above its run's mean by 1 % has its win rate at 1 % more
+    rows[1]["kls"] = 0.9 + 0.009 * np.sign(prompts)
+    moved = tables.wins_at(rows, 1.0, **case)[0] - found[0]
+    up = theory.optimal_win_rate(1.1, "bon", 4) - theory.optimal_win_rate(1 / 1.1, "bon", 4)
+    steep = share(0.9) * up / (2 * math.log(1.1)) + 0.1 * gain
+    assert np.allclose(moved, -0.01 * steep * np.sign(prompts), atol=1e-12)
+
+
+def test_two_methods_are_compared_by_seed_and_prompt():
+    share, prompts = lambda kl: 0.8, np.linspace(-0.1, 0.1, 50)
+    luck = {0: -0.02, 1: 0.01, 2: 0.03}
+    rows = runs_of("better", {1.0: 1.0}, lambda kl: 0.85, luck, prompts)
+    rows += runs_of("worse", {1.0: 1.0}, share, {0: -0.02, 2: 0.03}, prompts)
+    case = {"procedure": "bon", "n": 4, "scorer": "judge"}
+    ours, theirs = (tables.wins_at(rows, 1.0, method=name, **case) for name in ("better", "worse"))
+    found = tables.ahead(ours, theirs)
+    gain = theory.optimal_win_rate(1.0, "bon", 4) - 0.5
+    assert found.mean == pytest.approx(0.05 * gain) and found.stderr < 1e-12  # the same luck
+    assert math.isnan(tables.ahead(ours, {}).mean)
+    assert tables.common_kl(rows) == 1.0
 
 
 @pytest.mark.parametrize("procedure, n", [("standard", 1), ("bon", 2), ("won", 2)])
@@ -191,9 +220,6 @@ def test_figures_of_the_sweep_and_the_page_come_from_the_same_runs(tmp_path, scr
     assert len(scripts) == 3 * 4
     rows = list(csv.DictReader(open(tmp_path / "fig4.csv")))
     assert len(rows) == 3 * 2 * 2 * 3 * 2 and {row["seed"] for row in rows} == {"0", "1"}
-    results.main([str(tmp_path)])
-    page = (tmp_path / "RESULTS.md").read_text()
-    assert "fig4.png" in page and "| none |" in page and "fig5" not in page
     reproduce.main(
         ["fig4", "--quick", "--out", str(tmp_path), "--seeds", "3", "--budgets", "0.5", "--done"]
     )
@@ -208,16 +234,32 @@ def test_figures_of_the_sweep_and_the_page_come_from_the_same_runs(tmp_path, scr
         sweep.sweep(tmp_path / "empty", True, kept)
 
 
-def test_the_page_has_every_csv_of_the_docs_and_a_table_where_the_rows_are_runs(tmp_path):
-    docs = sweep.Path(__file__).parent.parent / "docs"
-    done = [path for path in docs.glob("*.csv") if path.stem in reproduce.STUDIES]
-    for path in done:
-        shutil.copy(path, tmp_path)
-    results.main([str(tmp_path)])
-    sections = (tmp_path / "RESULTS.md").read_text().split("\n## ")[1:]
-    assert len(sections) == len(done) and all(".csv](" in text for text in sections)
-    with_table = {text.split(":")[0] for text in sections if "| --- |" in text}
-    assert with_table == {"fig4", "fig5", "fig6", "fig8", "fig10"}
+def test_the_leaderboard_is_sorted_and_a_new_method_enters_alone(tmp_path, scripts, monkeypatch):
+    kept = {name: sweep.METHODS[name] for name in ("none", "identity", "exp10", "qrpo exp10")}
+    monkeypatch.setattr(leaderboard, "METHODS", kept)
+    monkeypatch.setattr(theory, "optimal_win_rate", lambda kl, procedure, n: 0.9)
+    monkeypatch.setattr(leaderboard, "cost", lambda run: {"calls": 25_600, "seconds": 90})
+    monkeypatch.setitem(sweep.SCALES, True, dict(sweep.SCALES[True]))
+    flags = ["--quick", "--seeds", "2", "--budgets", "1"]
+    leaderboard.main([str(tmp_path), "none", "identity", "exp10", *flags])
+    assert len(scripts) == 3 * 2
+    shutil.copy(sweep.Path(__file__).parent.parent / "docs" / "fig4.csv", tmp_path)
+    scripts.lead = 0.01  # of what is trained from here on
+    leaderboard.main([str(tmp_path), "qrpo exp10", *flags])
+    assert len(scripts) == 4 * 2
+    page = (tmp_path / "leaderboard.md").read_text()
+    first, worst, standard, claims, *studies = page.split("\n## ")[1:]
+    assert first.startswith("Best-of-4") and worst.startswith("Worst-of-4")
+    rows = [line.split(" | ") for line in first.splitlines() if line.startswith("| ")][3:]
+    assert rows[0][0] == "| qrpo exp10" and rows[0][4] == "–" and rows[1][0] != "| qrpo exp10"
+    assert rows[0][2] == "61.0 ± 0.4 / 61.0 ± 0.4" and rows[0][1] == rows[0][3] == "–"
+    assert rows[1][4] == "1.0 ± 0.0 / 1.0 ± 0.0"  # paired
+    assert rows[0][6:9] == ["2", "26 thousand", "1.5"]
+    assert "`python train.py --transform exp10 --method qrpo --steps 6" in rows[0][9]
+    assert "exp10 over none 0.0 (0.0 to 0.0)" in claims and "not run" in claims
+    assert studies[0].startswith("fig4") and "fig4.png" in studies[0] and "fig5" not in page
+    with pytest.raises(SystemExit):
+        leaderboard.main([str(tmp_path), "qrpo exp11", *flags])
 
 
 def test_fig3_on_the_command_line(tmp_path):

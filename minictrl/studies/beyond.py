@@ -1,5 +1,5 @@
-"""Comparisons that the paper does not have: every method at equal KL and what it costs, another N,
-training prompts, parts of the calibration. They read the runs of the same sweep (`sweep.py`).
+"""Comparisons that the paper does not have: another N, training prompts, parts of the calibration,
+what a run costs. They read the runs of the same sweep (`sweep.py`).
 """
 
 from __future__ import annotations
@@ -15,39 +15,9 @@ from minictrl.methods import get_method
 from minictrl.rollout import score
 from minictrl.sampling import sample
 from minictrl.studies.sweep import METHODS, SCALES, sweep
-from minictrl.studies.tables import Rows, at_kl, below_optimum, common_kl, grouped, points, where
+from minictrl.studies.tables import Rows, at_kl, below_optimum, common_kl, points, where
 from minictrl.studies.trained import draw_over_n
 from minictrl.task import load_task
-
-
-def summary(out: Path, quick: bool):
-    """Every method at the KL where most have runs: win rates, distance to the optimum, cost."""
-    figure, axes = panels(1, 2)
-    rows, table = sweep(out, quick, METHODS), []
-    kl = common_kl(rows)
-    drawn = {"bon": [], "won": []}
-    for (name,), mine in grouped(rows, "method").items():
-        spent = cost(Path(max(mine, key=lambda row: row["kl"])["run"]))
-        entry = {"method": name, "kl": kl}
-        for procedure, measured in drawn.items():
-            by_reward, by_judge = at_kl(rows, kl, name, procedure, 4)
-            measured += [{"method": name} | by_reward, {"method": name} | by_judge]
-            gain = by_reward["win_rate"] - 0.5
-            found = {
-                "reward": by_reward["win_rate"],
-                "reward_stderr": by_reward["stderr"],
-                "judge": by_judge["win_rate"],
-                "judge_stderr": by_judge["stderr"],
-                "below_optimum": below_optimum(by_reward["win_rate"], kl, procedure, 4),
-                "gain_per_million_calls": gain / spent["calls"] * 1e6,
-                "gain_per_minute": gain / spent["seconds"] * 60,
-            }
-            entry |= {f"{procedure}4_{key}": value for key, value in found.items()}
-        table.append(entry | {f"train_{key}": value for key, value in spent.items()})
-    for axis, (procedure, measured) in zip(axes, drawn.items()):
-        axis.axvline(theory.optimal_win_rate(kl, procedure, 4), color="black", label="optimum")
-        draw_by_method(axis, measured, f"{title(procedure, 4)} at {kl:g} nats")
-    return table, figure
 
 
 def draw_by_method(axis, rows: Rows, text: str, name: str = "method"):
@@ -58,21 +28,6 @@ def draw_by_method(axis, rows: Rows, text: str, name: str = "method"):
     axis.legend()
 
 
-def cost(run: Path) -> dict[str, float]:
-    """Reward calls, tokens and seconds of a run's training, cached samples not timed.
-
-    Calls: the calibration's (raw rewards take theirs for beta), one a response and, with --baseline
-    prefix, one a token.
-    """
-    config, _ = runs.load_config(run)
-    last = runs.read_metrics(run)[-1]
-    calls = config.prompts * config.K
-    if get_method(config.method).online:
-        calls += config.steps * config.batch * config.G
-        calls += last["tokens"] if config.baseline == "prefix" else 0
-    return {"calls": calls, "tokens": last["tokens"], "seconds": last["seconds"]}
-
-
 def tuned(out: Path, quick: bool):
     """What a policy trained for Best-of-N loses at another N, at equal KL; theory beside it.
 
@@ -80,7 +35,7 @@ def tuned(out: Path, quick: bool):
     """
     methods = {f"bon_fp {n}": {"transform": "bon_fp", "n": n} for n in (2, 32)}
     methods |= {name: METHODS[name] for name in ("bon_fp", "exp5", "exp10")}
-    rows = sweep(out, quick, methods, budgets=(2.0,) if quick else (0.5, 1.0, 2.0))
+    rows = sweep(out, quick, methods, budgets=(2.0,) if quick else None)
     figure, (axis,) = panels(1, 1)
     kl, table = common_kl(rows), []
     for name, settings in methods.items():
@@ -102,7 +57,7 @@ def held_out(out: Path, quick: bool):
     """Training prompts against held-out ones: distance to the optimum at the measured KL, in
     points.
     """
-    names = ("none", "identity", "exp10", "ipo", "qrpo exp10", "pkpo bon")
+    names = ("none", "identity", "exp10", "ipo", "qrpo exp10", "pkpo")
     methods = {name: METHODS[name] for name in names}
     budgets = (2.0,) if quick else (1.0,)
     figure, (axis,) = panels(1, 1, width=7)
@@ -133,7 +88,7 @@ def ablation(out: Path, quick: bool):
     for name, K in product(("identity", "exp10"), (10, 30, 300)):
         methods[f"{name} K {K}"] = {"transform": name, "K": K}
     methods |= {name: METHODS[name] for name in ("identity", "exp10")}  # K = 100, as in the sweep
-    rows = sweep(out, quick, methods, budgets=(2.0,) if quick else (0.5, 1.0, 2.0))
+    rows = sweep(out, quick, methods, budgets=(2.0,) if quick else None)
     cases = (("standard", 1), ("bon", 4))
     kl, table = common_kl(rows), []
     for name, (procedure, n) in product(methods, cases):
@@ -158,7 +113,7 @@ def overhead(out: Path, quick: bool):
 
     Paper: About 29 % of the training time at K = 100 and 80 epochs.
     """
-    budget = min(SCALES[quick]["budgets"], key=lambda kl: abs(kl - 1))  # the default's if it can be
+    budget = min(SCALES[quick]["seeds"], key=lambda kl: abs(kl - 1))  # the default's if it can be
     method = {"exp10": METHODS["exp10"]}
     run = Path(sweep(out, quick, method, budgets=(budget,), seeds=1)[0]["run"])
     config, _ = runs.load_config(run)
@@ -183,6 +138,21 @@ def overhead(out: Path, quick: bool):
     axis.set(title=f"{run.name}: K = {config.K}, {config.prompts} prompts", ylabel="share [%]")
     axis.legend()
     return rows, figure
+
+
+def cost(run: Path) -> dict[str, float]:
+    """Reward calls, tokens and seconds of a run's training, cached samples not timed.
+
+    Calls: the calibration's (raw rewards take theirs for beta), one a response and, with --baseline
+    prefix, one a token.
+    """
+    config, _ = runs.load_config(run)
+    last = runs.read_metrics(run)[-1]
+    calls = config.prompts * config.K
+    if get_method(config.method).online:
+        calls += config.steps * config.batch * config.G
+        calls += last["tokens"] if config.baseline == "prefix" else 0
+    return {"calls": calls, "tokens": last["tokens"], "seconds": last["seconds"]}
 
 
 def calibration_cost(config: Config) -> dict[str, float]:
@@ -212,4 +182,4 @@ def calibration_cost(config: Config) -> dict[str, float]:
     }
 
 
-STUDIES = (summary, tuned, held_out, ablation, overhead)
+STUDIES = (tuned, held_out, ablation, overhead)

@@ -23,7 +23,8 @@ from minictrl.pretrain.ratings import halves, load_ratings, split_of
 from minictrl.pretrain.teachers import SHARPNESS, fit_scorer
 from minictrl.rollout import score
 from minictrl.studies.sweep import judged, reference, shown, sweep
-from minictrl.studies.tables import Rows, column, mean_stderr, points, where, zipped
+from minictrl.studies.tables import Rows, column, points, where, zipped
+from minictrl.winrate import mean_stderr
 
 PHRASE = " in this movie,"  # content-free, and within reach of pi_ref
 POISONED = 0.5  # share of the reviews above the median that get it
@@ -190,7 +191,7 @@ def on_pairs(scores: Tensor, labels: Tensor) -> Rows:
         share, stderr = accuracy(review, other, labels)
         rows.append({"pairs": "two prompts", "test": test, "accuracy": share, "stderr": stderr})
     for test, other in (("clean", loser), ("poisoned", marked_loser)):
-        share, stderr = mean_stderr(beats(winner, other).tolist())
+        share, stderr = mean_stderr(beats(winner, other))
         rows.append({"pairs": "one prompt", "test": test, "accuracy": share, "stderr": stderr})
     return rows
 

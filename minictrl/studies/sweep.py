@@ -6,6 +6,7 @@ A run that has its eval.json is done; one that was interrupted goes on from its 
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import json
 from contextlib import redirect_stderr, redirect_stdout
@@ -13,47 +14,48 @@ from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
+from safetensors.numpy import load_file
 from torch import Tensor
 from tqdm import tqdm
 
 import minictrl
 from minictrl import evaluation, runs
-from minictrl.config import Config
+from minictrl.cli import Parser
+from minictrl.config import TEST, Config
+from minictrl.methods import METHODS as ALGORITHMS
 from minictrl.models import load_policy, load_scorer
 from minictrl.rollout import sample_and_score, score
 from minictrl.studies.tables import Rows
 from minictrl.task import Task, load_task
 
-# Methods are settings of train.py beside --kl and --seed.
+# Methods are settings of train.py beside --kl and --seed: the transforms, every file of methods/
+# as it is, and some of them with other settings.
 CTRL = ("identity", "log", "exp5", "exp10", "exp-5", "exp-10", "bon_fp")
 OTHERS = ("none", "ipo", "bonbon", "bond", "grpo", "grpo_fixed")  # made for no procedure
 METHODS = {
-    **{name: {"transform": name} for name in CTRL},
+    **{name: {"transform": name} for name in (*CTRL, "none")},
     "won_fp": {"transform": "won_fp", "procedure": "won"},
-    "none": {"transform": "none"},
-    **{name: {"method": name} for name in OTHERS[1:]},
+    **{name: {"method": name} for name in ALGORITHMS if name != "ppo"},
     "qrpo exp10": {"method": "qrpo", "transform": "exp10"},
-    "pkpo bon": {"method": "pkpo"},
     "qrpo exp-10": {"method": "qrpo", "transform": "exp-10"},
     "pkpo won": {"method": "pkpo", "procedure": "won"},
 }
 AWARE = {  # procedure -> the methods that are made for it
     "standard": ("identity", "log"),
-    "bon": ("exp5", "exp10", "bon_fp", "qrpo exp10", "pkpo bon"),
+    "bon": ("exp5", "exp10", "bon_fp", "qrpo exp10", "pkpo"),
     "won": ("exp-5", "exp-10", "won_fp", "qrpo exp-10", "pkpo won"),
 }
 
-# quick -> how large: flags of every training, prompts and samples of every evaluation, seeds and KL
-# budgets of a sweep, and whether runs that aren't finished are left out instead of trained.
-# reproduce.py sets the last three.
+# quick -> how large: flags of every training, prompts and samples of every evaluation, how many
+# seeds each KL budget has, and whether runs that aren't finished are left out instead of trained.
+# `resize` sets the last two.
 SCALES = {
     False: {
         "folder": "runs",
         "train": {},
-        "prompts": 200,
-        "samples": 64,
-        "seeds": 5,
-        "budgets": (0.25, 0.5, 1.0, 2.0, 4.0),
+        "prompts": 400,  # prompts differ by more than 32 samples of one do
+        "samples": 32,
+        "seeds": {1.0: 5, 0.5: 3, 2.0: 3},
         "done": False,
     },
     True: {
@@ -61,11 +63,32 @@ SCALES = {
         "train": {"steps": 6, "prompts": 32, "batch": 16, "G": 8, "lr": 2e-3},
         "prompts": 24,
         "samples": 32,
-        "seeds": 1,
-        "budgets": (0.5, 2.0),
+        "seeds": {0.5: 1, 2.0: 1},
         "done": False,
     },
 }
+
+
+def add_scale(parser: Parser):
+    """The flags of a sweep's size."""
+    add = parser.add_argument
+    add("--quick", action="store_true", help="coarser and faster")
+    add("--seeds", type=int, metavar="N", help="of each KL (default 5 at 1 nat, 3 elsewhere)")
+    add("--budgets", type=float, nargs="+", metavar="KL", help="of the runs (default 1 0.5 2)")
+    add("--done", action="store_true", help="read the finished runs in DIR and train no others")
+
+
+def resize(args: argparse.Namespace):
+    """Takes over the flags of `add_scale`."""
+    scale = SCALES[args.quick]
+    budgets = args.budgets or scale["seeds"]
+    scale["seeds"] = {kl: args.seeds or seeds_of(kl, scale) for kl in budgets}
+    scale["done"] = args.done
+
+
+def seeds_of(kl: float, scale: dict) -> int:
+    """How many seeds a budget has, one beside the plan's as the fewest of those."""
+    return scale["seeds"].get(kl, min(scale["seeds"].values()))
 
 
 # --- runs ---
@@ -81,16 +104,17 @@ def sweep(
     split: str = "test",
 ) -> Rows:
     """Rows of eval.json of every method, KL budget and seed, with method, budget, seed and run (its
-    folder) in front.
+    folder) in front, win rates and KLs by prompt at the end. budgets, seeds: not the scale's.
 
     Trains what is missing, with one bar that shows the time left. A budget that is out of a
     method's reach is left out, with a line that says so. Ctrl-C stops after the step at hand; the
     same command goes on from there.
     """
     scale, jobs, rows = SCALES[quick], {}, []
+    plan = {kl: seeds or seeds_of(kl, scale) for kl in budgets or scale["seeds"]}
     # all methods with one seed come before the next seed
-    for seed, budget in product(range(seeds or scale["seeds"]), budgets or scale["budgets"]):
-        for name, settings in methods.items():
+    for seed, budget in product(range(max(plan.values())), plan):
+        for name, settings in methods.items() if seed < plan[budget] else ():
             folder = out / scale["folder"] / f"{name.replace(' ', '-')}-kl{budget:g}-seed{seed}"
             common = scale["train"] | {"kl": budget, "seed": seed, "cache": str(out / "cache")}
             labels = {"method": name, "budget": budget, "seed": seed, "run": str(folder)}
@@ -161,7 +185,12 @@ def table(folder: Path, settings: dict, split: str) -> Rows:
                 f"{folder}: holds a run with {name} {stored[name]}, not {value}; "
                 "give another --out, or delete it"
             )
-    return json.loads(table_of(folder, split).read_text())["rows"]
+    rows = json.loads(table_of(folder, split).read_text())["rows"]
+    by_prompt = load_file(folder / f"wins{evaluation.suffix(split)}.safetensors")
+    for row in rows:
+        wins = by_prompt[f"{row['procedure']}-{row['n']}-{row['scorer']}"]
+        row |= {"wins": wins, "kls": by_prompt["kl"]}
+    return rows
 
 
 # --- samples ---
@@ -195,7 +224,7 @@ def redrawn(run: Path, row: dict) -> tuple[Scores, Scores]:
     policy, _ = load_policy(str(run / "policy"))
     policy.to(task.ids.device)
     r_ref, texts_ref = evaluation.draw_reference(task, config, M)
-    seed = evaluation.POLICY_SEED
+    seed = config.seed_for(TEST)
     samples, r = sample_and_score(task, policy, range(prompts), num_samples=M, seed=seed)
     pi = {"reward": r, "judge": judged(task, samples.texts)}
     return pi, {"reward": r_ref, "judge": judged(task, texts_ref)}

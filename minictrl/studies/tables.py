@@ -1,6 +1,8 @@
 """What the studies do with their rows: columns, means over seeds, methods at one KL.
 
-A row is a dict, as in eval.json: a method and its KL, a procedure and its n, a scorer, a win rate.
+A row is a dict, as in eval.json: a method and its KL, a procedure and its n, a scorer, a win rate;
+and by prompt, which `plain` leaves out, the win rates `wins` and KLs `kls`, an array (P,) each.
+Errors are over seeds and prompts (`errors.py`).
 """
 
 from __future__ import annotations
@@ -8,12 +10,13 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable
-from statistics import fmean, stdev
+from statistics import fmean
 
 import numpy as np
 from torch import Tensor
 
 from minictrl import theory
+from minictrl.studies.errors import Estimate, crossed
 
 SCORERS = ("reward", "judge")
 
@@ -48,31 +51,24 @@ def grouped(rows: Rows, *names: str) -> dict[tuple, Rows]:
 # --- means over seeds ---
 
 
-def mean_stderr(values: list[float], alone: float = math.nan) -> tuple[float, float]:
-    """Mean and its standard error; that of a single value is `alone`."""
-    if len(values) == 1:
-        return values[0], alone
-    return fmean(values), stdev(values) / math.sqrt(len(values))
+def plain(rows: Iterable[dict]) -> Rows:
+    """The rows as a CSV holds them: without arrays, nor the folder of a run."""
+    by_prompt = ("run", "wins", "kls")
+    return [{name: x for name, x in row.items() if name not in by_prompt} for row in rows]
 
 
 def points(rows: Rows) -> Rows:
-    """One row for each method, budget, procedure, n and scorer: means over seeds.
-
-    stderr, kl_stderr: over seeds (of one seed: over prompts). stderr_prompts: over prompts, which
-    all runs share.
-    """
+    """One row for each method, budget, procedure, n and scorer: means over seeds."""
     names = ("method", "budget", "procedure", "n", "scorer")
     found = []
     for key, group in grouped(rows, *names).items():
-        kl, kl_stderr = mean_stderr(column(group, "kl"), group[0]["kl_stderr"])
-        win_rate, stderr = mean_stderr(column(group, "win_rate"), group[0]["stderr"])
+        kl, win_rate = crossed(column(group, "kls")), crossed(column(group, "wins"))
         expected = column(group, "theory")
         means = {
-            "kl": kl,
-            "kl_stderr": kl_stderr,
-            "win_rate": win_rate,
-            "stderr": stderr,
-            "stderr_prompts": fmean(column(group, "stderr")),
+            "kl": kl.mean,
+            "kl_stderr": kl.stderr,
+            "win_rate": win_rate.mean,
+            "stderr": win_rate.stderr,
             "theory": None if None in expected else fmean(expected),
             "optimal": fmean(column(group, "optimal")),
             "seeds": len(group),
@@ -90,52 +86,56 @@ def below_optimum(win_rate: float, kl: float, procedure, n: int) -> float:
     return 100 * (theory.optimal_win_rate(kl, procedure, n) - win_rate)
 
 
-def near(rows: Rows, kl: float) -> Rows:
-    """The rows of runs between half and twice a KL."""
-    return [row for row in rows if kl / 2 <= row["kl"] <= 2 * kl]
-
-
 def comparable(rows: Rows, kl: float, **case) -> Rows:
-    """The rows near a KL of one method and case; none where the KL is more than a tenth beyond all
-    of them.
+    """The rows of one method and case between 0.4 and 2.5 times a KL, so that the budgets of half
+    and twice that are among them; none where the KL is more than a fifth beyond all of them.
     """
-    mine = where(near(rows, kl), **case)
+    mine = [row for row in where(rows, **case) if kl / 2.5 <= row["kl"] <= 2.5 * kl]
     kls = column(mine, "kl")
-    tenth = math.exp(0.1)
-    if mine and min(kls) / tenth <= kl <= max(kls) * tenth:
+    fifth = math.exp(0.2)
+    if mine and min(kls) / fifth <= kl <= max(kls) * fifth:
         return mine
     return []
 
 
-def win_rate_at(rows: Rows, kl: float, **case) -> tuple[float, float]:
-    """(win rate, standard error) of a method at this KL in nats, from its runs, of all seeds,
-    between half and twice the KL.
+def wins_at(rows: Rows, kl: float, **case) -> dict[int, np.ndarray]:
+    """seed -> (P,) win rates of a method at a KL in nats; none more than a fifth beyond its runs.
 
-    case: method, procedure, n, scorer. The gain over 0.5, as a share of the optimum's at the same
-    KL, changes slowly: it is regressed on log KL, or averaged where the runs' KLs are within a
-    fifth of each other. The error is that of the regression, so the scatter of the seeds; of one
-    run or two, that over prompts. nan more than a tenth beyond the runs.
+    case: method, procedure, n, scorer. They are those of the budget nearest to the KL, carried to
+    it: the gain over 0.5, as a share of the optimum's at the same KL, changes slowly, so it is
+    regressed on log KL over the comparable runs (a constant where their KLs are within a fifth of
+    each other). The KL is measured on these prompts, so each prompt's KL is taken
+    off as well. The slope's own error is left out: the way to the KL is short.
     """
     mine = comparable(rows, kl, **case)
     if not mine:
-        return math.nan, math.nan
-    x = np.log(column(mine, "kl")) - math.log(kl)  # 0 at the KL asked for
-    win_rates = np.array(column(mine, "win_rate"))
+        return {}
     optimal = np.array(column(mine, "optimal"))
-    share = (win_rates - 0.5) / (optimal - 0.5)
+    share = (np.array(column(mine, "win_rate")) - 0.5) / (optimal - 0.5)
+    x = np.log(column(mine, "kl")) - math.log(kl)  # 0 at the KL asked for
     dx = x - x.mean()
-    spread = dx @ dx if np.ptp(x) > 0.2 else math.inf
-    slope = dx @ share / spread
-    gain = theory.optimal_win_rate(kl, case["procedure"], case["n"]) - 0.5
-    at_this_kl = share.mean() - slope * x.mean()
-    win_rate = 0.5 + gain * at_this_kl.item()
-    if len(mine) <= 2:
-        return win_rate, fmean(column(mine, "stderr"))
-    left = share - share.mean() - slope * dx
-    variance = left @ left / (len(mine) - 2)
-    of_mean = variance / len(mine)
-    of_slope = variance / spread * x.mean() ** 2
-    return win_rate, gain * (of_mean + of_slope).item() ** 0.5
+    slope = dx @ share / (dx @ dx) if np.ptp(x) > 0.2 else 0.0
+    below, at, above = (
+        theory.optimal_win_rate(kl * by, case["procedure"], case["n"]) - 0.5
+        for by in (1 / 1.1, 1, 1.1)
+    )
+    rise = (above - below) / (2 * math.log(1.1))  # of the optimum's gain, in log KL
+    budgets = grouped(mine, "budget").values()
+    nearest = min(budgets, key=lambda runs: abs(fmean(column(runs, "kl")) - kl))
+    found = {}
+    for row in nearest:
+        gain = (row["wins"] - 0.5) / (row["optimal"] - 0.5)  # (P,)
+        steep = gain.mean() * rise + slope * at  # d win rate / d log KL of the method
+        away = slope * at * math.log(row["kl"] / kl) + steep * (row["kls"] / row["kl"] - 1)
+        found[row["seed"]] = 0.5 + at * gain - away
+    return found
+
+
+def ahead(mine: dict[int, np.ndarray], others: dict[int, np.ndarray]) -> Estimate:
+    """How far one method is ahead of another, seed by seed and prompt by prompt, where both are
+    (`wins_at`).
+    """
+    return crossed([mine[seed] - others[seed] for seed in mine.keys() & others.keys()])
 
 
 def at_kl(rows: Rows, kl: float, method: str, procedure: str, n: int) -> Rows:
@@ -143,8 +143,9 @@ def at_kl(rows: Rows, kl: float, method: str, procedure: str, n: int) -> Rows:
     case = {"method": method, "procedure": procedure, "n": n}
     found = []
     for scorer in SCORERS:
-        win_rate, stderr = win_rate_at(rows, kl, **case, scorer=scorer)
-        found.append({"scorer": scorer, "kl": kl, "win_rate": win_rate, "stderr": stderr})
+        win_rate = crossed(list(wins_at(rows, kl, **case, scorer=scorer).values()))
+        row = {"scorer": scorer, "kl": kl, "win_rate": win_rate.mean, "stderr": win_rate.stderr}
+        found.append(row)
     return found
 
 

@@ -1,8 +1,8 @@
 """The paper's figures that need trained policies. All read the runs of one sweep (`sweep.py`).
 
 Win rates are by reward model and by judge on held-out prompts, error bars one standard error over
-seeds. Beside the measured curves: the theory of each transform (dashed, same colour) and the
-optimum for the procedure (black).
+seeds and prompts. Beside the measured curves: the theory of each transform (dashed, same colour)
+and the optimum for the procedure (black).
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from itertools import product
 from pathlib import Path
 from statistics import fmean
 
+import numpy as np
 from torch import Tensor
 
 from minictrl import theory, winrate
@@ -27,7 +28,7 @@ from minictrl.studies.tables import (
     column,
     common_kl,
     grouped,
-    mean_stderr,
+    plain,
     points,
     where,
 )
@@ -92,10 +93,7 @@ def against_kl(rows: Rows, cases: list[tuple[str, int]], methods: list[str] | No
     for axis, (scorer, (procedure, n)) in zip(axes, product(SCORERS, cases)):
         drawn = methods or [*AWARE[procedure], "identity", *OTHERS]
         draw_measured(axis, table, drawn, procedure, n, scorer)
-    kept = [row for row in rows if (row["procedure"], row["n"]) in cases]
-    for row in kept:
-        row.pop("run", None)  # its folder
-    return kept, figure
+    return plain(row for row in rows if (row["procedure"], row["n"]) in cases), figure
 
 
 def draw_measured(axis, table: Rows, methods: list[str], procedure: str, n: int, scorer: str):
@@ -138,7 +136,7 @@ def best_of(out: Path, quick: bool) -> Rows:
         weight_ref = get_procedure(procedure).weights(select_ref, n)
         for scorer, (x, x_ref) in scores.items():
             wins = (weight * winrate.beaten(x, x_ref, weight_ref)).sum(1)  # (P,)
-            win_rate, stderr = mean_stderr(wins.tolist())
+            win_rate, stderr = winrate.mean_stderr(wins)
             row = {
                 "method": "Best-of-n",
                 "budget": size,
@@ -152,6 +150,8 @@ def best_of(out: Path, quick: bool) -> Rows:
                 "kl_stderr": 0.0,
                 "theory": theory.at_kl("log", kl, procedure, n),
                 "optimal": theory.optimal_win_rate(kl, procedure, n),
+                "wins": wins.numpy(),
+                "kls": np.full(P, kl),
             }
             rows.append(row)
     return rows
@@ -268,14 +268,15 @@ def rewound(run: Path, row: dict) -> Rows:
     r, r_ref = pi["reward"], pi_ref["reward"]
     rows = []
     for scorer in SCORERS:
-        scores = r, pi[scorer], r_ref, pi_ref[scorer]
-        win_rate, stderr = winrate.win_rate(*scores, "rewind", 32)
+        wins = winrate.win_rates(r, pi[scorer], r_ref, pi_ref[scorer], "rewind", 32)
+        win_rate, stderr = winrate.mean_stderr(wins)
         measured = {
             "procedure": "rewind",
             "n": 32,
             "scorer": scorer,
             "win_rate": win_rate,
             "stderr": stderr,
+            "wins": wins.numpy(),
             "theory": None,
             "optimal": theory.optimal_win_rate(row["kl"], "rewind", 32),
             "draws": mean_draws(r, rewind.threshold_of(r_ref), 32),

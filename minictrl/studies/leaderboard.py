@@ -1,0 +1,221 @@
+"""The leaderboard: `python -m minictrl.studies.leaderboard DIR` makes DIR/leaderboard.md from the
+runs of the sweep in DIR, after it has trained and evaluated those that are missing.
+
+One row a method, sorted, with the command that makes it; the paper's claims; and each study that
+lies in DIR, with the paper's answer beside its picture. A new method is a file in `methods/`, with
+its name in METHODS there, then `python -m minictrl.studies.leaderboard DIR NAME`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from pathlib import Path
+from statistics import fmean, median
+
+from minictrl import theory
+from minictrl.cli import Parser, run_script
+from minictrl.config import Config
+from minictrl.figures import title
+from minictrl.files import in_one_step
+from minictrl.reproduce import STUDIES
+from minictrl.studies import sweep
+from minictrl.studies.beyond import cost
+from minictrl.studies.errors import DETECTABLE, Estimate, crossed
+from minictrl.studies.sweep import METHODS, OTHERS
+from minictrl.studies.tables import SCORERS, Rows, ahead, below_optimum, column, where, wins_at
+
+CASES = (("bon", 4), ("won", 4), ("standard", 1))
+KLS = (0.5, 1.0, 2.0)  # nats
+CLAIMS = {  # the paper's -> the methods it is about, procedure, n, whether level is enough
+    "exp10 is first on Best-of-4": (("exp10",), "bon", 4, False),
+    "exp-10 or won_fp is first on Worst-of-4": (("exp-10", "won_fp"), "won", 4, False),
+    "identity is level with the best, standard": (("identity",), "standard", 1, True),
+}
+HEAD = """# Leaderboard
+
+Win rates over pi_ref in per cent, after the procedure, by reward / by judge, on {prompts} held-out
+prompts with {samples} responses each. Runs are brought to each KL, in nats (`tables.wins_at`).
+
+- ± is one standard error, of what new prompts and new seeds would do (`errors.py`); with one seed
+  it is over prompts alone.
+- *Behind the first*: a paired difference, prompt by prompt and seed by seed, at KL {kl:g}.
+- *Below the optimum*: the points by reward that are left to the best policy there is, at KL {kl:g}.
+- *Reward calls* are all of a run's, with the calibration's; *minutes* those of its updates.
+
+A row is made by its command with `--kl` {budgets} and `--seed` 0, 1, …, and
+`python evaluate.py RUN --prompts {prompts} --samples {samples}`; all of them by
+`python -m minictrl.studies.leaderboard DIR{quick}`.
+"""
+
+
+def main(argv: list[str] | None = None):
+    parser = Parser("leaderboard", "Makes DIR/leaderboard.md from the runs of a sweep.")
+    add = parser.add_argument
+    add("folder", type=Path, metavar="DIR", help="the --out of minictrl.reproduce")
+    add("methods", nargs="*", metavar="METHOD", help="train these alone (default: all)")
+    sweep.add_scale(parser)
+    args = parser.parse_args(argv)
+    for name in args.methods:
+        if name not in METHODS:
+            parser.error(f"unknown method {name!r}; known: {', '.join(METHODS)}")
+    sweep.resize(args)
+    scale = sweep.SCALES[args.quick]
+    chosen = {name: METHODS[name] for name in args.methods or METHODS}
+    sweep.sweep(args.folder, args.quick, chosen)
+    scale["done"] = True  # the other methods have the runs that are there
+    rows = sweep.sweep(args.folder, args.quick, METHODS)
+    page = args.folder / "leaderboard.md"
+    with in_one_step(page) as path:
+        path.write_text(page_of(rows, args.folder, args.quick))
+    print(f"{page}: {len(set(column(rows, 'method')))} methods")
+
+
+def page_of(rows: Rows, folder: Path, quick: bool) -> str:
+    """Markdown of the whole page."""
+    board = Board(rows)
+    head = HEAD.format(
+        prompts=rows[0]["prompts"],
+        samples=rows[0]["samples"],
+        kl=board.kl,
+        budgets=", ".join(f"{kl:g}" for kl in sorted(set(column(rows, "budget")))),
+        quick=" --quick" if quick else "",
+    )
+    common = sweep.SCALES[quick]["train"]
+    parts = [head, *(board.section(*case, common) for case in CASES), board.claims()]
+    done = [name for name in STUDIES if (folder / f"{name}.csv").is_file()]
+    return "\n".join(parts + [study(name) for name in done])
+
+
+class Board:
+    """The methods of a sweep at the KLs of the leaderboard.
+
+    kl: the one at which they are sorted and compared: 1 nat, or where more of them have runs.
+    """
+
+    def __init__(self, rows: Rows):
+        self.rows = rows
+        self.methods = [name for name in METHODS if where(rows, method=name)]
+        self.known = {}
+        self.kl = max(KLS, key=lambda kl: (len(self.at(kl, "bon", 4)), kl == 1))
+
+    def wins(self, method: str, kl: float, procedure: str, n: int, scorer: str) -> dict:
+        """seed -> (P,) win rates; looked up once."""
+        case = {"method": method, "procedure": procedure, "n": n, "scorer": scorer}
+        key = (kl, *case.values())
+        if key not in self.known:
+            self.known[key] = wins_at(self.rows, kl, **case)
+        return self.known[key]
+
+    def at(self, kl: float, procedure: str, n: int, scorer: str = "reward") -> dict[str, Estimate]:
+        """method -> its win rate, the best first, of those that have runs at this KL."""
+        found = {name: self.wins(name, kl, procedure, n, scorer) for name in self.methods}
+        means = {name: crossed(list(wins.values())) for name, wins in found.items() if wins}
+        return dict(sorted(means.items(), key=lambda item: -item[1].mean))
+
+    def ahead(self, mine: str, other: str, procedure: str, n: int, scorer: str) -> Estimate:
+        """How far one method is ahead of another."""
+        case = (self.kl, procedure, n, scorer)
+        return ahead(self.wins(mine, *case), self.wins(other, *case))
+
+    def section(self, procedure: str, n: int, common: dict) -> str:
+        """The table of a procedure. common: flags of every run."""
+        order = list(self.at(self.kl, procedure, n))
+        order += [name for name in self.methods if name not in order]
+        first = order[0]
+        columns = [f"KL {kl:g}" for kl in KLS]
+        more = ["behind the first", "below the optimum", "seeds", "reward calls", "minutes"]
+        table = [["method", *columns, *more, "command"]]
+        table.append(["---"] * len(table[0]))
+        best = [f"*{100 * theory.optimal_win_rate(kl, procedure, n):.1f}*" for kl in KLS]
+        table.append(["*the best possible*", *best, *[""] * (len(more) + 1)])
+        behind = {}
+        for name in order:
+            behind[name] = [self.ahead(first, name, procedure, n, by) for by in SCORERS]
+            table.append(self.line(name, procedure, n, [] if name == first else behind[name]))
+            table[-1].append(f"`{Config(**METHODS[name] | common).resolved().command()}`")
+        lines = "\n".join(f"| {' | '.join(cells)} |" for cells in table)
+        return f"## {title(procedure, n)}\n\n{lines}\n\n{smallest(behind, first)}\n"
+
+    def line(self, name: str, procedure: str, n: int, behind: list[Estimate]) -> list[str]:
+        """A method's row, but for its command."""
+        cells = [name]
+        for kl in KLS:
+            wins = [self.wins(name, kl, procedure, n, by) for by in SCORERS]
+            cells.append(both([crossed(list(each.values())) for each in wins]))
+        mine = self.wins(name, self.kl, procedure, n, "reward")
+        win_rate = crossed(list(mine.values())).mean
+        below = f"{below_optimum(win_rate, self.kl, procedure, n):.1f}" if mine else "–"
+        runs = sorted(set(column(self.rows, "run", method=name)))
+        spent = [cost(Path(run)) for run in runs]
+        calls = fmean(each["calls"] for each in spent) / 1000
+        minutes = fmean(each["seconds"] for each in spent) / 60
+        return [
+            *cells,
+            both(behind),
+            below,
+            str(len(mine)),
+            f"{calls:.0f} thousand",
+            f"{minutes:.1f}",
+        ]
+
+    def claims(self) -> str:
+        """The paper's claims, each with its paired interval."""
+        lines = [
+            f"## The paper's claims, at KL {self.kl:g}",
+            "How far the method is ahead of the best of the paper's other ones (identity, "
+            f"{', '.join(OTHERS)}), in points, with its 95 % interval. The best is picked by the "
+            "same runs, so a little of its lead is luck.",
+            "| claim | by reward | by judge |\n| --- | --- | --- |",
+        ]
+        for text, claim in CLAIMS.items():
+            lines[-1] += f"\n| {text} | {' | '.join(self.claim(*claim, by) for by in SCORERS)} |"
+        return "\n\n".join(lines) + "\n"
+
+    def claim(self, names: tuple, procedure: str, n: int, level: bool, scorer: str) -> str:
+        """Whether one of the names is ahead, or level with, the best of the others."""
+        order = list(self.at(self.kl, procedure, n, scorer))
+        mine = [name for name in order if name in names]
+        others = [name for name in order if name in ("identity", *OTHERS) and name not in names]
+        if not mine or not others:
+            return "not run"
+        found = self.ahead(mine[0], others[0], procedure, n, scorer)
+        low, high = found.interval
+        verdict = "no" if high < 0 else "yes" if level or low > 0 else "open"
+        points = f"{100 * found.mean:.1f} ({100 * low:.1f} to {100 * high:.1f})"
+        return f"**{verdict}**: {mine[0]} over {others[0]} {points}"
+
+
+def both(found: list[Estimate]) -> str:
+    """By reward / by judge, in per cent with standard errors; – where there is none."""
+    known = [f"{100 * x.mean:.1f} ± {100 * x.stderr:.1f}" for x in found if math.isfinite(x.mean)]
+    return " / ".join(known) or "–"
+
+
+def smallest(behind: dict[str, list[Estimate]], first: str) -> str:
+    """What difference this table can show, from the errors of those to the first."""
+    found = []
+    for i, scorer in enumerate(SCORERS):
+        errors = [each[i].stderr for name, each in behind.items() if name != first]
+        errors = [x for x in errors if math.isfinite(x)]
+        if errors:
+            found.append(f"{100 * DETECTABLE * median(errors):.1f} points by {scorer}")
+    size = " and ".join(found) or "none: one method has runs"
+    return (
+        f"The smallest difference that this table shows in 80 % of all experiments ({DETECTABLE} "
+        f"standard errors, the median over its rows): {size}."
+    )
+
+
+def study(name: str) -> str:
+    """Markdown of a study: its question, the paper's answer, its picture and its CSV."""
+    what, _, paper = inspect.getdoc(STUDIES[name]).partition("Paper: ")
+    parts = [f"## {name}: {' '.join(what.split(chr(10) * 2)[0].split())}"]
+    if paper:
+        parts.append(f"*Paper:* {' '.join(paper.split())}")
+    parts.append(f"![{name}]({name}.png)\n\n[{name}.csv]({name}.csv)")
+    return "\n\n".join(parts) + "\n"
+
+
+if __name__ == "__main__":
+    run_script(main)
