@@ -71,32 +71,14 @@ def main(argv=None):
 def train(config: Config, resume: bool):
     from minictrl import runs
     from minictrl.budget import Budget
-    from minictrl.exchange import read_reference
-    from minictrl.methods import get_method
     from minictrl.models import save_policy
-    from minictrl.rollout import (
-        check_prefix_rewards,
-        check_sampler,
-        reference_key,
-        reference_samples,
-    )
+    from minictrl.rollout import check_sampler, reference_key, reference_samples
     from minictrl.sampling import NotFinite
-    from minictrl.task import load_task, read_prompts, scorer_of, try_scorers
-    from minictrl.track import Tracker, check_tracker
+    from minictrl.track import Tracker
     from minictrl.update import freeze, make_learner
 
-    # Whatever can be wrong with the input is found here, before the first sample is drawn.
     start, out = time.time(), Path(config.out)
-    method = get_method(config.method)(config)  # its Phi, its beta, its loss
-    task = load_task(config, "train")
-    if method.compared and config.baseline == "prefix":
-        check_prefix_rewards(task)
-    judge = scorer_of(config, "judge")
-    held_out = read_prompts(replace(config, prompts=None), "test", task.policy, task.tokenizer)
-    try_scorers([task.reward, judge], [*task.prompts, *held_out[0]])
-    given = config.reference and read_reference(config.reference, config, task)
-    made_from = runs.digests_of(config, task, judge)
-    check_tracker(config.track)
+    method, task, given, made_from = checked(config)
     freeze(task.policy, config.layers)
     if resume:
         runs.check_made_from(out, config, made_from)
@@ -137,6 +119,30 @@ def train(config: Config, resume: bool):
         f"{summary(runs.read_metrics(out)[-1], config)}, {time.time() - start:.0f} s. "
         f"Now: python evaluate.py {out}"
     )
+
+
+def checked(config: Config):
+    """(method, task, given reference samples or None, digests) of a run.
+
+    Whatever can be wrong with the input is found here, before the first sample is drawn.
+    """
+    from minictrl.exchange import read_reference
+    from minictrl.methods import get_method
+    from minictrl.rollout import check_prefix_rewards
+    from minictrl.runs import digests_of
+    from minictrl.task import load_task, read_prompts, scorer_of, try_scorers
+    from minictrl.track import check_tracker
+
+    method = get_method(config.method)(config)  # its Phi, its beta, its loss
+    task = load_task(config, "train")
+    if method.compared and config.baseline == "prefix":
+        check_prefix_rewards(task)
+    judge = scorer_of(config, "judge")
+    held_out = read_prompts(replace(config, prompts=None), "test", task.policy, task.tokenizer)
+    try_scorers([task.reward, judge], [*task.prompts, *held_out[0]])
+    check_tracker(config.track)
+    given = config.reference and read_reference(config.reference, config, task)
+    return method, task, given, digests_of(config, task, judge)
 
 
 def summary(last: dict, config: Config) -> str:

@@ -4,7 +4,7 @@ from dataclasses import asdict
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 import evaluate
 import train
@@ -205,3 +205,10 @@ def test_the_reward_of_a_prefix_is_that_of_the_prompt_with_the_tokens_before():
         assert mask[x, m, t], "a response that is as long"
         text = task.tokenizer.decode(tokens[x, m, :t])
         assert r[x, m, t] == pytest.approx(float(task.reward([task.prompts[x]], [text])), abs=1e-6)
+
+
+def test_a_policy_is_a_directory_for_transformers_pipelines(short_run):
+    write = pipeline("text-generation", str(short_run / "policy"), device="cpu")
+    prompt = "A film that"
+    [row] = write(prompt, max_new_tokens=5, do_sample=True)
+    assert row["generated_text"].startswith(prompt) and len(row["generated_text"]) > len(prompt)

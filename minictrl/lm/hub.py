@@ -78,13 +78,33 @@ def from_hub(loader, kind: str, name: str, *, new_head: bool = False, **options)
         tokenizer = loader.__name__ == "AutoTokenizer"
         if not (tokenizer and (here / "tokenizer_config.json").is_file()):
             return from_adapter(loader, kind, name, **options)
+    loaded = from_pretrained(loader, kind, name, output_loading_info=model, **options)
+    if not model:
+        if (
+            loader.__name__ == "AutoTokenizer"
+            and not loaded("a", add_special_tokens=False)["input_ids"]
+        ):
+            raise ValueError(
+                f"{kind} {name}: there are no tokenizer files; put its tokenizer.json beside the "
+                "weights"
+            )
+        return loaded
+    if getattr(loaded[0], "_hf_peft_config_loaded", False):
+        raise ValueError(adapter(kind, name))
+    if not new_head:
+        check_weights(f"{kind} {name}", loader.__name__.removeprefix("AutoModelFor"), loaded[1])
+    return loaded[0]
+
+
+def from_pretrained(loader, kind: str, name: str, *, output_loading_info: bool, **options):
+    """loader.from_pretrained, quiet, with errors of one line."""
+    if output_loading_info:
+        options["output_loading_info"] = True
     # a .gguf file's progress bar
     quiet = nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO())
     try:
         with quiet:
-            loaded = loader.from_pretrained(
-                name, **options, **({"output_loading_info": True} if model else {})
-            )
+            return loader.from_pretrained(name, **options)
     except (
         ImportError,
         OSError,
@@ -102,21 +122,6 @@ def from_hub(loader, kind: str, name: str, *, new_head: bool = False, **options)
                 "needs pip install -e '.[gguf]'"
             ) from None
         raise ValueError(unreachable(kind, name, error)) from None
-    if not model:
-        if (
-            loader.__name__ == "AutoTokenizer"
-            and not loaded("a", add_special_tokens=False)["input_ids"]
-        ):
-            raise ValueError(
-                f"{kind} {name}: there are no tokenizer files; put its tokenizer.json beside the "
-                "weights"
-            )
-        return loaded
-    if getattr(loaded[0], "_hf_peft_config_loaded", False):
-        raise ValueError(adapter(kind, name))
-    if not new_head:
-        check_weights(f"{kind} {name}", loader.__name__.removeprefix("AutoModelFor"), loaded[1])
-    return loaded[0]
 
 
 def from_adapter(loader, kind: str, name: str, **options):

@@ -24,20 +24,7 @@ def load_function(
     is no such file, function or column, or the file can't be run; `evaluate` does where the
     function raises, naming the prompt, or gives something else than B numbers.
     """
-    file, _, name = spec.rpartition(":")
-    path = Path(file)
-    if not path.is_file():
-        raise ValueError(f"{role} {spec}: there is no file {file}; give FILE.py:NAME")
-    module_spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(module_spec)
-    try:
-        module_spec.loader.exec_module(module)
-    except Exception as error:  # whatever the user's file does
-        raise ValueError(f"{role} {spec}: {file} fails with {describe(error)}") from error
-    function = getattr(module, name, None)
-    if not callable(function):
-        raise ValueError(f"{role} {spec}: {file} has no function {name!r}")
-
+    function = find_function(spec, role)
     known = sorted({name for row in columns.values() for name in row})
     wanted, missing = wanted_columns(function, known)
     if missing:
@@ -65,7 +52,26 @@ def load_function(
         return scores
 
     used = {prompt: [row.get(name) for name in wanted] for prompt, row in columns.items()}
-    return [path.read_text(), used if wanted else None], evaluate
+    source = Path(spec.rpartition(":")[0]).read_text()
+    return [source, used if wanted else None], evaluate
+
+
+def find_function(spec: str, role: str) -> Callable:
+    """The function NAME of FILE.py, which is run for it."""
+    file, _, name = spec.rpartition(":")
+    path = Path(file)
+    if not path.is_file():
+        raise ValueError(f"{role} {spec}: there is no file {file}; give FILE.py:NAME")
+    module_spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(module_spec)
+    try:
+        module_spec.loader.exec_module(module)
+    except Exception as error:  # whatever the user's file does
+        raise ValueError(f"{role} {spec}: {file} fails with {describe(error)}") from error
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise ValueError(f"{role} {spec}: {file} has no function {name!r}")
+    return function
 
 
 def wanted_columns(function: Callable, known: list[str]) -> tuple[list[str], list[str]]:
