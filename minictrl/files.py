@@ -3,17 +3,33 @@
 import csv
 import json
 import math
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 
 @contextmanager
 def in_one_step(path: Path) -> Iterator[Path]:
-    """A temporary path to write to, which then takes the place of `path`."""
-    temporary = path.with_name(path.name + ".tmp")
-    yield temporary
-    temporary.replace(path)
+    """A temporary path to write to, which then takes the place of `path`, once it is on the disk.
+
+    Raises ValueError if safetensors can't write it.
+    """
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # runs share a cache
+    try:
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path}: can't be written ({error}); make room, and give the same command again "
+            "(train.py: with --resume)"
+        ) from None
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value):

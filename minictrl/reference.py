@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -20,6 +19,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from minictrl.files import in_one_step
 
 CHUNK = 64  # prompts a file
 
@@ -38,11 +39,10 @@ class Reference:
 
     def save(self, path: Path, digest: str):
         """Writes all tensors with their check sum and a digest of what they depend on."""
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # runs share a cache
         tensors = {f.name: getattr(self, f.name).contiguous() for f in fields(self)}
         sha256 = torch.tensor(list(check_sum(tensors).encode()), dtype=torch.uint8)
-        save_file(tensors | {"sha256": sha256}, temporary, {"digest": digest})
-        os.replace(temporary, path)
+        with in_one_step(path) as temporary:
+            save_file(tensors | {"sha256": sha256}, temporary, {"digest": digest})
 
     @classmethod
     def load(cls, path: Path, digest: str | None = None) -> Reference | None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import pickle
 import platform
 import re
 import shutil
@@ -21,6 +20,8 @@ from pathlib import Path
 
 import torch
 import transformers
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from tqdm import tqdm
 
 import minictrl
@@ -35,7 +36,9 @@ from minictrl.update import Learner
 
 MARKER = ".minictrl"  # the file that says that a directory is ours to delete
 FREE = ("out", "device", "cache", "lr", "track")  # a run may go on elsewhere, and more slowly
-CHECKPOINT = 20  # seconds between checkpoints, at least; 20 times what one takes, if that is more
+CHECKPOINT = Path("checkpoint", "state.safetensors")
+COUNTERS = ("step", "tokens", "seconds")  # of a checkpoint, beside the budget's target
+PAUSE = 20  # seconds between checkpoints, at least; 20 times what one takes, if that is more
 
 # The columns of metrics.jsonl; None where a method has no such number.
 METRICS = (
@@ -252,7 +255,7 @@ class Training:
         self.metrics = self.open.enter_context(open(self.out / "metrics.jsonl", "a", buffering=1))
         bar = tqdm(total=self.end, desc="train", initial=self.step, disable=None)
         self.bar = self.open.enter_context(bar)
-        saved, pause = time.time(), CHECKPOINT
+        saved, pause = time.time(), PAUSE
         while self.step < self.end and not self.stopped:
             self.began = time.time()
             yield self.step
@@ -263,7 +266,7 @@ class Training:
                 began = time.time()
                 self._save()
                 saved = time.time()
-                pause = max(CHECKPOINT, 20 * (saved - began))
+                pause = max(PAUSE, 20 * (saved - began))
         if self.stopped:
             print(
                 f"stopped after step {self.step}; go on with: "
@@ -291,34 +294,29 @@ class Training:
         kls = [row["kl_ref"] for row in read_metrics(self.out) if row["kl_ref"] is not None]
         before = f"after a KL of {kls[-1]:.3g} nats" if kls else "from the start"
         again = f"start again with a lower --lr than {lr:g} and --overwrite"
-        if (self.out / "checkpoint" / "state.pt").is_file():
+        if (self.out / CHECKPOINT).is_file():
             again = f"go on with: python train.py --resume --out {self.out} --lr {lr / 10:g}"
         return f"training diverged at step {self.step + 1}, {before}; {again}"
 
-    def _counters(self) -> dict:
-        target = self.budget.target
-        return dict(step=self.step, tokens=self.tokens, seconds=self.seconds, target=target)
-
     def _save(self) -> None:
         """One file, replaced in one step: the old one or the new one is there whole."""
-        folder = self.out / "checkpoint"
-        folder.mkdir(exist_ok=True)
-        with in_one_step(folder / "state.pt") as path:
-            torch.save(self.learner.state() | self._counters(), path)
+        (self.out / CHECKPOINT).parent.mkdir(exist_ok=True)
+        counters = {name: getattr(self, name) for name in COUNTERS} | {"target": self.budget.target}
+        with in_one_step(self.out / CHECKPOINT) as path:
+            save_file(self.learner.state(), path, {"counters": json.dumps(counters)})
 
     def _restore(self) -> None:
         """The last checkpoint, if there is one; metrics.jsonl is cut there."""
-        path = self.out / "checkpoint" / "state.pt"
+        path = self.out / CHECKPOINT
         if path.is_file():
             try:
-                device = self.learner.policy.device
-                state = torch.load(path, map_location=device, weights_only=True)
-                self.learner.restore(state)
-                self.step, self.tokens, self.seconds = (
-                    state[name] for name in ("step", "tokens", "seconds")
-                )
-                self.budget.target = state["target"]
-            except (RuntimeError, EOFError, KeyError, OSError, pickle.UnpicklingError) as error:
+                with safe_open(path, "pt") as file:
+                    counters = json.loads(file.metadata()["counters"])
+                    self.learner.restore({name: file.get_tensor(name) for name in file.keys()})
+                for name in COUNTERS:
+                    setattr(self, name, counters[name])
+                self.budget.target = counters["target"]
+            except (SafetensorError, RuntimeError, KeyError, OSError, TypeError) as error:
                 why = str(error).splitlines()[0]
                 raise ValueError(
                     f"{path} is damaged ({why}): start again with --overwrite"

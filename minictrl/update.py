@@ -22,25 +22,41 @@ HEAD_LR = 1e-3  # of a value head, at least
 
 @dataclass
 class Learner:
-    """What training changes; a checkpoint holds all of it."""
+    """What training changes; a checkpoint holds all of it, and nothing that is frozen."""
 
     policy: nn.Module
     value_head: nn.Module | None
     optimizer: torch.optim.Optimizer
 
-    def state(self) -> dict:
-        head = None if self.value_head is None else self.value_head.state_dict()
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """What is trained, in the optimizer's order."""
+        named = [("policy", self.policy), ("value_head", self.value_head)]
         return {
-            "policy": self.policy.state_dict(),
-            "value_head": head,
-            "optimizer": self.optimizer.state_dict(),
+            f"{role}.{name}": p
+            for role, module in named
+            if module is not None
+            for name, p in module.named_parameters()
+            if p.requires_grad
         }
 
-    def restore(self, state: dict):
-        self.policy.load_state_dict(state["policy"])
-        if self.value_head is not None:
-            self.value_head.load_state_dict(state["value_head"])
-        self.optimizer.load_state_dict(state["optimizer"])
+    def state(self) -> dict[str, Tensor]:
+        """Parameters by name, and the optimizer's moments of each."""
+        state = {}
+        for name, p in self.parameters().items():
+            moments = self.optimizer.state.get(p, {})
+            state |= {name: p.detach()} | {f"{name}/{key}": x for key, x in moments.items()}
+        return {name: x.contiguous() for name, x in state.items()}
+
+    @torch.no_grad()
+    def restore(self, state: dict[str, Tensor]):
+        """Raises KeyError if something is missing."""
+        for name, p in self.parameters().items():
+            p.copy_(state[name])
+            moments = [key for key in state if key.startswith(f"{name}/")]
+            if moments:
+                self.optimizer.state[p] = {
+                    key.removeprefix(f"{name}/"): state[key].to(p.device) for key in moments
+                }
 
 
 def freeze(policy: nn.Module, layers: int | None) -> None:

@@ -49,7 +49,7 @@ def test_a_run_directory_holds_what_the_contract_says(short_run):
     ).split():
         assert name in row
     assert Reference.load(short_run / "reference.safetensors").r_ref.shape == (48, 32)
-    for name in ("tradeoff.png", "training.png", "checkpoint/state.pt", "samples.jsonl"):
+    for name in ("tradeoff.png", "training.png", "checkpoint/state.safetensors", "samples.jsonl"):
         assert (short_run / name).stat().st_size > 1000
     assert AutoModelForCausalLM.from_pretrained(short_run / "policy").config.vocab_size == len(
         AutoTokenizer.from_pretrained(short_run / "policy")

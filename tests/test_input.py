@@ -3,6 +3,7 @@ overwritten.
 """
 
 import json
+import resource
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 import evaluate
 import train
@@ -287,3 +290,27 @@ def test_a_reader_that_leaves_is_no_error(short_run):
         run.stdout.readline()
         run.stdout.close()
         assert run.stderr.read() == b"" and run.wait() == 141
+
+
+def test_a_disk_that_is_full_costs_no_finished_step(tmp_path):
+    """The checkpoint fits, the policy doesn't: one line, and with room the run ends as it would
+    have."""
+    flags = "--prompts 12 --K 8 --steps 2 --batch 6 --G 2 --max-new-tokens 4".split()
+    flags += ["--cache", str(tmp_path / "cache"), "--out"]
+    command = [sys.executable, "train.py", *flags, str(tmp_path / "full")]
+    limit = 8_000_000  # bytes a file; the policy has 8.9 million
+    full = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )
+    assert full.returncode == 2 and "Traceback" not in full.stderr, full.stderr
+    assert len(full.stderr.strip().splitlines()[-1]) > 20
+    assert not train.main([*flags, str(tmp_path / "full"), "--resume"])
+    assert not train.main([*flags, str(tmp_path / "whole")])
+    ended, expected = (
+        load_file(tmp_path / name / "policy" / "model.safetensors") for name in ("full", "whole")
+    )
+    assert all(torch.equal(ended[name], expected[name]) for name in expected)
