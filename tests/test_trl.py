@@ -1,5 +1,9 @@
 """CTRL's reward for TRL's trainers."""
 
+import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +21,7 @@ from minictrl.theory import beta_for_kl
 from minictrl.transforms import FLOOR, get_transform
 from minictrl.trl import calibrate, ctrl_reward, share
 
+ROOT = Path(__file__).parent.parent
 SMALL = dict(prompts=8, K=16, max_new_tokens=8, device="cpu")
 
 
@@ -164,3 +169,54 @@ def test_trl_trains_with_it(small, tmp_path):
     assert len(logged) == 2 and all(
         0 < value < 22026.5 / beta_for_kl("exp10", 1.0) for value in logged
     )
+
+
+TWO = """
+import json, sys
+from datasets import Dataset
+from trl import RLOOConfig, RLOOTrainer
+from minictrl.data import load_prompts
+from minictrl.models import load_policy
+from minictrl.trl import ctrl_reward
+
+out, cache = sys.argv[1:]
+settings = dict(prompts=70, K=8, max_new_tokens=8, device="cpu", cache=cache)
+reward = ctrl_reward("reviews", "exp10", **settings)
+policy, tokenizer = load_policy("reviews")
+args = RLOOConfig(
+    out, beta=1.0, max_completion_length=8, num_generations=4, per_device_train_batch_size=8,
+    max_steps=1, learning_rate=1e-4, use_cpu=True, bf16=False, logging_steps=1, report_to=[],
+)
+prompts = Dataset.from_list([{"prompt": x} for x in load_prompts("reviews")[:70]])
+trainer = RLOOTrainer(
+    policy, reward, args=args, processing_class=tokenizer, train_dataset=prompts
+)
+trainer.train()
+known = reward(load_prompts("reviews")[66:68], [" a joy.", " a bore."])
+rank = trainer.accelerator.process_index
+logged = [row["reward"] for row in trainer.state.log_history if "reward" in row]
+json.dump([known, logged], open(f"{out}/rank{rank}.json", "w"))
+"""
+
+
+def test_two_processes_share_one_calibration(tmp_path):
+    """As accelerate launch starts them, with gloo: shares of 64 and 6 prompts, one cache, one
+    reward; and a step of RLOO."""
+    pytest.importorskip("trl")
+    (tmp_path / "two.py").write_text(TWO)
+    out, cache = tmp_path / "out", tmp_path / "cache"
+    out.mkdir()
+    launch = "-m torch.distributed.run --standalone --nproc-per-node 2".split()  # on a CPU
+    environment = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, *launch, tmp_path / "two.py", out, cache],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env=os.environ | environment,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    ranks = [json.loads((out / f"rank{rank}.json").read_text()) for rank in range(2)]
+    assert ranks[0][0] == ranks[1][0] and ranks[0][0][0] > ranks[0][0][1]
+    assert len(list(cache.glob("*.safetensors"))) == 2  # the chunks of 70 prompts
+    assert len(ranks[0][1]) == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
@@ -14,10 +15,12 @@ Result = TypeVar("Result")
 
 def resolve_device(name: str) -> torch.device:
     """auto (CUDA if there is one), cpu, or cuda[:INDEX]. Raises ValueError if there is no such
-    device.
+    device. auto is the GPU of its own for each process of a launcher, which sets LOCAL_RANK.
     """
     if name == "auto":
+        rank = os.environ.get("LOCAL_RANK")
         name = "cuda" if torch.cuda.is_available() else "cpu"
+        name += f":{rank}" if rank and name == "cuda" else ""
     if name != "cpu" and not (name.startswith("cuda") and torch.cuda.is_available()):
         raise ValueError(f"--device {name}: no such device is to be seen here; use cpu or auto")
     device = torch.device(name)
