@@ -54,10 +54,11 @@ def evaluate(
 ) -> list[dict]:
     """The table of a run, from M responses per prompt of pi and of pi_ref.
 
-    Writes eval.json, wins.safetensors and samples.jsonl into the run (`suffix` says which names
-    others have). sizes: the N of the table; those above M are left out. second: other models than
-    the run's, by role (reward, judge). The reward model selects, reward model and judge score; a
-    run without a judge has no such rows. Returns the rows of eval.json.
+    Writes eval.json, wins.safetensors, by_prompt.safetensors (kl (P,), C_hat and C_hat_reference
+    (P, M)) and samples.jsonl into the run (`suffix` says which names others have). sizes: the N of
+    the table; those above M are left out. second: other models than the run's, by role (reward,
+    judge). The reward model selects, reward model and judge score; a run without a judge has no
+    such rows. Returns the rows of eval.json.
     """
     second = second or {}
     if split == "train":
@@ -78,14 +79,16 @@ def evaluate(
     if judge:
         for each in (pi, pi_ref):
             each.scores["judge"] = score(judge, task.prompts, each.texts)
-    kl = kl_by_prompt(policy, task, samples, config.micro_batch)
+    kls = kl_by_prompt(policy, task, samples, config.micro_batch).double()
 
-    table, wins = table_of(config, pi, pi_ref, kl, curve_of(config, run), sizes)
+    table, wins = table_of(config, pi, pi_ref, kls, curve_of(config, run), sizes)
     name = suffix(split, second)
     models = {role: getattr(config, role) for role in pi.scores}
     write_json(run / f"eval{name}.json", {"rows": table, "models": models})
-    with in_one_step(run / f"wins{name}.safetensors") as path:
-        save_file(wins | C_hats(pi, pi_ref), path)
+    by_prompt = {"kl": kls} | C_hats(pi, pi_ref)
+    for file, tensors in ((f"wins{name}", wins), (f"by_prompt{name}", by_prompt)):
+        with in_one_step(run / f"{file}.safetensors") as path:
+            save_file(tensors, path)
     lines = "".join(
         json.dumps(row, ensure_ascii=False) + "\n" for row in shown(task.prompts, pi, pi_ref)
     )
@@ -102,13 +105,13 @@ def table_of(
     curve: Transform,
     sizes: tuple[int, ...],
 ) -> tuple[list[dict], dict[str, Tensor]]:
-    """The rows of eval.json; and by prompt (P,) each row's win rates by its name, and `kl`.
+    """The rows of eval.json; and by its name each row's win rates by prompt (P,).
 
     kls: (P,) nats. Where rewards tie, theory is that of their levels, and the optimum is not known.
     Where all are 0 or 1, `pass` and `pass_ref` are how often pi and pi_ref are right after the
     procedure: pass@N for Best-of-N.
     """
-    table, wins = [], {"kl": kls.double()}
+    table, wins = [], {}
     kl, kl_stderr = mean_stderr(kls)
     select, select_ref = pi.scores["reward"], pi_ref.scores["reward"]
     P, M = select.shape

@@ -85,7 +85,9 @@ def write_page(folders: list[Path], suffix: str, file: Path):
         "Win rates against KL": [partial(win_rates, tables=tables, case=case) for case in CASES],
         "Training": [partial(training, named=named, column=column) for column in COLUMNS],
         "Calibrated reward of the samples: flat under pi_ref": [
-            partial(histogram, name=name, stored=load_file(folder / f"wins{suffix}.safetensors"))
+            partial(
+                histogram, name=name, stored=load_file(folder / f"by_prompt{suffix}.safetensors")
+            )
             for name, folder in named.items()
         ],
     }

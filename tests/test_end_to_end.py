@@ -72,7 +72,8 @@ def test_training_prompts_are_those_that_the_run_has_seen(short_run):
 def test_the_win_rate_of_each_prompt_is_kept(short_run):
     wins = load_file(short_run / "wins.safetensors")
     kl = json.loads((short_run / "eval.json").read_text())["rows"][0]["kl"]
-    assert wins["kl"].shape == (32,) and wins["kl"].mean().item() == pytest.approx(kl)
+    kls = load_file(short_run / "by_prompt.safetensors")["kl"]
+    assert kls.shape == (32,) and kls.mean().item() == pytest.approx(kl)
     for row in json.loads((short_run / "eval.json").read_text())["rows"]:
         each = wins[f"{row['procedure']}-{row['n']}-{row['scorer']}"]
         assert each.shape == (32,) and each.mean().item() == pytest.approx(row["win_rate"])

@@ -96,7 +96,8 @@ def scripts(monkeypatch):
         sweep.Path(argv[0], "eval.json").write_text(json.dumps({"rows": rows}))
         prompts = np.linspace(-0.03, 0.03, 24)
         wins = {f"{x['procedure']}-{x['n']}-{x['scorer']}": x["win_rate"] + prompts for x in rows}
-        save_file(wins | {"kl": np.full(24, kl)}, sweep.Path(argv[0], "wins.safetensors"))
+        save_file(wins, sweep.Path(argv[0], "wins.safetensors"))
+        save_file({"kl": np.full(24, kl)}, sweep.Path(argv[0], "by_prompt.safetensors"))
 
     modules = {"train": SimpleNamespace(main=train), "evaluate": SimpleNamespace(main=evaluate)}
     monkeypatch.setattr(sweep, "script", modules.__getitem__)

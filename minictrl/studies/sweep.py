@@ -186,10 +186,13 @@ def table(folder: Path, settings: dict, split: str) -> Rows:
                 "give another --out, or delete it"
             )
     rows = json.loads(table_of(folder, split).read_text())["rows"]
-    by_prompt = load_file(folder / f"wins{evaluation.suffix(split)}.safetensors")
+    wins, by_prompt = (
+        load_file(folder / f"{name}{evaluation.suffix(split)}.safetensors")
+        for name in ("wins", "by_prompt")
+    )
     for row in rows:
-        wins = by_prompt[f"{row['procedure']}-{row['n']}-{row['scorer']}"]
-        row |= {"wins": wins, "kls": by_prompt["kl"]}
+        each = wins[f"{row['procedure']}-{row['n']}-{row['scorer']}"]
+        row |= {"wins": each, "kls": by_prompt["kl"]}
     return rows
 
 
