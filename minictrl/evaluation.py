@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -117,6 +118,12 @@ def table_of(
     P, M = select.shape
     tied = theory.tied(select_ref)
     levels = theory.levels_of(select_ref) if tied else None
+    if tied and config.procedure == "rewind":
+        warnings.warn(
+            f"rewards tie, and rewind's threshold is a quantile: {M} samples do not say which "
+            "level it is, and its win rates may be points off",
+            stacklevel=2,
+        )
     verified = all(r in (0.0, 1.0) for r in torch.cat([select, select_ref], 1).unique().tolist())
     for procedure, n in procedures(config, sizes, M):
         at = (kl, procedure, n)

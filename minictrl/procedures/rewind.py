@@ -12,8 +12,8 @@ from minictrl.procedures.cells import REWIND_QUANTILE
 
 class Procedure(base.Procedure):
     def mass_after(self, mass: Tensor, edges: Tensor, n: int) -> Tensor:
-        # the share of each cell that lies above the threshold
-        above = ((edges[..., 1:] - REWIND_QUANTILE) / edges.diff()).nan_to_num().clamp(0, 1)
+        # a cell that the threshold lies in is above it, because its draws tie
+        above = (edges[..., 1:] > REWIND_QUANTILE + 1e-9).to(mass)
         q = (mass * (1 - above)).sum(-1, keepdim=True)  # a draw falls below it
         draws = (q ** torch.arange(n)).sum(-1, keepdim=True)  # on average, (1 - q^N) / (1 - q)
         return mass * (above * draws + (1 - above) * q ** (n - 1))
