@@ -34,6 +34,7 @@ import copy
 import time
 from dataclasses import replace
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 
 from minictrl.cli import Parser, run_script
@@ -141,8 +142,12 @@ def checked(config: Config):
     held_out = read_prompts(replace(config, prompts=None), "test", task.policy, task.tokenizer)
     try_scorers([task.reward, judge], [*task.prompts, *held_out[0]])
     check_tracker(config.track)
-    given = config.reference and read_reference(config.reference, config, task)
-    return method, task, given, digests_of(config, task, judge)
+    made_from = digests_of(config, task, judge)
+    given = None
+    if config.reference:
+        made_from["reference"] = sha256(Path(config.reference).read_bytes()).hexdigest()[:16]
+        given = read_reference(config.reference, config, task)
+    return method, task, given, made_from
 
 
 def summary(last: dict, config: Config) -> str:

@@ -179,7 +179,7 @@ def prompt_of(row, column: str | None = None) -> Prompt:
 def message(m) -> dict:
     """{"role", "content"} of a chat message as people have it: ShareGPT's names, parts of text."""
     m = m if isinstance(m, dict) else {}
-    role, content = m.get("role") or m.get("from"), m.get("content") or m.get("value")
+    role, content = m.get("role") or m.get("from"), m.get("content", m.get("value"))
     if isinstance(content, list):  # of {"type": "text", "text": …}
         parts = [part.get("text") if isinstance(part, dict) else part for part in content]
         content = "".join(parts) if all(isinstance(part, str) for part in parts) else None

@@ -67,7 +67,9 @@ def evaluate(
     config = replace(config, prompts=prompts, device=device, **second)
     task = load_task(config, split)
     judge = scorer_of(config, "judge")
-    runs.check_made_from(run, config, runs.digests_of(config, task, judge), but=second)
+    runs.check_made_from(
+        run, config, runs.digests_of(config, task, judge), but={*second, "reference"}
+    )
     try_scorers([task.reward, judge], task.prompts)
     policy, _ = load_policy(str(run / "policy"))
     policy.to(task.ids.device)

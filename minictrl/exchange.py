@@ -8,7 +8,9 @@ numbers by the run's reward model, or none.
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import math
 import warnings
 from functools import partial
 from pathlib import Path
@@ -30,7 +32,7 @@ from minictrl.sampling import texts_of
 from minictrl.task import Task, load_task
 from minictrl.update import forward_all
 
-FAR = 0.5  # nats a token that given samples may be less likely than the policy's own
+FAR = 0.5  # nats a token that given samples may be more or less likely than the policy's own
 FEW = 64  # prompts, and texts, that the checks look at
 
 
@@ -70,9 +72,10 @@ def completions_of(row, column: str | None) -> tuple[str, tuple[list[str], list[
     texts, rewards = rest.get("completions"), rest.get("rewards")
     if not isinstance(texts, list) or not texts or not all(isinstance(y, str) for y in texts):
         raise ValueError(f'give "completions", a list of texts; it holds {str(texts)[:60]}')
-    numbers = (int, float)
-    if rewards is not None and (
-        len(rewards) != len(texts) or not all(isinstance(r, numbers) for r in rewards)
+    if rewards is not None and not (
+        isinstance(rewards, list)
+        and len(rewards) == len(texts)
+        and all(isinstance(r, (int, float)) and math.isfinite(r) for r in rewards)
     ):
         raise ValueError(f'give "rewards", {len(texts)} numbers, or leave them out')
     return key(prompt), (texts, rewards)
@@ -132,7 +135,7 @@ def check_policy(file: str, task: Task, reference: Reference):
     theirs = reference[: len(few)]
     own_mean = (own.logprobs.sum() / own.mask.sum()).item()
     mean = (theirs.logprobs.sum() / theirs.mask.sum()).item()
-    if mean < own_mean - FAR:
+    if abs(mean - own_mean) > FAR:
         raise ValueError(
             f"--reference {file}: the policy gives its tokens {mean:.2f} nats, its own samples "
             f"{own_mean:.2f}: they were drawn from another model or at another temperature; give "
@@ -151,7 +154,7 @@ def write_reference(run: Path, file: Path):
         raise ValueError(f"{run}: has no reference samples of its models; train it anew")
     texts = texts_of(task.tokenizer, task.ids.tolist(), reference.tokens, reference.mask)
     rows = [
-        {"prompt": prompt, "completions": row, "rewards": r}
+        {config.column or "prompt": prompt, "completions": row, "rewards": r}
         for prompt, row, r in zip(task.prompts, texts, reference.r_ref.tolist(), strict=True)
     ]
     with in_one_step(file) as path:
@@ -168,6 +171,10 @@ def main(argv=None):
     parser.add_argument("run", type=Path, help="run directory of train.py")
     parser.add_argument("--out", type=Path, required=True, help="FILE.jsonl or FILE.parquet")
     args = parser.parse_args(argv)
+    if args.out.suffix not in (".jsonl", ".parquet"):
+        parser.error(f"--out {args.out}: use FILE.jsonl or FILE.parquet")
+    if args.out.suffix == ".parquet" and importlib.util.find_spec("datasets") is None:
+        parser.error(f"--out {args.out}: needs `datasets`; pip install -e '.[hub]'")
     write_reference(args.run, args.out)
 
 

@@ -47,6 +47,11 @@ def finite(value):
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def read_rows(path: Path) -> list:
+    """The values of a file with one JSON value a line (a text may hold other ends of lines)."""
+    return [json.loads(line) for line in path.read_bytes().splitlines()]
+
+
 def write_csv(path: Path, rows: list[dict]):
     """A table of rows with the same keys, in one step likewise; floats to 8 digits."""
     with in_one_step(path) as temporary, open(temporary, "w", newline="") as file:

@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 
 from minictrl import evaluation, figures, runs
 from minictrl.config import Config
-from minictrl.files import in_one_step
+from minictrl.data import key
+from minictrl.files import in_one_step, read_rows
 
 PROMPTS = 20  # shown side by side
 CASES = (("standard", 1), ("bon", 4), ("won", 4))
@@ -50,7 +51,7 @@ started from.
     {command}
 
 Win rates over that model after each procedure, in per cent ± one standard error over {prompts}
-held-out prompts with {samples} responses each, by the reward model (and by the judge, {judge}):
+held-out prompts with {samples} responses each, by the reward model{judge}:
 
 {table}
 
@@ -65,8 +66,9 @@ def write_card(run: Path, config: Config, table: list[dict]):
         command=config.command(),
         table=evaluation.markdown(table),
         **{name: table[0][name] for name in ("kl_stderr", "prompts", "samples")},
-        **{name: x for name, x in vars(config).items() if name not in ("kl", "prompts")},
+        **{name: x for name, x in vars(config).items() if name not in ("kl", "prompts", "judge")},
         kl=table[0]["kl"],
+        judge=f" and by the judge, {config.judge}" if config.judge else "",
     )
     with in_one_step(run / "policy" / "README.md") as path:
         path.write_text(text)
@@ -76,7 +78,9 @@ def write_page(folders: list[Path], suffix: str, file: Path):
     """The page of evaluated runs. suffix: of their evaluation's files. Needs matplotlib."""
     import matplotlib
 
-    named = {folder.name if folder.name else str(folder): folder for folder in folders}
+    names = [folder.name for folder in folders]
+    unique = len(set(names)) == len(names)
+    named = {folder.name if unique else str(folder): folder for folder in folders}
     tables = {
         name: json.loads((folder / f"eval{suffix}.json").read_text())["rows"]
         for name, folder in named.items()
@@ -129,14 +133,14 @@ def win_rates(axis, *, tables: dict[str, list[dict]], case: tuple[str, int]):
 def training(axis, *, named: dict[str, Path], column: str):
     for name, folder in named.items():
         rows = runs.read_metrics(folder)
-        if rows[-1].get(column) is not None:
+        if rows and rows[-1].get(column) is not None:
             axis.plot([row["step"] for row in rows], [row[column] for row in rows], label=name)
     axis.set(title=column, xlabel="step")
 
 
 def histogram(axis, *, name: str, stored: dict):
-    for label, key in (("pi_ref", "C_hat_reference"), ("pi", "C_hat")):
-        axis.hist(stored[key].flatten(), 8, range=(0, 1), density=True, alpha=0.6, label=label)
+    for label, whose in (("pi_ref", "C_hat_reference"), ("pi", "C_hat")):
+        axis.hist(stored[whose].flatten(), 8, range=(0, 1), density=True, alpha=0.6, label=label)
     axis.set(title=name, xlabel="C_hat", ylabel="density")
 
 
@@ -176,12 +180,17 @@ def html_table(table: list[dict]) -> str:
 
 def side_by_side(named: dict[str, Path], suffix: str) -> str:
     """The first prompts, each with a response of pi_ref and of every run, and their Best-of-4."""
-    samples = {name: read_samples(folder, suffix)[:PROMPTS] for name, folder in named.items()}
+    samples = {
+        name: {key(row["prompt"]): row for row in read_samples(folder, suffix)}
+        for name, folder in named.items()
+    }
+    first, *_ = samples.values()
+    shared = [prompt for prompt in first if all(prompt in rows for rows in samples.values())]
     articles = []
-    for rows in zip(*samples.values()):
-        cells = [cell("pi_ref", rows[0], "_reference")]
-        cells += [cell(name, row, "") for name, row in zip(samples, rows)]
-        prompt = rows[0]["prompt"]
+    for each in shared[:PROMPTS]:
+        cells = [cell("pi_ref", first[each], "_reference")]
+        cells += [cell(name, rows[each], "") for name, rows in samples.items()]
+        prompt = first[each]["prompt"]
         text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
         articles.append(f"<article><b>{escape(text)}</b><div>{''.join(cells)}</div></article>")
     return "".join(articles)
@@ -198,5 +207,4 @@ def cell(name: str, row: dict, end: str) -> str:
 
 
 def read_samples(folder: Path, suffix: str) -> list[dict]:
-    lines = (folder / f"samples{suffix}.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines]
+    return read_rows(folder / f"samples{suffix}.jsonl")

@@ -91,7 +91,7 @@ def check(out: Path, settings: dict, config: Config, *, resume: bool, overwrite:
         raise ValueError(
             f"--out {out}: holds a run already; add --resume or --overwrite, or give another --out"
         )
-    for name in ("task", "policy", "reward", "judge", "cache"):
+    for name in ("task", "policy", "reward", "judge", "cache", "reference"):
         path = Path(re.sub(r"(#|(?<=\.py):).*", "", getattr(config, name) or ""))
         if path.name and path.exists() and path.resolve().is_relative_to(out.resolve()):
             raise ValueError(

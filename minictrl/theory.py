@@ -172,8 +172,11 @@ def policy_at_kl(
         return cells.grid(COARSE), cells.grid(COARSE)
     if levels is not None:
         Phi = get_transform(transform, K=None) if isinstance(transform, str) else transform
-        values = Phi(cells.centres(levels))
+        # an empty level below the first is at 0, where log is not finite
+        values = Phi(cells.centres(levels).clamp(min=1e-12))
         kl = min(kl, (1 - 1e-9) * cells.largest_kl(values, levels))
+        if kl < 1e-9:
+            return levels, levels
         return levels * cells.tilt_to_kl(values, kl, levels)[0].exp(), levels
     best = frontier(solved_for(transform, T), n, kl) if transform in FIXED_POINTS else None
     return _policy(transform, best, K, kl=kl).masses()

@@ -64,7 +64,7 @@ def ctrl_reward(
     device = task.policy.device
     r_ref = calibrate(task, config, Path(task_or_run))
     task.policy.cpu()  # the GPU is the trainer's now
-    beta = method.beta or method.beta_for(config.kl, r_ref)
+    beta = config.beta or method.beta_for(config.kl, r_ref)
     known = dict(zip(map(key, task.prompts), r_ref, strict=True))  # prompt -> (K,)
 
     def reward(prompts: list[Prompt], completions: list, **_) -> list[float]:

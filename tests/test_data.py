@@ -64,6 +64,7 @@ PARTS = [{"type": "text", "text": "H"}, {"type": "text", "text": "i", "image": N
     "row",
     [
         {"prompt": ASKED, "messages": None},
+        {"prompt": [{"role": "system", "content": "Be brief.", "value": "no"}, ASKED[1]]},
         {"messages": [*ASKED, {"role": "assistant", "content": "Ho"}]},
         {"messages": [ASKED[0] | {"name": None}, {"role": "user", "content": PARTS}]},
         {
@@ -78,6 +79,11 @@ PARTS = [{"type": "text", "text": "H"}, {"type": "text", "text": "i", "image": N
 def test_conversations_are_read_as_people_have_them(row):
     """Chat prompts, answered chats, parts of text, ShareGPT's names; null where a key is absent."""
     assert prompt_of(row) == ASKED
+
+
+def test_a_system_message_may_be_empty():
+    messages = [{"role": "system", "content": ""}, ASKED[1]]
+    assert prompt_of({"messages": messages}) == messages
 
 
 @pytest.mark.parametrize(

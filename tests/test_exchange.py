@@ -1,6 +1,7 @@
 """Reference samples from a file, and a run's own written to one."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -69,6 +70,8 @@ def test_training_on_a_file_draws_nothing_and_scores_what_has_no_rewards(kind, r
         (lambda rows: [rows[0] | {"completions": [" a"], "rewards": [0]}, *rows[1:]], "--K 1"),
         (lambda rows: [r | {"rewards": [9] * 8} for r in rows], "from those of the run's reward"),
         (lambda rows: [r | {"rewards": [1, None]} for r in rows], 'line 1: give "rewards", 8'),
+        (lambda rows: [r | {"rewards": 3} for r in rows], 'line 1: give "rewards", 8'),
+        (lambda rows: [r | {"rewards": [math.nan] * 8} for r in rows], 'give "rewards", 8'),
         (lambda rows: [r | {"completions": "x"} for r in rows], 'line 1: give "completions"'),
         (
             lambda rows: [{"prompt": r["prompt"], "completions": [" zq xv kk"] * 8} for r in rows],

@@ -1,5 +1,7 @@
 """The page to look at."""
 
+import html
+import json
 import re
 import shlex
 import shutil
@@ -9,8 +11,9 @@ import pytest
 
 import evaluate
 import train
-from minictrl import runs
+from minictrl import report, runs
 from minictrl.config import Config
+from minictrl.files import read_rows
 
 
 def test_a_page_has_every_run_and_fetches_nothing(short_run, tmp_path):
@@ -25,6 +28,23 @@ def test_a_page_has_every_run_and_fetches_nothing(short_run, tmp_path):
     assert text.count("<article>") == 6
     assert len(re.findall(r'src="data:image/png;base64,', text)) == text.count("<img") == 3 + 3 + 4
     assert not re.search(r'(src|href)="(?!data:)|url\(|@import', text)
+
+
+def test_runs_of_one_name_and_odd_ends_of_lines_are_kept_apart(short_run, tmp_path):
+    pytest.importorskip("matplotlib")
+    runs = [tmp_path / seed / "run" for seed in ("seed0", "seed1")]
+    for i, run in enumerate(runs):
+        shutil.copytree(short_run, run)
+        rows = read_rows(run / "samples.jsonl")[i:]
+        rows[3 - i]["response"] = "one\u2028two"
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+        (run / "samples.jsonl").write_text("".join(lines))
+    report.write_page(runs, "", tmp_path / "page.html")
+    text = (tmp_path / "page.html").read_text()
+    assert all(f"<h2>{run}</h2>" in text for run in runs)
+    prompts = [row["prompt"] for row in read_rows(runs[1] / "samples.jsonl")]
+    shown = re.findall(r"<article><b>(.*?)</b>", text)
+    assert shown == [html.escape(prompt) for prompt in prompts[: len(shown)]]  # of both runs
 
 
 def test_a_page_with_no_place_to_go_is_refused_first(short_run, tmp_path, capsys):

@@ -278,6 +278,16 @@ def test_many_levels_are_the_continuous_theory_and_prompts_share_their_beta():
     torch.testing.assert_close(R[0], R[1])  # 1 / beta
 
 
+def test_levels_serve_every_transform_and_prompts_that_have_one():
+    r_ref = torch.tensor([[0.0] * 6 + [1.0] * 2, [1.0] * 8])
+    for transform in TRANSFORMS:
+        win = theory.at_kl(transform, 0.3, "bon", 4, levels=theory.levels_of(r_ref))
+        assert 0.5 < win < 1
+    # nothing is ever solved: no policy differs from pi_ref
+    alike = theory.levels_of(torch.zeros(5, 8))
+    assert theory.at_kl("identity", 1.0, "bon", 4, levels=alike) == pytest.approx(0.5)
+
+
 def test_levels_are_the_shares_of_equal_rewards():
     r = torch.tensor([[3.0, 1, 3, 2], [5, 5, 5, 5]])
     assert theory.levels_of(r).tolist() == [[0.25, 0.25, 0, 0.5], [0, 0, 0, 1]]

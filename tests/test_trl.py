@@ -13,6 +13,7 @@ import torch
 from minictrl import runs
 from minictrl.calibration import calibrated_reward
 from minictrl.config import Config
+from minictrl.methods import get_method
 from minictrl.models import load_policy, load_scorer
 from minictrl.reference import Reference
 from minictrl.rollout import reference_key, reference_samples
@@ -62,6 +63,22 @@ def test_chat_completions_and_prompts_that_were_not_calibrated_are_scored(small)
     assert good > bad >= 1 / beta_for_kl("exp10", 1.0) * 0.999  # Phi is at least e^0
     # its calibration is kept
     assert reward([new], [[{"role": "assistant", "content": "Wonderful!"}]]) == [good]
+
+
+def test_a_verifiers_beta_is_that_of_its_levels(small, tmp_path):
+    """As in train.py; the theory of a continuous reward would end at a third of the KL."""
+    (tmp_path / "f.py").write_text("def f(x, y): return [float(len(t) % 3 == 0) for t in y]")
+    settings = SMALL | {"reward": f"{tmp_path}/f.py:f", "cache": str(tmp_path / "cache")}
+    reward = ctrl_reward("reviews", "exp10", kl=0.4, **settings)
+    config = Config(task="reviews", transform="exp10", kl=0.4, **settings).resolved()
+    task = load_task(config, "train")
+    r_ref = calibrate(task, config, tmp_path / "no run")
+    method = get_method("ppo")(config)
+    beta = method.beta_for(0.4, r_ref)
+    assert beta != method.beta
+    expected = method.in_nats(method.Phi.of(torch.ones(8, 1), r_ref), beta, r_ref)[0, 0]
+    [got] = reward(task.prompts[:1], ["abc"])
+    assert got == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_without_a_transform_the_reward_is_raw_up_to_scale(small):

@@ -142,8 +142,10 @@ def from_adapter(loader, kind: str, name: str, **options):
         options |= {"new_head": True, "num_labels": 1}
     model = from_hub(loader, f"base of {kind}", base, **options)
     try:
-        return PeftModel.from_pretrained(model, name).merge_and_unload()
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="Found missing adapter keys")
+            return PeftModel.from_pretrained(model, name).merge_and_unload()
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, UserWarning) as error:
         raise ValueError(
             f"{kind} {name}: is no adapter of its base {base} ({first_line(error)}); give one that "
             "was trained on it"

@@ -29,6 +29,10 @@ class Method(Online):
     def beta_for(self, kl: float, r_ref: Tensor | None = None) -> float:
         """The transform's beta over |t E[Phi]| there, because the gradient of the log has 1 / E."""
         beta = super().beta_for(kl, r_ref)
+        if r_ref is not None and theory.tied(r_ref):
+            Phi_ref = self.Phi.of(r_ref, r_ref).double()
+            expected = ((Phi_ref / beta).softmax(1) * Phi_ref).sum(1).mean()
+            return beta / abs(self.t * float(expected))
         mass, ref = theory.policy_at_kl(self.config.transform, kl, "standard", 1)
         u = ref.cumsum(0) - ref / 2
         expected = (mass * get_transform(self.config.transform)(u)).sum()

@@ -180,6 +180,8 @@ class Board:
         if not mine or not others:
             return "not run"
         found = self.ahead(mine[0], others[0], procedure, n, scorer)
+        if math.isnan(found.mean):
+            return "not run"
         low, high = found.interval
         verdict = "no" if high < 0 else "yes" if level or low > 0 else "open"
         points = f"{100 * found.mean:.1f} ({100 * low:.1f} to {100 * high:.1f})"

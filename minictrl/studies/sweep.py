@@ -22,6 +22,7 @@ import minictrl
 from minictrl import evaluation, runs
 from minictrl.cli import Parser
 from minictrl.config import TEST, Config
+from minictrl.files import read_rows
 from minictrl.methods import METHODS as ALGORITHMS
 from minictrl.models import load_policy, load_scorer
 from minictrl.rollout import sample_and_score, score
@@ -203,8 +204,7 @@ def shown(run: str) -> Rows:
     """Rows of a run's samples.jsonl: one response a prompt of pi and of pi_ref, with their
     scores.
     """
-    lines = (Path(run) / "samples.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines]
+    return read_rows(Path(run) / "samples.jsonl")
 
 
 def reference(out: Path, prompts: int, M: int) -> tuple[Task, Tensor, list[list[str]]]:
