@@ -87,7 +87,7 @@ def test_a_row_that_cannot_be_measured_is_left_out_with_what_it_needs(monkeypatc
 
 def test_a_step_is_timed_against_trl(monkeypatch):
     """Both sides take 4 prompts x 2 responses; TRL's trainer draws and trains on all of them."""
-    pytest.importorskip("trl")
+    pytest.importorskip("trl.experimental.ppo")  # later versions of TRL have none
     for name, value in {"T": 4, "PROMPTS": 4, "G": 2, "MINIBATCH": 4}.items():
         monkeypatch.setattr(step, name, value)
     drawn = []
