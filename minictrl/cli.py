@@ -5,8 +5,6 @@ import os
 import sys
 from pathlib import Path
 
-from safetensors import SafetensorError
-
 
 class Parser(argparse.ArgumentParser):
     """Flags in full only, and a bad one is one line, without the usage."""
@@ -35,7 +33,7 @@ def run_script(main):
     except BrokenPipeError:  # `evaluate.py RUN | head`: what was asked for is done
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
-    except (ValueError, OSError, SafetensorError) as error:
+    except (ValueError, OSError) as error:
         if isinstance(error, OSError) and error.filename:
             error = f"{error.filename}: {error.strerror}; give another path, or make room for it"
         print(f"{program()}: error: {error}", file=sys.stderr)

@@ -13,23 +13,28 @@ from safetensors import SafetensorError
 
 @contextmanager
 def in_one_step(path: Path) -> Iterator[Path]:
-    """A temporary path to write to, which then takes the place of `path`, once it is on the disk.
-
-    Raises ValueError if safetensors can't write it.
-    """
+    """A temporary path to write to, which then takes the place of `path`, once it is on the disk."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # runs share a cache
     try:
-        yield temporary
+        with writing(path):
+            yield temporary
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Raises ValueError if safetensors can't write, which names no file."""
+    try:
+        yield
     except SafetensorError as error:
         raise ValueError(
             f"{path}: can't be written ({error}); make room, and give the same command again "
             "(train.py: with --resume)"
         ) from None
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value):

@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from minictrl.config import TASKS
 from minictrl.data import ASSETS, Prompt
+from minictrl.files import writing
 from minictrl.lm.device import resolve_device
 from minictrl.lm.hub import from_hub
 from minictrl.lm.identity import config_of, tokenizer_of
@@ -105,8 +106,9 @@ def save_policy(model: nn.Module, tokenizer, path: Path):
     """Write a directory that `AutoModelForCausalLM.from_pretrained` loads, in one step."""
     temporary = path.with_name(path.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary)
-    tokenizer.save_pretrained(temporary)
+    with writing(path):
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
     shutil.rmtree(path, ignore_errors=True)
     os.replace(temporary, path)
 
