@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 
 @contextmanager
 def in_one_step(path: Path) -> Iterator[Path]:
-    """A temporary path to write to, which then takes the place of `path`, once it is on the disk."""
+    """A temporary path to write to, which takes the place of `path` once it is on the disk."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # runs share a cache
     try:
         with writing(path):
