@@ -5,7 +5,6 @@ Beside each measured win rate stands the theory's at the measured KL.
 
 from __future__ import annotations
 
-import json
 import re
 import warnings
 from dataclasses import dataclass, replace
@@ -16,11 +15,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax
 
-from minictrl import runs, theory
+from minictrl import files, runs, theory
 from minictrl.batch import Batch
 from minictrl.calibration import calibrated_reward, leave_one_out_calibration
 from minictrl.config import TEST, TEST_REF, Config
-from minictrl.files import in_one_step, write_json
+from minictrl.files import in_one_step, write_json, write_rows
 from minictrl.lm.device import halving
 from minictrl.lm.logprobs import response_logits
 from minictrl.models import load_policy
@@ -88,15 +87,12 @@ def evaluate(
     name = suffix(split, second)
     models = {role: getattr(config, role) for role in pi.scores}
     write_json(run / f"eval{name}.json", {"rows": table, "models": models})
-    by_prompt = {"kl": kls} | C_hats(pi, pi_ref)
+    levels = C_hats(pi, pi_ref)
+    by_prompt = {"kl": kls} | levels
     for file, tensors in ((f"wins{name}", wins), (f"by_prompt{name}", by_prompt)):
         with in_one_step(run / f"{file}.safetensors") as path:
             save_file(tensors, path)
-    lines = "".join(
-        json.dumps(row, ensure_ascii=False) + "\n" for row in shown(task.prompts, pi, pi_ref)
-    )
-    with in_one_step(run / f"samples{name}.jsonl") as path:
-        path.write_text(lines)
+    write_rows(run / f"samples{name}.jsonl", shown(task.prompts, pi, pi_ref, levels))
     return table
 
 
@@ -118,8 +114,8 @@ def table_of(
     kl, kl_stderr = mean_stderr(kls)
     select, select_ref = pi.scores["reward"], pi_ref.scores["reward"]
     P, M = select.shape
-    tied = theory.tied(select_ref)
-    levels = theory.levels_of(select_ref) if tied else None
+    levels = theory.tied_levels(select_ref)
+    tied = levels is not None
     if tied and config.procedure == "rewind":
         warnings.warn(
             f"rewards tie, and rewind's threshold is a quantile: {M} samples do not say which "
@@ -157,10 +153,9 @@ def draw_reference(task: Task, config: Config, M: int) -> tuple[Tensor, list[lis
     return drawn.r_ref, texts_of(task.tokenizer, task.ids.tolist(), drawn.tokens, drawn.mask)
 
 
-def shown(prompts: list, pi: Scored, pi_ref: Scored) -> list[dict]:
+def shown(prompts: list, pi: Scored, pi_ref: Scored, levels: dict[str, Tensor]) -> list[dict]:
     """Rows of samples.jsonl: the first response of each policy to each prompt, and the best of its
-    first four."""
-    levels = C_hats(pi, pi_ref)
+    first four. levels: `C_hats` of both."""
     rows = []
     for i, prompt in enumerate(prompts):
         row = {"prompt": prompt, "reference": pi_ref.texts[i][0], "response": pi.texts[i][0]}
@@ -247,13 +242,13 @@ def markdown(table: list[dict]) -> str:
             return "–"
         return f"{100 * value:.1f}" + (f" ± {100 * stderr:.1f}" if stderr is not None else "")
 
-    lines = [head, ["---"] * len(head)]
+    lines = []
     for i in range(0, len(table), len(scorers)):
         first, *_ = rows = table[i : i + len(scorers)]
         measured = [percent(row["win_rate"], row["stderr"]) for row in rows]
         expected = [percent(first[name]) for name in ("theory", "optimal", *passes)]
         lines.append([first["procedure"], str(first["n"]), *measured, *expected])
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    return files.markdown(head, lines)
 
 
 def behind(config: Config, second: dict[str, str]) -> str:

@@ -9,7 +9,6 @@ numbers by the run's reward model, or none.
 from __future__ import annotations
 
 import importlib.util
-import json
 import math
 import warnings
 from functools import partial
@@ -24,11 +23,11 @@ from minictrl.batch import Batch
 from minictrl.cli import Parser, run_script
 from minictrl.config import CALIBRATION, Config
 from minictrl.data import convert, key, read_own, row_of
-from minictrl.files import in_one_step
+from minictrl.files import in_one_step, write_rows
 from minictrl.lm.prompts import encode_prompts
 from minictrl.reference import Reference
-from minictrl.rollout import reference_key, sample_and_score, score, with_prompts
-from minictrl.sampling import texts_of
+from minictrl.rollout import reference_key, score, with_prompts
+from minictrl.sampling import sample, texts_of
 from minictrl.task import Task, load_task
 from minictrl.update import forward_all
 
@@ -130,8 +129,9 @@ def check_rewards(file: str, task: Task, texts: list[list[str]], r_ref: Tensor):
 
 def check_policy(file: str, task: Task, reference: Reference):
     """Compares the log-probability of given tokens with that of the policy's own samples."""
-    few = range(min(FEW, len(task.prompts)))
-    own, _ = sample_and_score(task, task.policy, few, num_samples=1, seed=0)
+    few = task.texts[:FEW]
+    length = task.max_new_tokens
+    own = sample(task.policy, task.tokenizer, few, num_samples=1, max_new_tokens=length, seed=0)
     theirs = reference[: len(few)]
     own_mean = (own.logprobs.sum() / own.mask.sum()).item()
     mean = (theirs.logprobs.sum() / theirs.mask.sum()).item()
@@ -157,13 +157,13 @@ def write_reference(run: Path, file: Path):
         {config.column or "prompt": prompt, "completions": row, "rewards": r}
         for prompt, row, r in zip(task.prompts, texts, reference.r_ref.tolist(), strict=True)
     ]
-    with in_one_step(file) as path:
-        if file.suffix == ".parquet":
-            from datasets import Dataset
+    if file.suffix == ".jsonl":
+        write_rows(file, rows)
+        return
+    from datasets import Dataset
 
-            Dataset.from_list(rows).to_parquet(path)
-        else:
-            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with in_one_step(file) as path:
+        Dataset.from_list(rows).to_parquet(path)
 
 
 def main(argv=None):

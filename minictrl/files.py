@@ -4,7 +4,7 @@ import csv
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -55,6 +55,19 @@ def finite(value):
 def read_rows(path: Path) -> list:
     """The values of a file with one JSON value a line (a text may hold other ends of lines)."""
     return [json.loads(line) for line in path.read_bytes().splitlines()]
+
+
+def write_rows(path: Path, rows: Iterable):
+    """What `read_rows` reads, in one step."""
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    with in_one_step(path) as temporary:
+        temporary.write_text(lines, encoding="utf-8")
+
+
+def markdown(head: list[str], rows: Iterable[Iterable[str]]) -> str:
+    """A table of Markdown."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def write_csv(path: Path, rows: list[dict]):

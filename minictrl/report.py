@@ -85,6 +85,7 @@ def write_page(folders: list[Path], suffix: str, file: Path):
         name: json.loads((folder / f"eval{suffix}.json").read_text())["rows"]
         for name, folder in named.items()
     }
+    samples = {name: read_rows(folder / f"samples{suffix}.jsonl") for name, folder in named.items()}
     sections = {
         "Win rates against KL": [partial(win_rates, tables=tables, case=case) for case in CASES],
         "Training": [partial(training, named=named, column=column) for column in COLUMNS],
@@ -97,8 +98,7 @@ def write_page(folders: list[Path], suffix: str, file: Path):
     }
     if all(any(row["scorer"] == "judge" for row in table) for table in tables.values()):
         sections["Reward against judge, one response per prompt"] = [
-            partial(scatter, name=name, rows=read_samples(folder, suffix))
-            for name, folder in named.items()
+            partial(scatter, name=name, rows=rows) for name, rows in samples.items()
         ]
     drawn = ""
     with matplotlib.rc_context(figures.STYLE):
@@ -114,7 +114,7 @@ def write_page(folders: list[Path], suffix: str, file: Path):
 <p>Win rates of trained policies over pi_ref, the model before training, both after the same
 procedure; N draws, of which Best-of-N keeps the best. C_hat is the share of pi_ref's responses to
 the same prompt that a response beats.</p>
-{drawn}{body}<h2>Samples</h2>{side_by_side(named, suffix)}</html>
+{drawn}{body}<h2>Samples</h2>{side_by_side(samples)}</html>
 """
     with in_one_step(file) as path:
         path.write_text(page)
@@ -172,24 +172,23 @@ def settings(folder: Path) -> str:
 def html_table(table: list[dict]) -> str:
     """The table that evaluate.py prints."""
     head, _, *lines = evaluation.markdown(table).splitlines()
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in (head, *lines)]
-    rows = ["".join(f"<td>{escape(cell)}</td>" for cell in line) for line in cells]
-    body = "".join(f"<tr>{row}</tr>" for row in rows).replace("td>", "th>", 2 * len(cells[0]))
+    body = ""
+    for line in (head, *lines):
+        tag = "th" if line is head else "td"
+        cells = [escape(cell.strip()) for cell in line.strip("|").split("|")]
+        body += f"<tr>{''.join(f'<{tag}>{cell}</{tag}>' for cell in cells)}</tr>"
     return f'<div class="wide"><table>{body}</table></div>'
 
 
-def side_by_side(named: dict[str, Path], suffix: str) -> str:
+def side_by_side(samples: dict[str, list[dict]]) -> str:
     """The first prompts, each with a response of pi_ref and of every run, and their Best-of-4."""
-    samples = {
-        name: {key(row["prompt"]): row for row in read_samples(folder, suffix)}
-        for name, folder in named.items()
-    }
-    first, *_ = samples.values()
-    shared = [prompt for prompt in first if all(prompt in rows for rows in samples.values())]
+    by_prompt = {name: {key(row["prompt"]): row for row in rows} for name, rows in samples.items()}
+    first, *_ = by_prompt.values()
+    shared = [prompt for prompt in first if all(prompt in rows for rows in by_prompt.values())]
     articles = []
     for each in shared[:PROMPTS]:
         cells = [cell("pi_ref", first[each], "_reference")]
-        cells += [cell(name, rows[each], "") for name, rows in samples.items()]
+        cells += [cell(name, rows[each], "") for name, rows in by_prompt.items()]
         prompt = first[each]["prompt"]
         text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
         articles.append(f"<article><b>{escape(text)}</b><div>{''.join(cells)}</div></article>")
@@ -204,7 +203,3 @@ def cell(name: str, row: dict, end: str) -> str:
         f"<small>{escape(title)}, C_hat {level:.2f}</small>{escape(text)}"
         for title, text, level in zip(titles, texts, levels)
     )
-
-
-def read_samples(folder: Path, suffix: str) -> list[dict]:
-    return read_rows(folder / f"samples{suffix}.jsonl")

@@ -28,7 +28,7 @@ import minictrl
 from minictrl.batch import Batch
 from minictrl.budget import Budget
 from minictrl.config import Config, is_run
-from minictrl.files import finite, in_one_step, write_json
+from minictrl.files import finite, in_one_step, write_json, write_rows
 from minictrl.reference import digest
 from minictrl.task import Task, rows_of
 from minictrl.track import Tracker
@@ -322,8 +322,7 @@ class Training:
                     f"{path} is damaged ({why}): start again with --overwrite"
                 ) from None
         rows = [row for row in read_metrics(self.out) if row["step"] <= self.step]
-        with in_one_step(self.out / "metrics.jsonl") as path:
-            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_rows(self.out / "metrics.jsonl", rows)
 
 
 class Interrupt:

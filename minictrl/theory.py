@@ -171,13 +171,9 @@ def policy_at_kl(
     if kl < 1e-9:
         return cells.grid(COARSE), cells.grid(COARSE)
     if levels is not None:
-        Phi = get_transform(transform, K=None) if isinstance(transform, str) else transform
-        # an empty level below the first is at 0, where log is not finite
-        values = Phi(cells.centres(levels).clamp(min=1e-12))
-        kl = min(kl, (1 - 1e-9) * cells.largest_kl(values, levels))
-        if kl < 1e-9:
-            return levels, levels
-        return levels * cells.tilt_to_kl(values, kl, levels)[0].exp(), levels
+        Phi, ref = _on_cells(transform, levels=levels)
+        kl = min(kl, (1 - 1e-9) * cells.largest_kl(Phi, ref))
+        return (ref * cells.tilt_to_kl(Phi, kl, ref)[0].exp() if kl >= 1e-9 else ref), ref
     best = frontier(solved_for(transform, T), n, kl) if transform in FIXED_POINTS else None
     return _policy(transform, best, K, kl=kl).masses()
 
@@ -201,6 +197,11 @@ def tied(r_ref: Tensor) -> bool:
     M = r_ref.shape[1]
     same = (levels_of(r_ref) * M).square().sum(1) - M
     return same.mean().item() > TIED * M * (M - 1)
+
+
+def tied_levels(r_ref: Tensor) -> Tensor | None:
+    """`levels_of` a reward that is `tied`; None of one that counts as continuous."""
+    return levels_of(r_ref) if tied(r_ref) else None
 
 
 # ---- the optimum of any procedure (Theorem 1) ----
@@ -258,13 +259,21 @@ def _policy(
     return _Policy(log_ratio, ref, K)
 
 
-def _on_cells(transform: Transform, K: int | None = None) -> tuple[Tensor, Tensor]:
+def _on_cells(
+    transform: Transform, K: int | None = None, levels: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """(Phi, ref): Phi of each cell and its mass under pi_ref.
 
-    (G,) both; with K samples C_hat is k / K, so Phi is (K + 1,) and ref (prompts, K + 1).
+    (G,) both; with K samples C_hat is k / K, so Phi is (K + 1,) and ref (prompts, K + 1). Of
+    levels (prompts, G) both are so, and ref is they.
     """
-    ref = cells.grid(FINE) if K is None else cells.spacings(at_least_1("K", K))
-    u = cells.centres(ref) if K is None else torch.arange(K + 1, dtype=torch.float64) / K
+    if K is None:
+        ref = cells.grid(FINE) if levels is None else levels
+        # an empty level below the first is at 0, where log is not finite
+        u = cells.centres(ref) if levels is None else cells.centres(ref).clamp(min=1e-12)
+    else:
+        ref = cells.spacings(at_least_1("K", K))
+        u = torch.arange(K + 1, dtype=torch.float64) / K
     Phi = get_transform(transform, K=K) if isinstance(transform, str) else transform
     values = torch.as_tensor(Phi(u), dtype=torch.float64)
     if values.shape != u.shape or not values.isfinite().all():

@@ -8,14 +8,18 @@ import warnings
 from importlib import import_module
 from pathlib import Path
 
+from minictrl.files import markdown
+
 EVERY, SHOWN = 10, 20  # steps between tables of responses, and their rows
 COLUMNS = ["prompt", "response", "reward"]
 
 
 def check_tracker(name: str | None):
     """Raises ValueError if it is not installed."""
+    if name is None:
+        return
     try:
-        import_module(name or "json")
+        import_module(name)
     except ImportError:
         raise ValueError(f"--track {name}: it is not installed; pip install {name}") from None
 
@@ -68,9 +72,5 @@ class Tracker:
         if not self.board:
             table = self.module.Table(columns=COLUMNS, data=[list(row) for row in rows])
             return self.run.log({"responses": table}, step=step)
-        lines = [COLUMNS, ["---"] * len(COLUMNS), *rows]
-        cells = [
-            [str(cell).replace("|", "\\|").replace("\n", " ") for cell in line] for line in lines
-        ]
-        text = "\n".join(f"| {' | '.join(line)} |" for line in cells)
-        self.run.add_text("responses", text, step)
+        cells = [[str(cell).replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
+        self.run.add_text("responses", markdown(COLUMNS, cells), step)

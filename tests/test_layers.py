@@ -10,8 +10,17 @@ FOLDERS = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
 # From the lowest up; a folder's name stands for all of its modules that have no line of their own,
 # which may import each other.
 LAYERS = [
-    {"calibration", "files", "batch", "cli", "track"},
-    {"procedures", "methods", "lm.device", "lm.hub", "lm.draw", "lm.prompts", "lm.identity"},
+    {"calibration", "files", "batch", "cli"},
+    {
+        "procedures",
+        "methods",
+        "track",
+        "lm.device",
+        "lm.hub",
+        "lm.draw",
+        "lm.prompts",
+        "lm.identity",
+    },
     {"config", "procedures.cells", "lm.kvcache"},
     {"procedures.base", "data", "lm.decode"},
     {*(f"procedures.{name}" for name in PROCEDURES), "procedures.masses", "lm.logprobs"},

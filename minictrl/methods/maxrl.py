@@ -13,6 +13,7 @@ from torch import Tensor
 
 from minictrl import theory
 from minictrl.methods.base import Online
+from minictrl.procedures.cells import centres
 from minictrl.transforms import get_transform
 
 
@@ -28,14 +29,10 @@ class Method(Online):
 
     def beta_for(self, kl: float, r_ref: Tensor | None = None) -> float:
         """The transform's beta over |t E[Phi]| there, because the gradient of the log has 1 / E."""
-        beta = super().beta_for(kl, r_ref)
-        if r_ref is not None and theory.tied(r_ref):
-            Phi_ref = self.Phi.of(r_ref, r_ref).double()
-            expected = ((Phi_ref / beta).softmax(1) * Phi_ref).sum(1).mean()
-            return beta / abs(self.t * float(expected))
-        mass, ref = theory.policy_at_kl(self.config.transform, kl, "standard", 1)
-        u = ref.cumsum(0) - ref / 2
-        expected = (mass * get_transform(self.config.transform)(u)).sum()
+        beta, transform = super().beta_for(kl, r_ref), self.config.transform
+        levels = None if r_ref is None else theory.tied_levels(r_ref)
+        mass, ref = theory.policy_at_kl(transform, kl, "standard", 1, levels=levels)
+        expected = (mass * get_transform(transform)(centres(ref))).sum(-1).mean()
         return beta / abs(self.t * float(expected))
 
     def reward(self, r: Tensor, r_ref: Tensor, Phi_C: Tensor, beta: float) -> Tensor:

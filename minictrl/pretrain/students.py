@@ -148,9 +148,8 @@ def review_lessons(
             logprobs += [
                 row[: len(line) - 1].half() for row, line in zip(best.values, part, strict=True)
             ]
-        temporary = file.with_suffix(".tmp")
-        save_file({"ids": torch.cat(ids), "logprobs": torch.cat(logprobs)}, temporary)
-        temporary.replace(file)
+        with in_one_step(file) as path:
+            save_file({"ids": torch.cat(ids), "logprobs": torch.cat(logprobs)}, path)
     saved, rows, n = [load_file(file) for file in sorted(folder.glob("*.safetensors"))], [], 0
     for line in lines:
         rows.append((line, range(n, n + len(line) - 1)))

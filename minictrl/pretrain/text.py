@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from minictrl import sampling
+from minictrl.files import in_one_step
 from minictrl.models import load_policy, save_policy
 from minictrl.pretrain.ratings import cuts, split_of
 from minictrl.pretrain.vocabulary import prune
@@ -113,7 +114,7 @@ def write_text(
             for x, y, e in zip(part, drawn.texts, ended, strict=True)
         ]
         lines = "".join(json.dumps(row) + "\n" for row in rows)
-        temporary = out / f"{i:05}.tmp"
-        temporary.write_bytes(gzip.compress(lines.encode()))
-        temporary.replace(out / f"{i:05}.jsonl.gz")  # the last of the two: the shard is whole
+        # the last of the two: the shard is whole
+        with in_one_step(out / f"{i:05}.jsonl.gz") as path:
+            path.write_bytes(gzip.compress(lines.encode()))
         print(f"text: shard {i}, {int(drawn.mask.sum())} tokens", flush=True)

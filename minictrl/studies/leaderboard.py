@@ -17,7 +17,7 @@ from minictrl import theory
 from minictrl.cli import Parser, run_script
 from minictrl.config import Config
 from minictrl.figures import title
-from minictrl.files import in_one_step
+from minictrl.files import in_one_step, markdown
 from minictrl.reproduce import STUDIES
 from minictrl.studies import sweep
 from minictrl.studies.beyond import cost
@@ -125,8 +125,7 @@ class Board:
         first = order[0]
         columns = [f"KL {kl:g}" for kl in KLS]
         more = ["behind the first", "below the optimum", "seeds", "reward calls", "minutes"]
-        table = [["method", *columns, *more, "command"]]
-        table.append(["---"] * len(table[0]))
+        head, table = ["method", *columns, *more, "command"], []
         best = [f"*{100 * theory.optimal_win_rate(kl, procedure, n):.1f}*" for kl in KLS]
         table.append(["*the best possible*", *best, *[""] * (len(more) + 1)])
         behind = {}
@@ -134,7 +133,7 @@ class Board:
             behind[name] = [self.ahead(first, name, procedure, n, by) for by in SCORERS]
             table.append(self.line(name, procedure, n, [] if name == first else behind[name]))
             table[-1].append(f"`{Config(**METHODS[name] | common).resolved().command()}`")
-        lines = "\n".join(f"| {' | '.join(cells)} |" for cells in table)
+        lines = markdown(head, table)
         return f"## {title(procedure, n)}\n\n{lines}\n\n{smallest(behind, first)}\n"
 
     def line(self, name: str, procedure: str, n: int, behind: list[Estimate]) -> list[str]:
@@ -166,10 +165,14 @@ class Board:
             "How far the method is ahead of the best of the paper's other ones (identity, "
             f"{', '.join(OTHERS)}), in points, with its 95 % interval. The best is picked by the "
             "same runs, so a little of its lead is luck.",
-            "| claim | by reward | by judge |\n| --- | --- | --- |",
+            markdown(
+                ["claim", "by reward", "by judge"],
+                [
+                    [text, *(self.claim(*claim, by) for by in SCORERS)]
+                    for text, claim in CLAIMS.items()
+                ],
+            ),
         ]
-        for text, claim in CLAIMS.items():
-            lines[-1] += f"\n| {text} | {' | '.join(self.claim(*claim, by) for by in SCORERS)} |"
         return "\n\n".join(lines) + "\n"
 
     def claim(self, names: tuple, procedure: str, n: int, level: bool, scorer: str) -> str:
