@@ -32,7 +32,7 @@ from minictrl.lm.logprobs import sequence_logprobs
 from minictrl.lm.prompts import encode_prompts, left_pad
 from minictrl.models import load_policy, load_scorer, save_policy
 from minictrl.pretrain.pairs import Pair, load_pairs
-from minictrl.scorers.text import encoded, render, scorer_tokenizer, written
+from minictrl.scorers.text import as_text, encoded, render, scorer_tokenizer, written
 
 SAVE_SECONDS = 300  # between checkpoints
 
@@ -122,7 +122,9 @@ def wilson(right: float, n: int, z: float = 1.96) -> tuple[float, float]:
 
 
 def sft_rows(tokenizer, pairs: list[Pair]) -> list[tuple[list[int], list[int]]]:
-    answers = [(render(tokenizer, prompt), chosen) for prompt, chosen, _ in pairs]
+    answers = [
+        (render(tokenizer, prompt), as_text(tokenizer, chosen)) for prompt, chosen, _ in pairs
+    ]
     return answer_rows(tokenizer, answers)
 
 

@@ -10,6 +10,7 @@ of 2 ends with one line that says what is wrong.
 
 import argparse
 import faulthandler
+import gc
 import json
 import math
 import os
@@ -21,6 +22,7 @@ import signal
 import sys
 import tempfile
 import time
+import warnings
 from collections import Counter
 from contextlib import redirect_stdout
 from functools import cache, partial
@@ -54,7 +56,18 @@ auto|cuda:-1|exp10|exp-5|exp1e5|log|none|median|bon_fp|won_fp|optimal|bon|won|st
 soft9999999999|poisson|second|trimmed|grpo|ipo|bonbon|bond|qrpo|pkpo|maxpo|tea|a2po|tpo|maxrl|rs_grpo|
 grpo_fixed|ppo|value|prefix|loo|reviews|helpful|test|train|tensorboard|a.csv|a.html|a.parquet|x.gguf"""
 WORDS = [*WORDS.replace("\n", "").split("|"), "x" * 5000, "a\nb", "\udcff", "a\tb\x1b[31m"]
-TEXTS = ["", " ", "\0", "\ufeff", "\ud800", "two", "é\u202eש 🎬", "<|endoftext|>", "</s>", "<s>user"]
+TEXTS = [
+    "",
+    " ",
+    "\0",
+    "\ufeff",
+    "\ud800",
+    "two",
+    "é\u202eש 🎬",
+    "<|endoftext|>",
+    "</s>",
+    "<s>user",
+]
 TEXTS += ["<|im_end|>\n<|im_start|>system", "{{ 7 }}", "../../x", "x" * 100_000, "\u2028\x85\r"]
 JUNK = [None, True, 0, -1, 3, 0.5, 10**12, -(10**12), 10**30, 1e308, math.nan, math.inf, [], {}]
 JUNK += [*TEXTS, [[]], [None], {"a": 1}, [{}], ["a", 1], "1" * 5000]
@@ -62,7 +75,9 @@ TEMPLATES = """{% for m in messages %}|{{ 1 / 0 }}|{{ messages[99] }}|{{ message
 {% include "/etc/passwd" %}|{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}|
 {{ "a" * 10000000000000 }}|{% import "x" as y %}|{{ raise_exception("no") }}|{{ ''.__class__.mro() }}|
 {% macro f() %}{{ f() }}{% endmacro %}{{ f() }}||{{ messages }}|{% set x = range(10**9) %}{{ x }}|
-{{ messages.append(1) }}|{{ messages[0].content.format(x) }}|{{ strftime_now(1) }}|a""".replace("\n", "")
+{{ messages.append(1) }}|{{ messages[0].content.format(x) }}|{{ strftime_now(1) }}|a""".replace(
+    "\n", ""
+)
 BODIES = """raise KeyError('x')|return None|return [1.0]|return []|return [float('nan')] * n|return 'a'|
 return [float('inf')] * n|return ['a'] * n|return torch.zeros(n, n)|return torch.zeros(n, 1)|return 3|
 return torch.zeros(n, requires_grad=True)|return [None] * n|return [10**400] * n|return [1 + 2j] * n|
@@ -74,9 +89,20 @@ global N; N += 1; return [1 / (N < 4)] * n|warnings.warn('x'); return [1.0] * n|
 print('noise'); return [len(t) for t in texts]|os.chdir('/'); return [1.0] * n|raise MemoryError|
 torch.manual_seed(n); return torch.rand(n)|return torch.rand(n).double()|return [object()] * n"""
 BODIES = [body.strip("\n") for body in BODIES.split("|")]
-FILES = ["score = 3", "score = print", "score = dict", "score = int", "def score(): return 1", "1 / 0"]
+FILES = [
+    "score = 3",
+    "score = print",
+    "score = dict",
+    "score = int",
+    "def score(): return 1",
+    "1 / 0",
+]
 FILES += ["def score(prompts, texts, nothing): return []", "import nothing", "def score(", "\0", ""]
-FILES += ["def score(p, t, *, level=1): return [0.0] * len(t)", "exit(0)", "async def score(p, t): 1"]
+FILES += [
+    "def score(p, t, *, level=1): return [0.0] * len(t)",
+    "exit(0)",
+    "async def score(p, t): 1",
+]
 FILES += ["class score:\n    pass", "\xff".encode("latin1"), "score = lambda p: [1.0]"]
 
 
@@ -103,7 +129,13 @@ def torn(rng: random.Random, data: bytes) -> bytes:
     other = data.decode(errors="replace").encode("utf-16")
     ways = [data[:at], data[at:], data[:at] + some + data[at:], data[:at] + some + data[at + 1 :]]
     ways += [b"", b"\xef\xbb\xbf" + data, data[:at] + b"\0" + data[at:], some, other, data * 2]
-    ways += [data.replace(b"\n", b"\r\n"), data[:at] + deep, deep, b'{"a":' * 100_000, b"\x1f\x8b" + data]
+    ways += [
+        data.replace(b"\n", b"\r\n"),
+        data[:at] + deep,
+        deep,
+        b'{"a":' * 100_000,
+        b"\x1f\x8b" + data,
+    ]
     return rng.choice(ways)
 
 
@@ -169,6 +201,7 @@ def data_file(rng: random.Random, folder: Path):
             try:  # not all that is damaged can be written
                 import datasets
 
+                datasets.disable_progress_bars()
                 getattr(datasets.Dataset.from_list(rows), f"to_{kind}")(path)
             except Exception:
                 path.write_bytes(torn(rng, json.dumps(rows).encode()))
@@ -200,7 +233,10 @@ def model(rng: random.Random, folder: Path):
             (path / "model.safetensors").rename(folder / "x.safetensors")
             (path / "model.safetensors.index.json").write_text(json.dumps(index))
         elif way < 0.95:
-            base = {"base_model_name_or_path": rng.choice(("policy", "../", *JUNK)), "peft_type": "LORA"}
+            base = {
+                "base_model_name_or_path": rng.choice(("policy", "../", *JUNK)),
+                "peft_type": "LORA",
+            }
             (path / "adapter_config.json").write_text(json.dumps(base | {"task_type": "CAUSAL_LM"}))
             (path / "config.json").unlink(missing_ok=True)
         else:
@@ -214,7 +250,9 @@ def model(rng: random.Random, folder: Path):
 
 def function(rng: random.Random, folder: Path):
     body, whole = rng.choice(BODIES), rng.choice(FILES)
-    head = "import os, sys, torch, warnings\nN = 0\ndef score(prompts, texts):\n    n = len(texts)\n"
+    head = (
+        "import os, sys, torch, warnings\nN = 0\ndef score(prompts, texts):\n    n = len(texts)\n"
+    )
     text = whole if rng.random() < 0.3 else head + f"    {body}\n"
     (folder / "score.py").write_bytes(text.encode() if isinstance(text, str) else text)
     role = rng.choice(("reward", "judge"))
@@ -238,7 +276,10 @@ def run(rng: random.Random, folder: Path):
         ].split()
     ways = [("train.py", "--resume --out run"), ("evaluate.py", EVALUATE)]
     ways += [("evaluate.py", f"{EVALUATE} --report a.html"), ("train.py", f"{TRAIN} --out run")]
-    ways += [("train.py", f"{TRAIN} --out run --overwrite"), ("evaluate.py", f"{EVALUATE} --split train")]
+    ways += [
+        ("train.py", f"{TRAIN} --out run --overwrite"),
+        ("evaluate.py", f"{EVALUATE} --split train"),
+    ]
     ways += [("python -m minictrl.exchange", "run --out out.jsonl")]
     program, args = rng.choice(ways)
     return program, args.split()
@@ -251,7 +292,9 @@ KINDS = (command_line, data_file, model, function, run)
 
 
 def main_of(program: str):
-    return import_module(PROGRAMS[program] + ".__main__" * program.endswith(("pretrain", "bench"))).main
+    return import_module(
+        PROGRAMS[program] + ".__main__" * program.endswith(("pretrain", "bench"))
+    ).main
 
 
 def prepare(folder: Path):
@@ -261,8 +304,13 @@ def prepare(folder: Path):
     from transformers import GPT2ForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
     torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
     os.chdir(folder)
-    save(Path("policy"), LlamaForCausalLM(LlamaConfig(**SIZE | {"vocab_size": 259})), template=TEMPLATE)
+    save(
+        Path("policy"),
+        LlamaForCausalLM(LlamaConfig(**SIZE | {"vocab_size": 259})),
+        template=TEMPLATE,
+    )
     save(Path("reward"), GPT2ForSequenceClassification(GPT2))
     texts = [f"A film of {i}" for i in range(12)]
     user, end = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Good."}
@@ -282,7 +330,8 @@ def prepare(folder: Path):
         "evaluate.py": EVALUATE,
         "python -m minictrl.exchange": "run --out completions.jsonl",
     }.items():
-        assert not main_of(program)(args.split())
+        with redirect_stdout(StringIO()):
+            assert not main_of(program)(args.split())
     from minictrl.studies.sweep import METHODS, SCALES
 
     sweep = Path("results/runs-quick/exp10-kl0.5-seed0")
@@ -383,6 +432,7 @@ def main():
         if args.case is not None:
             print(case(args.seed, args.case, Path(folder), show=True)[:4])
             return 0
+        gc.freeze()  # so that a child copies no memory to count its references
         counts, failures, start = Counter(), {}, time.time()
         for number in range(args.cases):
             kind, program, argv, status, text = case(args.seed, number, Path(folder))
@@ -390,6 +440,7 @@ def main():
             counts[kind, "failed" if wrong else "refused" if status else "passed"] += 1
             if wrong:
                 failures.setdefault(wrong, []).append(number)
+                print(f"--case {number}, {kind}: {wrong}", flush=True)
         columns = ("passed", "refused", "failed")
         print("| kind | cases |", " | ".join(columns), "|\n|---|---|---|---|---|")
         for name in [kind.__name__ for kind in KINDS]:
