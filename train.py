@@ -117,7 +117,7 @@ def train(config: Config, resume: bool):
 
     save_policy(task.policy, task.tokenizer, out / "policy")
     print(
-        f"{summary(runs.read_metrics(out)[-1], config)}, {time.time() - start:.0f} s. "
+        f"{summary(runs.finished_metrics(out)[-1], config)}, {time.time() - start:.0f} s. "
         f"Now: python evaluate.py {out}"
     )
 

@@ -6,7 +6,6 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-
 LONGEST = 1000  # characters of a message
 MOST = 1_000_000  # of whatever is counted: more is a slip, and would run for ever
 

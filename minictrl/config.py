@@ -22,6 +22,9 @@ KINDS = {  # of settings, by their annotation
     "int": (Integral, "a whole number"),
     "float": (Real, "a number"),
 }
+# settings that are computed where they are not given, so that every run has them
+FILLED = ("transform", "n", "baseline", "steps", "out", "policy", "reward", "lr", "lam")
+FILLED += ("max_new_tokens", "max_prompt_tokens")
 BASELINES = ("prefix", "value", "loo")
 TRACKERS = ("wandb", "trackio", "tensorboard")
 
@@ -105,7 +108,7 @@ def is_object(text: str | None) -> bool:
     """Whether this is an object in JSON, or None."""
     try:
         return text is None or isinstance(json.loads(text), dict)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
 
 
@@ -335,7 +338,16 @@ class Config:
         settings = {f.name: stored[f.name] for f in fields(cls) if f.name in stored}
         if settings.get("kl") is not None:
             settings["beta"] = None
-        return cls(**settings), stored
+        config = cls(**settings)
+        missing = [name for name in FILLED if getattr(config, name) is None]
+        if missing or config.kl is config.beta is None:
+            raise ValueError(f"it has no {', '.join(missing) or 'kl'}")
+        get_method(config.method).check(config)
+        if not isinstance(stored.get("made_from", {}), dict):
+            raise ValueError(f"made_from is {str(stored['made_from'])[:60]}")
+        if not isinstance(stored.setdefault("beta", None), (Real, type(None))):
+            raise ValueError(f"beta is {str(stored['beta'])[:60]}")
+        return config, stored
 
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser):

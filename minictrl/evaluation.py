@@ -5,13 +5,14 @@ Beside each measured win rate stands the theory's at the measured KL.
 
 from __future__ import annotations
 
+import json
 import re
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax
 
@@ -19,7 +20,16 @@ from minictrl import files, runs, theory
 from minictrl.batch import Batch
 from minictrl.calibration import calibrated_reward, leave_one_out_calibration
 from minictrl.config import TEST, TEST_REF, Config
-from minictrl.files import in_one_step, write_json, write_rows
+from minictrl.files import (
+    NUMBER,
+    PERHAPS,
+    TEXT,
+    check_columns,
+    in_one_step,
+    reading,
+    write_json,
+    write_rows,
+)
 from minictrl.lm.device import halving
 from minictrl.lm.logprobs import response_logits
 from minictrl.models import load_policy
@@ -94,6 +104,27 @@ def evaluate(
             save_file(tensors, path)
     write_rows(run / f"samples{name}.jsonl", shown(task.prompts, pi, pi_ref, levels))
     return table
+
+
+ROW = {name: TEXT for name in ("procedure", "scorer")}  # the columns of eval.json
+ROW |= {name: NUMBER for name in ("n", "win_rate", "kl", "prompts", "samples")}
+ROW |= {name: PERHAPS for name in ("stderr", "kl_stderr", "theory", "optimal")}
+
+
+def read(run: Path, suffix: str = "") -> list[dict]:
+    """The rows of a run's eval.json. Raises ValueError if it is damaged."""
+    path = run / f"eval{suffix}.json"
+    with reading(path, f"evaluate the run again: python evaluate.py {run}"):
+        rows = json.loads(path.read_bytes())["rows"]
+        check_columns(rows, ROW)
+    return rows
+
+
+def read_tensors(run: Path, name: str, suffix: str = "") -> dict[str, Tensor]:
+    """The tensors of a run's wins or by_prompt. Raises ValueError if they are damaged."""
+    path = run / f"{name}{suffix}.safetensors"
+    with reading(path, f"evaluate the run again: python evaluate.py {run}"):
+        return load_file(path)
 
 
 def table_of(

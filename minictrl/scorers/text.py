@@ -31,14 +31,14 @@ BATCH_TOKENS = {"cuda": 16_384, "cpu": 4_096}
 PATIENCE = 10  # seconds for a chat template
 
 
-def render(tokenizer, prompt: Prompt, **template_args) -> str:
+def render(tokenizer, prompt: Prompt, /, **template_args) -> str:
     """The prompt as the tokenizer's model reads it: a text as it is, chat messages by its template,
     or else as HH's; control tokens in either are text (`as_text`).
     """
     prompt = as_text(tokenizer, prompt)
     if isinstance(prompt, str) or not tokenizer.chat_template:
         return plain(prompt)
-    return chat(tokenizer, prompt, add_generation_prompt=True, **template_args)
+    return chat(tokenizer, prompt, **{"add_generation_prompt": True} | template_args)
 
 
 def as_text(tokenizer, prompt: Prompt) -> Prompt:
@@ -72,7 +72,7 @@ def plain(prompt: Prompt) -> str:
     return "".join(f"\n\n{names[m['role']]}: {m['content']}" for m in prompt) + "\n\nAssistant:"
 
 
-def chat(tokenizer, messages: list[dict], **options) -> str:
+def chat(tokenizer, messages: list[dict], /, **options) -> str:
     """The messages as the tokenizer's template writes them, in transformers' sandbox: it reads no
     file. Raises ValueError if it fails, or takes more than PATIENCE seconds.
     """

@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
-from safetensors.numpy import load_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -179,21 +177,26 @@ def table_of(folder: Path, split: str) -> Path:
 
 def table(folder: Path, settings: dict, split: str) -> Rows:
     """Rows of a finished run's eval.json. Raises ValueError if the run has other settings."""
-    stored = json.loads((folder / "config.json").read_text())
+    stored, _ = runs.load_config(folder)
     for name, value in settings.items():
-        if stored[name] != value:
+        if getattr(stored, name) != value:
             raise ValueError(
-                f"{folder}: holds a run with {name} {stored[name]}, not {value}; "
+                f"{folder}: holds a run with {name} {getattr(stored, name)}, not {value}; "
                 "give another --out, or delete it"
             )
-    rows = json.loads(table_of(folder, split).read_text())["rows"]
+    suffix = evaluation.suffix(split)
+    rows = evaluation.read(folder, suffix)
     wins, by_prompt = (
-        load_file(folder / f"{name}{evaluation.suffix(split)}.safetensors")
-        for name in ("wins", "by_prompt")
+        evaluation.read_tensors(folder, name, suffix) for name in ("wins", "by_prompt")
     )
     for row in rows:
-        each = wins[f"{row['procedure']}-{row['n']}-{row['scorer']}"]
-        row |= {"wins": each, "kls": by_prompt["kl"]}
+        name = f"{row['procedure']}-{row['n']}-{row['scorer']}"
+        if name not in wins or "kl" not in by_prompt or wins[name].shape != by_prompt["kl"].shape:
+            raise ValueError(
+                f"{folder}: its win rates by prompt are not those of its eval.json; evaluate it "
+                f"again: python evaluate.py {folder}"
+            )
+        row |= {"wins": wins[name].numpy(), "kls": by_prompt["kl"].numpy()}
     return rows
 
 
