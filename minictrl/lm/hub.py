@@ -17,10 +17,12 @@ import sys
 import urllib.request
 import warnings
 from contextlib import nullcontext, redirect_stderr
+from itertools import product
 from pathlib import Path
 from urllib.parse import urlsplit
 
 ADAPTER = "adapter_config.json"  # peft's
+KERNEL = r'(attn|experts)_implementation\w*": [^,}]*/'  # in a config.json: of the hub
 WEIGHTS = "model.safetensors"
 # Of a config.json: sizes, each at most the bytes of the weights, and how many there are of what has
 # at least LEAST bytes of them; MOST without weights.
@@ -113,7 +115,10 @@ def from_pretrained(loader, kind: str, name: str, *, output_loading_info: bool, 
     quiet = nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO())
     try:
         with quiet:
-            return loader.from_pretrained(name, trust_remote_code=False, **options)
+            loaded = loader.from_pretrained(name, trust_remote_code=False, **options)
+            if loader.__name__ == "AutoTokenizer":
+                loaded("a")  # what is wrong with it is said now
+            return loaded
     except Exception as error:  # nothing of ours runs here, and `tokenizers` raises bare ones
         if "gguf_file" in options:
             raise ValueError(
@@ -143,7 +148,13 @@ def check_files(kind: str, folder: Path, *, weights: bool):
                 "them beside it"
             )
         files = [folder / name for name in names]
-    settings, there = read_object(kind, config), all(path.is_file() for path in files)
+    settings = read_object(kind, config)
+    if re.search(KERNEL, json.dumps(settings)):
+        raise ValueError(
+            f"{kind} {folder}: its config.json asks for code of the hub, which is not run; take "
+            "its attn_implementation and experts_implementation out"
+        )
+    there = all(path.is_file() for path in files)
     if weights and not there:
         raise ValueError(
             f"{kind} {folder}: has no {WEIGHTS}, and nothing else is read, because a pickle could "
@@ -151,8 +162,9 @@ def check_files(kind: str, folder: Path, *, weights: bool):
         )
     size = sum(path.stat().st_size for path in files) if there else MOST
     most = dict.fromkeys(SIZES, size) | dict.fromkeys(COUNTS, size // LEAST)
-    for name in most:
-        value = settings.get(name)
+    parts = [settings, *(part for part in settings.values() if isinstance(part, dict))]
+    for part, name in product(parts, most):
+        value = part.get(name)
         if isinstance(value, (int, float)) and not value <= most[name]:
             raise ValueError(
                 f"{kind} {folder}: its config.json has {name} {value}, for weights of {size} "

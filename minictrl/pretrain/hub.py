@@ -20,12 +20,14 @@ from zlib import crc32
 
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification
 
 from minictrl.config import TASKS
-from minictrl.files import in_one_step, write_json
+from minictrl.files import in_one_step, reading, write_json
 from minictrl.lm.device import halving, resolve_device
 from minictrl.lm.hub import from_hub
 from minictrl.lm.logprobs import sequence_logprobs
@@ -33,8 +35,10 @@ from minictrl.lm.prompts import encode_prompts, left_pad
 from minictrl.models import load_policy, load_scorer, save_policy
 from minictrl.pretrain.pairs import Pair, load_pairs
 from minictrl.scorers.text import as_text, encoded, render, scorer_tokenizer, written
+from minictrl.update import Learner
 
 SAVE_SECONDS = 300  # between checkpoints
+RNG = "rng"  # dropout's generator in a checkpoint, beside what a `Learner` has
 
 
 def train_pairs_task(
@@ -107,8 +111,10 @@ def train_pairs_task(
 def claim(out: Path, settings: dict):
     """Makes `out`, and notes the settings there. Raises ValueError if it holds anything else."""
     file = out / "pretrain.json"
-    if file.is_file() and json.loads(file.read_text()) == settings:
-        return
+    if file.is_file():
+        with reading(file, "give a new directory"):
+            if json.loads(file.read_bytes()) == settings:
+                return
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"--out {out}: holds something already; give a new directory")
     out.mkdir(parents=True, exist_ok=True)
@@ -300,22 +306,19 @@ def resume(checkpoint: Path, model: nn.Module, optimizer) -> int:
     """
     if not checkpoint.is_file():
         return 0
-    state = torch.load(checkpoint, map_location=model.device)
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    torch.set_rng_state(state["rng"].cpu())
-    return state["step"]
+    with reading(checkpoint, "delete it, and the same command starts this model again"):
+        with safe_open(checkpoint, "pt") as file:
+            step = int(file.metadata()["step"])
+            state = {name: file.get_tensor(name) for name in file.keys()}
+        torch.set_rng_state(state.pop(RNG))
+        Learner(model, None, optimizer).restore(state)
+    return step
 
 
 def save_step(checkpoint: Path, model: nn.Module, optimizer, step: int):
-    state = {
-        "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "rng": torch.get_rng_state(),
-        "step": step,
-    }
+    state = Learner(model, None, optimizer).state() | {RNG: torch.get_rng_state()}
     with in_one_step(checkpoint) as temporary:
-        torch.save(state, temporary)
+        save_file(state, temporary, {"step": str(step)})
 
 
 def shuffled(rows: list, batch: int, rng: random.Random) -> list[list]:
