@@ -61,7 +61,7 @@ def test_nothing_that_enters_gives_a_traceback(kind, base):
         (1, 'Traceback\n  File "/a/b.py", line 3, in f\nKeyError: 1\n', "status 1: b.py 3 f: Key"),
         (0, 'Traceback\n  File "/a/b.py", line 3, in f\nKeyError: 1\n', "status 0: b.py 3 f: Key"),
         (-11, "", "status -11"),
-        (1, 'Timeout (0:00:40)!\n  File "/a/b.py", line 3 in f\n', "too long: b.py 3 f"),
+        (-27, 'Thread\n  File "/a/b.py", line 3 in f\n', "too long: b.py 3 f"),
     ],
 )
 def test_the_fuzz_knows_a_failure(status, text, expected):

@@ -72,7 +72,7 @@ def in_a_child(program: str, args: list[str], folder: Path, show: bool) -> tuple
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(status if isinstance(status, int) else 71)
-    deadline, (done, status) = time.time() + 2 * SECONDS, (0, 0)
+    deadline, (done, status) = time.time() + 10 * SECONDS, (0, 0)
     while not done and time.time() < deadline:
         time.sleep(0.005)
         done, status = os.waitpid(child, os.WNOHANG)
@@ -84,7 +84,7 @@ def in_a_child(program: str, args: list[str], folder: Path, show: bool) -> tuple
 
 
 def limit(folder: Path, log: Path | None):
-    """For a child: where it works and writes, and how much it may take."""
+    """For a child: where it works and writes, and how much it may take beside the parent's."""
     os.chdir(folder)
     if log:
         out = os.open(log, os.O_WRONLY | os.O_CREAT)
@@ -95,7 +95,8 @@ def limit(folder: Path, log: Path | None):
     most = MEMORY + pages * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (most, most))
     resource.setrlimit(resource.RLIMIT_FSIZE, (FILE, FILE))
-    faulthandler.dump_traceback_later(SECONDS, exit=True)
+    faulthandler.register(signal.SIGPROF, chain=True)  # says where, and ends
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)
     sys.stdout, sys.stderr = (open(stream, "w", closefd=False) for stream in (1, 2))
 
 
@@ -103,7 +104,7 @@ def verdict(status: int, text: str) -> str | None:
     """None for what may happen, else what went wrong: the error and the frame that it came from."""
     frames = re.findall(r'File "(?:.*/)?([^"]+)", line (\d+),? in (\S+)', text)
     last = next(iter(text.strip().splitlines()[::-1]), "")
-    if "Timeout (" in text or status == -signal.SIGKILL:
+    if status in (-signal.SIGPROF, -signal.SIGKILL):
         return f"too long: {' '.join((frames or ['?'])[0])}"  # the innermost comes first
     if "Traceback" in text or status not in (0, 2):
         return f"status {status}: {' '.join((frames or ['?'])[-1])}: {last[:150]}"

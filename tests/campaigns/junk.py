@@ -7,11 +7,12 @@ WORDS = ["", " ", "x" * 5000, "a\nb", "\udcff", "a\tb\x1b[31m", '{"a": 1}', '{"t
 WORDS += """
 -1 0 1 2 7 1.5 nan inf -inf 1e400 1e-400 99999999999 999999999999999999999999 -99999999999 0x10
 9223372036854775808 1_0 ½ ３ two \u202eé🎬 .. . /proc/self/x missing missing/file prompts.jsonl
-policy reward run junk.txt loop locked {} [] null {{ %s%n -- -x None true .py: f.py: score.py:score :
-score.py:nothing # policy# reward#LABEL_0 nobody/nothing cuda:99 cuda:-1 cpu:0 auto exp10 exp-5
-exp1e5 log none median bon_fp won_fp optimal bon won standard rewind soft0.1 soft9999999999 poisson second
-trimmed grpo ipo bonbon bond qrpo pkpo maxpo tea a2po tpo maxrl rs_grpo grpo_fixed ppo value prefix
-loo reviews helpful test train tensorboard a.csv a.html a.parquet x.gguf
+policy reward run junk.txt loop locked {} [] null {{ %s%n -- -x None true .py: f.py:
+score.py:score : score.py:nothing # policy# reward#LABEL_0 nobody/nothing cuda:99 cuda:-1 cpu:0
+auto exp10 exp-5 exp1e5 log none median bon_fp won_fp optimal bon won standard rewind soft0.1
+soft9999999999 poisson second trimmed grpo ipo bonbon bond qrpo pkpo maxpo tea a2po tpo maxrl
+rs_grpo grpo_fixed ppo value prefix loo reviews helpful test train tensorboard a.csv a.html
+a.parquet x.gguf
 """.split()
 
 TEXTS = [
