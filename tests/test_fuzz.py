@@ -245,6 +245,7 @@ def test_prompts_that_hold_control_tokens_are_reported(tmp_path):
     )
     path = policy(tmp_path / "policy", template=TEMPLATE)
     flags = ["--task", str(tmp_path / "p.jsonl"), "--policy", path, "--reward", "nowhere"]
+    flags += ["--max-new-tokens", "8"]
     with pytest.warns(UserWarning, match="11 of 11 prompts hold control tokens of .*'<s>user"):
         with pytest.raises(ValueError, match="nowhere"):
             train.main([*flags, "--out", str(tmp_path / "run")])

@@ -74,7 +74,7 @@ def train_pairs_task(
             "with --base what a reward model starts from"
         )
     for flag, value in {"epochs": epochs, "batch": batch, "lr": lr}.items():
-        if not value > 0:
+        if not 0 < value < math.inf:
             raise ValueError(f"--{flag} {value}: use a positive number")
     place, out = resolve_device(device), Path(out)
     train, test = (load_pairs(task, split, skip_bad=skip_bad) for split in ("train", "test"))

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 import minictrl
 from minictrl import evaluation, runs
-from minictrl.cli import Parser
+from minictrl.cli import Parser, whole
 from minictrl.config import TEST, Config
 from minictrl.files import read_rows
 from minictrl.methods import METHODS as ALGORITHMS
@@ -72,7 +72,7 @@ def add_scale(parser: Parser):
     """The flags of a sweep's size."""
     add = parser.add_argument
     add("--quick", action="store_true", help="coarser and faster")
-    add("--seeds", type=int, metavar="N", help="of each KL (default 5 at 1 nat, 3 elsewhere)")
+    add("--seeds", type=whole(), metavar="N", help="of each KL (default 5 at 1 nat, 3 elsewhere)")
     add("--budgets", type=float, nargs="+", metavar="KL", help="of the runs (default 1 0.5 2)")
     add("--done", action="store_true", help="read the finished runs in DIR and train no others")
 
