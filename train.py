@@ -128,7 +128,9 @@ def checked(config: Config):
     Whatever can be wrong with the input is found here, before the first sample is drawn.
     """
     from minictrl.exchange import read_reference
+    from minictrl.lm.device import check_room
     from minictrl.methods import get_method
+    from minictrl.models import check_saving
     from minictrl.rollout import check_prefix_rewards
     from minictrl.runs import digests_of
     from minictrl.task import load_task, read_prompts, scorer_of, try_scorers
@@ -136,6 +138,9 @@ def checked(config: Config):
 
     method = get_method(config.method)(config)  # its Phi, its beta, its loss
     task = load_task(config, "train")
+    check_saving(task.policy, task.tokenizer, config.policy)
+    check_room(config.K * len(task.prompts), task.max_new_tokens, "--K, --prompts")
+    check_room(config.batch * config.G, task.max_new_tokens, "--batch, --G")
     if method.compared and config.baseline == "prefix":
         check_prefix_rewards(task)
     judge = scorer_of(config, "judge")

@@ -5,6 +5,7 @@ The long one is `tests/campaigns/fuzz.py`.
 
 import gc
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -84,6 +85,16 @@ def test_the_fuzz_knows_a_failure(status, text, expected):
 def test_an_absurd_flag_is_refused_before_anything_is_drawn(flags, expected, tmp_path):
     with pytest.raises(ValueError, match=expected):
         train.main([*flags, "--out", str(tmp_path / "run")])
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("flags", [["--K", "9"], ["--batch", "64"]])
+def test_more_responses_than_memory_holds_are_refused(flags, tmp_path, monkeypatch):
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    monkeypatch.setattr("minictrl.lm.device.TOKEN", memory // 8)  # so that 8 fit
+    small = ["--prompts", "2", "--K", "2", "--batch", "1", "--G", "1", "--max-new-tokens", "1"]
+    with pytest.raises(ValueError, match=f"responses of 1 tokens take .* GB.*{flags[0]}"):
+        train.main([*small, *flags, "--out", str(tmp_path / "run")])
     assert not (tmp_path / "run").exists()
 
 
@@ -207,6 +218,23 @@ def test_a_template_that_fails_reads_a_file_or_never_ends_is_named(template, why
     monkeypatch.setattr("minictrl.scorers.text.PATIENCE", 0.2)
     with pytest.raises(ValueError, match=f"the chat template of .*{why}"):
         render(tokenizer(template), CHAT)
+
+
+@pytest.mark.parametrize("eos, expected", [(["x"], "eos_token_id 'x' is no token"), (-1, "-1 is")])
+def test_an_eos_that_is_no_token_is_named(eos, expected, tmp_path):
+    path = policy(tmp_path)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}))
+    with pytest.raises(ValueError, match=expected):
+        load_policy(path)
+
+
+def test_a_policy_that_can_not_be_saved_is_refused_before_it_is_trained(tmp_path):
+    path = policy(tmp_path / "policy")
+    (tmp_path / "policy" / "generation_config.json").write_text('{"cache_implementation": "x"}')
+    flags = ["--policy", path, "--reward", "reviews", "--max-new-tokens", "4", "--prompts", "2"]
+    with pytest.raises(ValueError, match="could not be saved at the end .*generation_config"):
+        train.main([*flags, "--out", str(tmp_path / "run")])
+    assert not (tmp_path / "run").exists()
 
 
 # --- a prompt is text ---
