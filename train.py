@@ -130,7 +130,6 @@ def checked(config: Config):
     from minictrl.exchange import read_reference
     from minictrl.lm.device import check_room
     from minictrl.methods import get_method
-    from minictrl.models import check_saving
     from minictrl.rollout import check_prefix_rewards
     from minictrl.runs import digests_of
     from minictrl.task import load_task, read_prompts, scorer_of, try_scorers
@@ -138,7 +137,6 @@ def checked(config: Config):
 
     method = get_method(config.method)(config)  # its Phi, its beta, its loss
     task = load_task(config, "train")
-    check_saving(task.policy, task.tokenizer, config.policy)
     check_room(config.K * len(task.prompts), task.max_new_tokens, "--K, --prompts")
     check_room(config.batch * config.G, task.max_new_tokens, "--batch, --G")
     if method.compared and config.baseline == "prefix":

@@ -11,7 +11,6 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +20,7 @@ from minictrl.config import TASKS
 from minictrl.data import ASSETS, Prompt
 from minictrl.files import writing
 from minictrl.lm.device import resolve_device
-from minictrl.lm.hub import first_line, from_hub
+from minictrl.lm.hub import from_hub
 from minictrl.lm.identity import config_of, tokenizer_of
 from minictrl.lm.prompts import known_ends
 from minictrl.reference import digest
@@ -98,20 +97,6 @@ def check_family(model: nn.Module, name: str) -> None:
             f"({', '.join(sorted(kinds)) or 'recurrent'}), which the samples of a prompt can't "
             "share; use a model with attention alone"
         )
-
-
-def check_saving(model: nn.Module, tokenizer, name: str):
-    """Raises ValueError on a policy that could not be saved once it is trained."""
-    parts = (model.config, getattr(model, "generation_config", None), tokenizer)
-    with TemporaryDirectory() as folder:
-        try:
-            for part in filter(None, parts):
-                part.save_pretrained(folder)
-        except Exception as error:  # transformers', of whatever they hold
-            raise ValueError(
-                f"policy {name}: could not be saved at the end ({first_line(error)}); put its "
-                "config.json, generation_config.json and tokenizer_config.json right"
-            ) from None
 
 
 def save_policy(model: nn.Module, tokenizer, path: Path):

@@ -228,15 +228,6 @@ def test_an_eos_that_is_no_token_is_named(eos, expected, tmp_path):
         load_policy(path)
 
 
-def test_a_policy_that_can_not_be_saved_is_refused_before_it_is_trained(tmp_path):
-    path = policy(tmp_path / "policy")
-    (tmp_path / "policy" / "generation_config.json").write_text('{"cache_implementation": "x"}')
-    flags = ["--policy", path, "--reward", "reviews", "--max-new-tokens", "4", "--prompts", "2"]
-    with pytest.raises(ValueError, match="could not be saved at the end .*generation_config"):
-        train.main([*flags, "--out", str(tmp_path / "run")])
-    assert not (tmp_path / "run").exists()
-
-
 # --- a prompt is text ---
 
 CONTROL = ("<s>", "</s>", "<pad>")
