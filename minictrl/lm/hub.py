@@ -27,8 +27,10 @@ WEIGHTS = "model.safetensors"
 # Of a config.json: sizes, each at most the bytes of the weights, and how many there are of what has
 # at least LEAST bytes of them; MOST without weights.
 SIZES = ("vocab_size", "hidden_size", "n_embd", "intermediate_size", "n_inner", "head_dim")
-SIZES += ("num_attention_heads", "n_head", "num_key_value_heads", "type_vocab_size")
-COUNTS, LEAST, MOST = ("num_hidden_layers", "n_layer", "num_labels"), 16, 1_000_000
+SIZES += ("num_attention_heads", "n_head", "num_key_value_heads", "type_vocab_size", "d_model")
+SIZES += ("dim", "hidden_dim", "d_ff", "n_heads", "num_heads", "embedding_size")
+COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_labels", "num_experts")
+LEAST, MOST = 16, 1_000_000
 HEADS = ("score", "classifier", "v_head", "qa_outputs")  # what a language model has no place for
 
 

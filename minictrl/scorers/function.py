@@ -73,6 +73,10 @@ def find_function(spec: str, role: str) -> Callable:
     function = getattr(module, name, None)
     if not callable(function):
         raise ValueError(f"{role} {spec}: {file} has no function {name!r}")
+    try:
+        inspect.signature(function)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{role} {spec}: {error}; give a function that is written in it") from None
     return function
 
 
