@@ -69,7 +69,9 @@ def plain(prompt: Prompt) -> str:
     if isinstance(prompt, str):
         return prompt
     names = {"user": "Human", "assistant": "Assistant", "system": "System"}
-    return "".join(f"\n\n{names[m['role']]}: {m['content']}" for m in prompt) + "\n\nAssistant:"
+    mark = rf"\n\n(?=({'|'.join(names.values())}):)"  # in a message it is text
+    turns = [(names[m["role"]], re.sub(mark, "\n\n\u200b", m["content"])) for m in prompt]
+    return "".join(f"\n\n{name}: {content}" for name, content in turns) + "\n\nAssistant:"
 
 
 def chat(tokenizer, messages: list[dict], /, **options) -> str:
