@@ -60,6 +60,7 @@ def prepare():
     from minictrl.studies.sweep import METHODS, SCALES
 
     torch.set_num_threads(1)
+    programs = {program: main_of(program) for program in USUAL}
     policy = LlamaForCausalLM(LlamaConfig(**SIZE | {"vocab_size": 259}))
     save(Path("policy"), policy, template=TEMPLATE)
     save(Path("reward"), GPT2ForSequenceClassification(GPT2))
@@ -76,9 +77,9 @@ def prepare():
     Path("junk.txt").write_text("junk")
     Path("loop").symlink_to("loop")
     Path("locked").touch(0)
-    main_of("train.py")(f"{TRAIN} --out run".split())
-    main_of("evaluate.py")(EVALUATE.split())
-    main_of(EXCHANGE)("run --out completions.jsonl".split())
+    programs["train.py"](f"{TRAIN} --out run".split())
+    programs["evaluate.py"](EVALUATE.split())
+    programs[EXCHANGE]("run --out completions.jsonl".split())
     shutil.copytree("run", SWEEP)
     config = json.loads((SWEEP / "config.json").read_text()) | SCALES[True]["train"]
     config |= METHODS["exp10"] | {"kl": 0.5, "seed": 0, "cache": "results/cache"}
