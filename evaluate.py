@@ -15,7 +15,7 @@ import argparse
 import importlib.util
 from pathlib import Path
 
-from minictrl.cli import Parser, run_script
+from minictrl.cli import Parser, run_script, whole
 
 SIZES = (1, 2, 4, 8, 32)  # N of the table
 
@@ -28,9 +28,11 @@ def read_arguments(argv=None) -> argparse.Namespace:
     parser.add_argument(
         "--split", default="test", choices=("test", "train"), help="which prompts (default test)"
     )
-    parser.add_argument("--prompts", type=int, default=200, help="how many prompts (default 200)")
     parser.add_argument(
-        "--samples", type=int, default=32, help="M, responses a prompt (default 32)"
+        "--prompts", type=whole(), default=200, help="how many prompts (default 200)"
+    )
+    parser.add_argument(
+        "--samples", type=whole(), default=32, help="M, responses a prompt (default 32)"
     )
     for role in ("reward", "judge"):
         parser.add_argument(f"--{role}", help=f"another {role} model than the run's")
@@ -39,9 +41,6 @@ def read_arguments(argv=None) -> argparse.Namespace:
     )
     parser.add_argument("--device", help="auto, cpu or cuda (default: the run's)")
     args = parser.parse_args(argv)
-    for name in ("prompts", "samples"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} {getattr(args, name)}: use a whole number of at least 1")
     if args.report and importlib.util.find_spec("matplotlib") is None:
         parser.error(
             f"--report {args.report}: its pictures need matplotlib; pip install matplotlib"

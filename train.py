@@ -118,7 +118,7 @@ def train(config: Config, resume: bool):
 
     save_policy(task.policy, task.tokenizer, out / "policy")
     print(
-        f"{summary(runs.read_metrics(out)[-1], config)}, {time.monotonic() - start:.0f} s. "
+        f"{summary(runs.finished_metrics(out)[-1], config)}, {time.monotonic() - start:.0f} s. "
         f"Now: python evaluate.py {out}"
     )
 
@@ -129,6 +129,7 @@ def checked(config: Config):
     Whatever can be wrong with the input is found here, before the first sample is drawn.
     """
     from minictrl.exchange import read_reference
+    from minictrl.lm.device import check_room
     from minictrl.methods import get_method
     from minictrl.rollout import check_prefix_rewards
     from minictrl.runs import digests_of
@@ -137,6 +138,8 @@ def checked(config: Config):
 
     method = get_method(config.method)(config)  # its Phi, its beta, its loss
     task = load_task(config, "train")
+    check_room(config.K * len(task.prompts), task.max_new_tokens, "--K, --prompts")
+    check_room(config.batch * config.G, task.max_new_tokens, "--batch, --G")
     if method.compared and config.baseline == "prefix":
         check_prefix_rewards(task)
     judge = scorer_of(config, "judge")

@@ -3,7 +3,28 @@
 import argparse
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
+
+LONGEST = 1000  # characters of a message
+MOST = 1_000_000  # of whatever is counted: more is a slip, and would run for ever
+
+
+def whole(least: int = 1) -> Callable[[str], int]:
+    """For argparse: a whole number from `least` to MOST."""
+
+    def parsed(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            number = MOST + 1
+        if not least <= number <= MOST:
+            raise argparse.ArgumentTypeError(
+                f"{text}: use a whole number of at least {least} and at most {MOST}"
+            )
+        return number
+
+    return parsed
 
 
 class Parser(argparse.ArgumentParser):
@@ -13,7 +34,13 @@ class Parser(argparse.ArgumentParser):
         super().__init__(prog=prog, description=description, allow_abbrev=False)
 
     def error(self, message: str):
-        self.exit(2, f"{self.prog}: error: {message}; see --help\n")
+        self.exit(2, f"{self.prog}: error: {one_line(message)}; see --help\n")
+
+
+def one_line(text: object) -> str:
+    """A message on one line that a terminal shows as it is, without the middle of a long one."""
+    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
+    return line if len(line) <= LONGEST else f"{line[: LONGEST - 200]} … {line[-200:]}"
 
 
 def program() -> str:
@@ -36,7 +63,7 @@ def run_script(main):
     except (ValueError, OSError) as error:
         if isinstance(error, OSError) and error.filename:
             error = f"{error.filename}: {error.strerror}; give another path, or make room for it"
-        print(f"{program()}: error: {error}", file=sys.stderr)
+        print(f"{program()}: error: {one_line(error)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print(

@@ -10,11 +10,21 @@ import argparse
 import json
 import shlex
 from dataclasses import dataclass, field, fields, replace
+from numbers import Integral, Real
 from pathlib import Path
 
+from minictrl.cli import MOST
 from minictrl.methods import METHODS, get_method
 from minictrl.procedures import PROCEDURES, parse_procedure
 
+KINDS = {  # of settings, by their annotation
+    "str": (str, "text"),
+    "int": (Integral, "a whole number"),
+    "float": (Real, "a number"),
+}
+# settings that are computed where they are not given, so that every run has them
+FILLED = ("transform", "n", "baseline", "steps", "out", "policy", "reward", "lr", "lam")
+FILLED += ("max_new_tokens", "max_prompt_tokens")
 BASELINES = ("prefix", "value", "loo")
 TRACKERS = ("wandb", "trackio", "tensorboard")
 
@@ -98,7 +108,7 @@ def is_object(text: str | None) -> bool:
     """Whether this is an object in JSON, or None."""
     try:
         return text is None or isinstance(json.loads(text), dict)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
 
 
@@ -218,6 +228,9 @@ class Config:
     def __post_init__(self):
         for f in fields(self):
             value = getattr(self, f.name)
+            kind, rule = KINDS[f.type.split(" ")[0]]
+            fits = isinstance(value, kind) and not isinstance(value, bool)
+            self._need(fits or (value is None and "None" in f.type), f.name, f"use {rule}")
             if value is None or value == f.default:
                 continue
             if "choices" in f.metadata:
@@ -228,8 +241,10 @@ class Config:
             if "least" in f.metadata:
                 least = f.metadata["least"]
                 self._need(value >= least, f.name, f"use a whole number of at least {least}")
+                self._need(value <= MOST, f.name, f"use at most {MOST}")
             if "positive" in f.metadata:
                 self._need(0 < value < float("inf"), f.name, "use a positive number")
+        self._need(self.batch * self.G <= MOST, "G", f"with --batch at most {MOST} samples a step")
         self._need(self.transform != "", "transform", "give a name, or leave it out")
         self._need(abs(self.seed) < 2**40, "seed", "use a number of at most 40 bits")
         self._need(self.task in TASKS or is_data(self.task), "task", DATA_RULE)
@@ -322,7 +337,16 @@ class Config:
         settings = {f.name: stored[f.name] for f in fields(cls) if f.name in stored}
         if settings.get("kl") is not None:
             settings["beta"] = None
-        return cls(**settings), stored
+        config = cls(**settings)
+        missing = [name for name in FILLED if getattr(config, name) is None]
+        if missing or config.kl is config.beta is None:
+            raise ValueError(f"it has no {', '.join(missing) or 'kl'}")
+        get_method(config.method).check(config)
+        if not isinstance(stored.get("made_from", {}), dict):
+            raise ValueError(f"made_from is {str(stored['made_from'])[:60]}")
+        if not isinstance(stored.setdefault("beta", None), (Real, type(None))):
+            raise ValueError(f"beta is {str(stored['beta'])[:60]}")
+        return config, stored
 
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser):

@@ -19,6 +19,8 @@ from minictrl.lm.hub import hub_name, unreachable
 
 ASSETS = Path(__file__).parent / "assets"
 NAMES = ("prompt", "messages", "conversations")  # columns that a prompt may be in
+PLAIN = {"Value", "List", "LargeList", "Sequence", "ClassLabel", "Json"}  # kinds in `datasets`
+TYPE = "'_type': '(\\w+)'"  # where it says so
 SHAREGPT = {"human": "user", "gpt": "assistant"}  # its roles
 Prompt = str | list[dict]
 
@@ -87,7 +89,7 @@ def read_jsonl(path: Path) -> Iterable[tuple[str, object]]:
             try:
                 value = json.loads(line)
                 json.dumps(value, ensure_ascii=False).encode()  # half a character is no text
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(
                     f"{path}, line {number} is not JSON ({error}): put one object a line"
                 ) from None
@@ -115,11 +117,30 @@ def read_hub(source: dict, split: str) -> Iterable[tuple[str, dict]]:
             rows = datasets.load_dataset(FORMATS[suffix], data_files=name, split="train")
         elif saved or Path(name, "state.json").is_file():
             rows = datasets.load_from_disk(f"{name}/{part}" if saved else name)
+            check_inside(name, [file["filename"] for file in rows.cache_files])
         else:
-            rows = datasets.load_dataset(name, data_dir=source["folder"], split=part)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+            builder = datasets.load_dataset_builder(name, data_dir=source["folder"])
+            files = (builder.config.data_files or {}).values()
+            check_inside(name, [file for each in files for file in each])
+            builder.download_and_prepare()
+            rows = builder.as_dataset(split=part)
+        kinds = rows.features.to_dict().items()
+        media = [c for c, kind in kinds if not set(re.findall(TYPE, str(kind))) <= PLAIN]
+        rows = rows.remove_columns(media)  # a picture may be a path, which is not followed
+        return [(f"{where} row {number}", row) for number, row in enumerate(rows, 1)]
+    except Exception as error:  # of `datasets`, pyarrow and pandas, on what a file holds
         raise ValueError(unreachable("data set", name, error)) from None
-    return ((f"{where} row {number}", row) for number, row in enumerate(rows, 1))
+
+
+def check_inside(name: str, files: Iterable[str]):
+    """Raises ValueError on files of a directory that lie outside of it, or of the hub that don't
+    lie there."""
+    for file in map(str, files):
+        inside = "://" in file
+        if Path(name).is_dir():
+            inside = not inside and Path(file).resolve().is_relative_to(Path(name).resolve())
+        if not inside:
+            raise ValueError(f"it names {file}, which lies outside of it")
 
 
 # --- a row -> a prompt, or a pair ---
@@ -183,7 +204,8 @@ def message(m) -> dict:
     if isinstance(content, list):  # of {"type": "text", "text": …}
         parts = [part.get("text") if isinstance(part, dict) else part for part in content]
         content = "".join(parts) if all(isinstance(part, str) for part in parts) else None
-    return {"role": SHAREGPT.get(role, role), "content": content}
+    role = SHAREGPT.get(role, role) if isinstance(role, str) else None
+    return {"role": role, "content": content}
 
 
 def parse_hh(text: str) -> list[dict]:

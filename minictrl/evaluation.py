@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax
 
@@ -18,7 +19,18 @@ from minictrl import files, runs, theory
 from minictrl.batch import Batch
 from minictrl.calibration import calibrated_reward, leave_one_out_calibration
 from minictrl.config import TEST, TEST_REF, Config
-from minictrl.files import read_sealed, save_tensors, sha256_of, write_rows, write_sealed
+from minictrl.files import (
+    NUMBER,
+    PERHAPS,
+    TEXT,
+    check_columns,
+    read_sealed,
+    reading,
+    save_tensors,
+    sha256_of,
+    write_rows,
+    write_sealed,
+)
 from minictrl.lm.device import halving
 from minictrl.lm.logprobs import response_logits
 from minictrl.models import load_policy
@@ -104,23 +116,33 @@ def parts_of(run: Path, suffix: str) -> dict[str, Path]:
     }
 
 
+ROW = {name: TEXT for name in ("procedure", "scorer")}  # the columns of eval.json
+ROW |= {name: NUMBER for name in ("n", "win_rate", "kl", "prompts", "samples")}
+ROW |= {name: PERHAPS for name in ("stderr", "kl_stderr", "theory", "optimal")}
+
+
 def read(run: Path, suffix: str = "") -> list[dict]:
     """The rows of a run's eval.json. Raises ValueError if that or a file of `parts_of` is not as it
     was written.
     """
     path, parts = run / f"eval{suffix}.json", parts_of(run, suffix)
-    try:
+    again = f"delete {path} and give the command that made it again"
+    with reading(path, again):
         stored = read_sealed(path)
-        for part, sha256 in stored.get("parts", {}).items():
-            path = parts[part]
-            if sha256_of(path) != sha256:
+        check_columns(stored["rows"], ROW)
+        sums = dict(stored.get("parts", {}))
+    for part, sha256 in sums.items():
+        with reading(parts[part], again):
+            if sha256_of(parts[part]) != sha256:
                 raise ValueError("it has changed since it was written")
-        return stored["rows"]
-    except (ValueError, KeyError, OSError, AttributeError) as error:
-        raise ValueError(
-            f"{path}: is damaged ({error}); delete {run / f'eval{suffix}.json'} and give the "
-            "command that made it again"
-        ) from None
+    return stored["rows"]
+
+
+def read_tensors(run: Path, name: str, suffix: str = "") -> dict[str, Tensor]:
+    """The tensors of a run's wins or by_prompt. Raises ValueError if they are damaged."""
+    path = parts_of(run, suffix)[name]
+    with reading(path, f"evaluate the run again: python evaluate.py {run}"):
+        return load_file(path)
 
 
 def table_of(

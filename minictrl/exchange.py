@@ -28,6 +28,7 @@ from minictrl.lm.prompts import encode_prompts
 from minictrl.reference import Reference
 from minictrl.rollout import reference_key, score, with_prompts
 from minictrl.sampling import sample, texts_of
+from minictrl.scorers.text import as_text
 from minictrl.task import Task, load_task
 from minictrl.update import forward_all
 
@@ -109,6 +110,7 @@ def encoded(task: Task, texts: list[list[str]], r_ref: Tensor, size: int) -> Ref
 
 def continuations(tokenizer, prompt: str, texts: list[str]) -> list[list[int]]:
     """The tokens of texts as they go on after their prompt."""
+    texts = [as_text(tokenizer, text) for text in texts]
     before, *whole = encode_prompts(tokenizer, [prompt, *(prompt + y for y in texts)])
     alone = [tokenizer(y, add_special_tokens=False)["input_ids"] for y in texts]
     n = len(before)

@@ -90,7 +90,7 @@ def win_rates(run: Path, suffix: str, table: list[dict]):
 
 def training(run: Path):
     """The learning curves of metrics.jsonl."""
-    rows, budget = runs.read_metrics(run), runs.load_config(run)[0].kl
+    rows, budget = runs.finished_metrics(run), runs.load_config(run)[0].kl
     names = [
         name
         for name in (

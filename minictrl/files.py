@@ -164,6 +164,29 @@ def finite(value):
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+NUMBER, TEXT, PERHAPS = (int, float), (str,), (int, float, type(None))  # kinds of columns
+
+
+def check_columns(rows, columns: dict[str, tuple[type, ...]]):
+    """Raises ValueError unless rows are a list of dicts that have these columns, of these types."""
+    for number, row in enumerate(rows if isinstance(rows, list) else [rows], 1):
+        for name, kinds in columns.items():
+            if not isinstance(row, dict) or not isinstance(row.get(name, ...), kinds):
+                raise ValueError(f"row {number} has no {name} of a right kind: {str(row)[:60]}")
+    if not rows or not isinstance(rows, list):
+        raise ValueError("it has no rows")
+
+
+@contextmanager
+def reading(path: Path, again: str) -> Iterator[None]:
+    """Names the file, and how to make it again, if what is read is not what was written."""
+    try:
+        yield
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        why = str(error).splitlines()[:1] or [type(error).__name__]
+        raise ValueError(f"{path}: is missing or damaged ({why[0]}); {again}") from None
+
+
 def read_rows(path: Path) -> list:
     """The values of a file with one JSON value a line (a text may hold other ends of lines)."""
     return [json.loads(line) for line in path.read_bytes().splitlines()]

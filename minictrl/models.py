@@ -22,6 +22,7 @@ from minictrl.files import digest, sha256_of, sync, writing
 from minictrl.lm.device import resolve_device
 from minictrl.lm.hub import from_hub
 from minictrl.lm.identity import config_of, tokenizer_of
+from minictrl.lm.prompts import known_ends
 from minictrl.scorers.classifier import load_classifier
 from minictrl.scorers.function import load_function
 from minictrl.scorers.generative import QUESTION, load_generative
@@ -71,18 +72,14 @@ def load_policy(
     if options:
         model.hf_quantizer, model.is_quantized = None, False
         del model.config.quantization_config
-    eos = (
-        tokenizer.eos_token_id
-        if tokenizer.eos_token_id is not None
-        else model.generation_config.eos_token_id
-    )
+    ends = known_ends(model, tokenizer)
+    eos = tokenizer.convert_ids_to_tokens(ends[0]) if ends else None
     if eos is None:
         raise ValueError(
             f"policy {name}: neither tokenizer nor config has an EOS token, so no response could "
-            "end; "
-            "set eos_token in its tokenizer_config.json"
+            "end; set eos_token in its tokenizer_config.json"
         )
-    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(eos[0] if isinstance(eos, list) else eos)
+    tokenizer.eos_token = eos
     if (
         tokenizer.pad_token_id is None
         or tokenizer.pad_token_id >= model.get_input_embeddings().num_embeddings

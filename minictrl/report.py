@@ -9,16 +9,18 @@ from functools import partial
 from html import escape
 from pathlib import Path
 
-from safetensors.torch import load_file
-
 from minictrl import evaluation, figures, runs
 from minictrl.config import Config
 from minictrl.data import key
-from minictrl.files import in_one_step, read_rows
+from minictrl.files import NUMBER, TEXT, check_columns, in_one_step, read_rows, reading
 
 PROMPTS = 20  # shown side by side
 CASES = (("standard", 1), ("bon", 4), ("won", 4))
 COLUMNS = ("C_hat", "kl_ref", "entropy")
+ENDS = ("", "_reference")  # of columns of samples.jsonl: of pi and of pi_ref
+SAMPLE = {"prompt": (str, list)} | {name: TEXT for name in ("reference", "response")}
+SAMPLE |= {f"best{end}": TEXT for end in ENDS}
+SAMPLE |= {f"{name}{end}": NUMBER for name in ("reward", "C_hat", "best_C_hat") for end in ENDS}
 STYLE = """
 :root { color-scheme: light dark; }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: auto; padding: 1rem; }
@@ -81,13 +83,13 @@ def write_page(folders: list[Path], suffix: str, file: Path):
     unique = len(set(names)) == len(names)
     named = {folder.name if unique else str(folder): folder for folder in folders}
     tables = {name: evaluation.read(folder, suffix) for name, folder in named.items()}
-    samples = {name: read_rows(folder / f"samples{suffix}.jsonl") for name, folder in named.items()}
+    samples = {name: read_samples(folder, suffix) for name, folder in named.items()}
     sections = {
         "Win rates against KL": [partial(win_rates, tables=tables, case=case) for case in CASES],
         "Training": [partial(training, named=named, column=column) for column in COLUMNS],
         "Calibrated reward of the samples: flat under pi_ref": [
             partial(
-                histogram, name=name, stored=load_file(folder / f"by_prompt{suffix}.safetensors")
+                histogram, name=name, stored=evaluation.read_tensors(folder, "by_prompt", suffix)
             )
             for name, folder in named.items()
         ],
@@ -114,6 +116,15 @@ the same prompt that a response beats.</p>
 """
     with in_one_step(file) as path:
         path.write_text(page)
+
+
+def read_samples(run: Path, suffix: str) -> list[dict]:
+    """The rows of a run's samples.jsonl. Raises ValueError if it is damaged."""
+    path = run / f"samples{suffix}.jsonl"
+    with reading(path, f"evaluate the run again: python evaluate.py {run}"):
+        rows = read_rows(path)
+        check_columns(rows, SAMPLE)
+    return rows
 
 
 def win_rates(axis, *, tables: dict[str, list[dict]], case: tuple[str, int]):

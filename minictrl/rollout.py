@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from minictrl.batch import Batch
 from minictrl.files import digest
+from minictrl.lm.device import check_room
 from minictrl.lm.logprobs import sequence_logprobs
 from minictrl.lm.prompts import response_texts
 from minictrl.reference import Reference, cached
@@ -154,8 +155,9 @@ def rollout_stats(batch: Batch, r: Tensor, C_hat: Tensor) -> dict[str, float]:
 def reference_samples(task: Task, K: int, *, seed: int, cache: str, name: str) -> Reference:
     """K samples of pi_ref for each prompt with their rewards, from the cache as far as it has them.
 
-    cache: its directory. name: of the progress bar.
+    cache: its directory. name: of the progress bar. Raises ValueError on more than fit.
     """
+    check_room(K * len(task.texts), task.max_new_tokens, "--K or --samples, --prompts")
 
     def draw(index: list[int], first: int, count: int) -> Reference:
         samples, r = sample_and_score(

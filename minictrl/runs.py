@@ -26,11 +26,15 @@ from minictrl.batch import Batch
 from minictrl.budget import Budget
 from minictrl.config import Config, is_run
 from minictrl.files import (
+    NUMBER,
+    PERHAPS,
+    check_columns,
     digest,
     finite,
     load_tensors,
     lock,
     read_sealed,
+    reading,
     save_tensors,
     sweep,
     write_rows,
@@ -134,7 +138,7 @@ def load_config(run: Path) -> tuple[Config, dict]:
         stored = read_sealed(path)
         if "model_type" not in stored:
             return Config.of(stored)
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(
             f"{path}: is damaged ({error}); train the run again with --overwrite"
         ) from None
@@ -210,8 +214,9 @@ def check_made_from(run: Path, config: Config, made_from: dict, *, but: Iterable
 
     but: names of models that are others on purpose.
     """
-    for name, then in load_config(run)[1].get("made_from", {}).items():
-        if name not in but and made_from[name] != then:
+    stored = load_config(run)[1].get("made_from", {})
+    for name, now in made_from.items():
+        if name not in but and stored.get(name, now) != now:
             raise ValueError(
                 f"{run}: its --{name} {getattr(config, name)} has changed since the run was "
                 "started; put it back, or train again with --overwrite"
@@ -222,13 +227,31 @@ def check_made_from(run: Path, config: Config, made_from: dict, *, but: Iterable
 
 
 def read_metrics(run: Path) -> list[dict]:
-    """Rows of metrics.jsonl; a last line that was cut off by an interruption is left out."""
+    """Rows of metrics.jsonl; a last line that was cut off by an interruption is left out. Raises
+    ValueError on any other that is no row of it.
+    """
     path, rows = run / "metrics.jsonl", []
-    for line in path.read_text().splitlines() if path.is_file() else []:
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            break
+    lines = path.read_bytes().splitlines() if path.is_file() else []
+    with reading(path, "train the run again with --overwrite"):
+        for number, line in enumerate(lines, 1):
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                if number < len(lines):
+                    raise
+        if rows:
+            counted = dict.fromkeys(("step", "tokens", "seconds"), NUMBER)
+            check_columns(rows, dict.fromkeys(METRICS, PERHAPS) | counted)
+    return rows
+
+
+def finished_metrics(run: Path) -> list[dict]:
+    """The rows of a run that has ended. Raises ValueError if there are none."""
+    rows = read_metrics(run)
+    if not rows:
+        raise ValueError(
+            f"{run / 'metrics.jsonl'}: holds no step; train the run again with --overwrite"
+        )
     return rows
 
 

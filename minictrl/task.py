@@ -18,6 +18,7 @@ from minictrl.lm.device import resolve_device
 from minictrl.lm.identity import config_of, tokenizer_of
 from minictrl.lm.prompts import check_ids, check_lengths, encode_prompts, eos_ids, left_pad
 from minictrl.models import load_policy, load_scorer, render
+from minictrl.scorers.text import as_text
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,14 @@ def read_prompts(
         warnings.warn(
             f"--prompts {config.prompts}: {config.task} has {len(prompts)} for {split}, all are "
             "taken",
+            stacklevel=2,
+        )
+    held = [prompt for prompt in prompts if as_text(tokenizer, prompt) != prompt]
+    if held:
+        warnings.warn(
+            f"{len(held)} of {len(prompts)} prompts hold control tokens of {config.policy}, the "
+            f"first {str(held[0])[:60]!r}: they are read as text; for turns, give "
+            '{"messages": …}',
             stacklevel=2,
         )
     if tokenizer.chat_template and isinstance(prompts[0], str):

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 Result = TypeVar("Result")
+TOKEN = 16  # bytes of a sampled token: itself, its log-probability, its place in a mask
 
 
 def resolve_device(name: str) -> torch.device:
@@ -41,6 +42,20 @@ def out_of_memory(error: Exception) -> bool:
     said = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "can't allocate memory")
     kinds = (torch.OutOfMemoryError, MemoryError)
     return isinstance(error, kinds) or any(words in str(error) for words in said)
+
+
+def check_room(responses: int, tokens: int, flags: str) -> None:
+    """Raises ValueError if so many responses are more than the machine's memory holds.
+
+    flags: those that say how many.
+    """
+    need = responses * tokens * TOKEN
+    have = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if need > have:
+        raise ValueError(
+            f"{responses} responses of {tokens} tokens take {need / 1e9:.0f} GB, and this machine "
+            f"has {have / 1e9:.0f}: use fewer or shorter ones ({flags}, --max-new-tokens)"
+        )
 
 
 def halving(size: int, work: Callable[[int], Result]) -> tuple[Result, int]:

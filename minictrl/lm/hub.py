@@ -17,12 +17,20 @@ import sys
 import urllib.request
 import warnings
 from contextlib import nullcontext, redirect_stderr
+from itertools import product
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from safetensors import SafetensorError
-
 ADAPTER = "adapter_config.json"  # peft's
+KERNEL = r'(attn|experts)_implementation\w*": [^,}]*/'  # in a config.json: of the hub
+WEIGHTS = "model.safetensors"
+# Of a config.json: sizes, each at most the bytes of the weights, and how many there are of what has
+# at least LEAST bytes of them; MOST without weights.
+SIZES = ("vocab_size", "hidden_size", "n_embd", "intermediate_size", "n_inner", "head_dim")
+SIZES += ("num_attention_heads", "n_head", "num_key_value_heads", "type_vocab_size", "d_model")
+SIZES += ("dim", "hidden_dim", "d_ff", "n_heads", "num_heads", "embedding_size")
+COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_labels", "num_experts")
+LEAST, MOST = 16, 1_000_000
 HEADS = ("score", "classifier", "v_head", "qa_outputs")  # what a language model has no place for
 
 
@@ -100,21 +108,20 @@ def from_pretrained(loader, kind: str, name: str, *, output_loading_info: bool, 
     """loader.from_pretrained, quiet, with errors of one line."""
     if output_loading_info:
         options["output_loading_info"] = True
+    if "gguf_file" not in options:
+        weights = loader.__name__.startswith("AutoModelFor")
+        check_files(kind, Path(name), weights=weights)
+        if weights:
+            options["use_safetensors"] = True
     # a .gguf file's progress bar
     quiet = nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO())
     try:
         with quiet:
-            return loader.from_pretrained(name, **options)
-    except (
-        ImportError,
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        RuntimeError,
-        SafetensorError,
-    ) as error:
+            loaded = loader.from_pretrained(name, trust_remote_code=False, **options)
+            if loader.__name__ == "AutoTokenizer":
+                loaded("a")  # what is wrong with it is said now
+            return loaded
+    except Exception as error:  # nothing of ours runs here, and `tokenizers` raises bare ones
         if "gguf_file" in options:
             raise ValueError(
                 f"{kind} {name}/{options['gguf_file']}: can't be read ({first_line(error)}); a "
@@ -124,13 +131,74 @@ def from_pretrained(loader, kind: str, name: str, *, output_loading_info: bool, 
         raise ValueError(unreachable(kind, name, error)) from None
 
 
+def check_files(kind: str, folder: Path, *, weights: bool):
+    """Raises ValueError on a directory whose weights are a pickle or lie elsewhere, or whose
+    config.json describes a model far larger than they are: that would take all memory, or for ever.
+
+    weights: whether they are to be read.
+    """
+    config, index = folder / "config.json", folder / f"{WEIGHTS}.index.json"
+    if not config.is_file():  # of the hub, or nothing, as transformers will say
+        return
+    files = [folder / WEIGHTS]
+    if not files[0].is_file() and index.is_file():
+        names = read_object(kind, index).get("weight_map")
+        names = set(names.values() if isinstance(names, dict) else [None])
+        if not all(isinstance(name, str) and Path(name).name == name for name in names):
+            raise ValueError(
+                f"{kind} {folder}: {index.name} names files that are not in the directory; put "
+                "them beside it"
+            )
+        files = [folder / name for name in names]
+    settings = read_object(kind, config)
+    if re.search(KERNEL, json.dumps(settings)):
+        raise ValueError(
+            f"{kind} {folder}: its config.json asks for code of the hub, which is not run; take "
+            "its attn_implementation and experts_implementation out"
+        )
+    there = all(path.is_file() for path in files)
+    if weights and not there:
+        raise ValueError(
+            f"{kind} {folder}: has no {WEIGHTS}, and nothing else is read, because a pickle could "
+            "run code; save it again with model.save_pretrained"
+        )
+    size = sum(path.stat().st_size for path in files) if there else MOST
+    most = dict.fromkeys(SIZES, size) | dict.fromkeys(COUNTS, size // LEAST)
+    parts = [settings, *(part for part in settings.values() if isinstance(part, dict))]
+    for part, name in product(parts, most):
+        value = part.get(name)
+        if isinstance(value, (int, float)) and not value <= most[name]:
+            raise ValueError(
+                f"{kind} {folder}: its config.json has {name} {value}, for weights of {size} "
+                "bytes; put the config.json there that belongs to them"
+            )
+
+
+def read_object(kind: str, path: Path) -> dict:
+    """An object in JSON. Raises ValueError if the file holds anything else."""
+    try:
+        value = json.loads(path.read_bytes())
+    except (ValueError, RecursionError, OSError) as error:
+        value = first_line(error)
+    if not isinstance(value, dict):
+        raise ValueError(f"{kind} {path}: is no object in JSON ({str(value)[:60]}); put it back")
+    return value
+
+
 def from_adapter(loader, kind: str, name: str, **options):
     """Of a directory of peft's: its base with the adapter merged into it, or the base's config or
     tokenizer. An adapter of a classifier has its head."""
-    settings = json.loads((Path(name) / ADAPTER).read_text())
+    settings = read_object(kind, Path(name) / ADAPTER)
     base, head = settings.get("base_model_name_or_path"), settings.get("task_type") == "SEQ_CLS"
-    if importlib.util.find_spec("peft") is None or not base:
+    if importlib.util.find_spec("peft") is None or not (base and isinstance(base, str)):
         raise ValueError(adapter(kind, name))
+    if not (Path(name) / "adapter_model.safetensors").is_file():
+        raise ValueError(
+            f"{kind} {name}: has no adapter_model.safetensors, and nothing else is read, because a "
+            "pickle could run code; save it again with model.save_pretrained"
+        )
+    if (Path(hub_name(base)) / ADAPTER).is_file():
+        raise ValueError(f"{kind} {name}: its base {base} is an adapter too; merge that first")
     if not loader.__name__.startswith("AutoModelFor"):
         loaded = from_hub(loader, f"base of {kind}", base, **options)
         if head and loader.__name__ == "AutoConfig":
@@ -145,7 +213,7 @@ def from_adapter(loader, kind: str, name: str, **options):
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message="Found missing adapter keys")
             return PeftModel.from_pretrained(model, name).merge_and_unload()
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, UserWarning) as error:
+    except Exception as error:  # peft's, of whatever its files hold
         raise ValueError(
             f"{kind} {name}: is no adapter of its base {base} ({first_line(error)}); give one that "
             "was trained on it"

@@ -53,18 +53,30 @@ def response_texts(tokenizer, before: list[int], responses: list[list[int]]) -> 
     return [text[len(head) :] for head, text in zip(heads, texts, strict=True)]
 
 
-def eos_ids(model, tokenizer) -> Tensor:
-    """Every token that ends a response: the tokenizer's EOS and the generation config's (chat
-    models have two).
+def known_ends(model, tokenizer) -> list[int]:
+    """The tokens that end a response: the tokenizer's EOS, then those of the generation config
+    (chat models have two). Raises ValueError on what is no token.
     """
-    ids = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    ids = set(ids if isinstance(ids, (list, tuple)) else [ids]) | {tokenizer.eos_token_id}
-    ids = sorted(i for i in ids if i is not None)
+    given = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    given = given if isinstance(given, (list, tuple)) else [given]
+    ids = [i for i in (tokenizer.eos_token_id, *given) if i is not None]
+    for i in ids:
+        if type(i) is not int or not 0 <= i < 2**31:
+            raise ValueError(
+                f"{tokenizer.name_or_path}: eos_token_id {i!r} is no token; put it right in "
+                "generation_config.json, or in config.json if there is none"
+            )
+    return ids
+
+
+def eos_ids(model, tokenizer) -> Tensor:
+    """`known_ends`, each once, in order. Raises ValueError if there are none."""
+    ids = known_ends(model, tokenizer)
     if not ids:
         raise ValueError(
             "the tokenizer has no eos_token: set tokenizer.eos_token, or no response can end"
         )
-    return torch.tensor(ids)
+    return torch.tensor(sorted(set(ids)))
 
 
 def check_ids(model, tokenizer, ids: list[list[int]]) -> None:

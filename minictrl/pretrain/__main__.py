@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from minictrl.cli import Parser, run_script
+from minictrl.cli import Parser, run_script, whole
 from minictrl.files import write_json
 from minictrl.pretrain import students, teachers
 from minictrl.pretrain.hub import train_pairs_task
@@ -56,19 +56,19 @@ def main(argv=None):
     text = "one step, of the teachers where --teachers is given alone, else of the students"
     add("--only", choices=teachers.STEPS, help=text)
     text = "of the teacher's text, some 17,000 tokens each (150)"
-    add("--shards", type=int, default=150, help=text)
+    add("--shards", type=whole(), default=150, help=text)
     add("--task", help="instead, models from preference pairs: a task or a .jsonl file")
     add("--policy", help="pairs: what to start from (default: the task's policy)")
     add(
         "--base", help="pairs: what reward model and judge start from, an encoder or a causal model"
     )
-    add("--epochs", type=int, default=1, help="pairs: passes over them (1)")
-    add("--batch", type=int, default=64, help="pairs: in a step (64)")
+    add("--epochs", type=whole(), default=1, help="pairs: passes over them (1)")
+    add("--batch", type=whole(), default=64, help="pairs: in a step (64)")
     add("--lr", type=float, default=1e-5, help="pairs: learning rate (1e-5)")
     add("--device", default="auto", help="pairs: auto, cpu or cuda")
-    add("--limit", type=int, help="pairs: use at most this many")
+    add("--limit", type=whole(), help="pairs: use at most this many")
     add("--out", type=Path, help="pairs: where the models go")
-    add("--seed", type=int, default=0)
+    add("--seed", type=whole(0), default=0)
     args = parser.parse_args(argv)
     if args.task is None:
         to = args.students or (None if args.teachers else STUDENTS)

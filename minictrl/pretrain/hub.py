@@ -25,16 +25,18 @@ from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification
 
 from minictrl.config import TASKS
-from minictrl.files import in_one_step, write_json
+from minictrl.files import load_tensors, reading, save_tensors, write_json
 from minictrl.lm.device import halving, resolve_device
 from minictrl.lm.hub import from_hub
 from minictrl.lm.logprobs import sequence_logprobs
 from minictrl.lm.prompts import encode_prompts, left_pad
 from minictrl.models import load_policy, load_scorer, save_policy
 from minictrl.pretrain.pairs import Pair, load_pairs
-from minictrl.scorers.text import encoded, render, scorer_tokenizer, written
+from minictrl.scorers.text import as_text, encoded, render, scorer_tokenizer, written
+from minictrl.update import Learner
 
 SAVE_SECONDS = 300  # between checkpoints
+RNG = "rng"  # dropout's generator in a checkpoint, beside what a `Learner` has
 
 
 def train_pairs_task(
@@ -70,7 +72,7 @@ def train_pairs_task(
             "with --base what a reward model starts from"
         )
     for flag, value in {"epochs": epochs, "batch": batch, "lr": lr}.items():
-        if not value > 0:
+        if not 0 < value < math.inf:
             raise ValueError(f"--{flag} {value}: use a positive number")
     place, out = resolve_device(device), Path(out)
     train, test = (load_pairs(task, split, skip_bad=skip_bad) for split in ("train", "test"))
@@ -107,8 +109,10 @@ def train_pairs_task(
 def claim(out: Path, settings: dict):
     """Makes `out`, and notes the settings there. Raises ValueError if it holds anything else."""
     file = out / "pretrain.json"
-    if file.is_file() and json.loads(file.read_text()) == settings:
-        return
+    if file.is_file():
+        with reading(file, "give a new directory"):
+            if json.loads(file.read_bytes()) == settings:
+                return
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"--out {out}: holds something already; give a new directory")
     out.mkdir(parents=True, exist_ok=True)
@@ -122,7 +126,9 @@ def wilson(right: float, n: int, z: float = 1.96) -> tuple[float, float]:
 
 
 def sft_rows(tokenizer, pairs: list[Pair]) -> list[tuple[list[int], list[int]]]:
-    answers = [(render(tokenizer, prompt), chosen) for prompt, chosen, _ in pairs]
+    answers = [
+        (render(tokenizer, prompt), as_text(tokenizer, chosen)) for prompt, chosen, _ in pairs
+    ]
     return answer_rows(tokenizer, answers)
 
 
@@ -298,22 +304,16 @@ def resume(checkpoint: Path, model: nn.Module, optimizer) -> int:
     """
     if not checkpoint.is_file():
         return 0
-    state = torch.load(checkpoint, map_location=model.device)
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    torch.set_rng_state(state["rng"].cpu())
-    return state["step"]
+    with reading(checkpoint, "delete it, and the same command starts this model again"):
+        state, metadata = load_tensors(checkpoint)
+        torch.set_rng_state(state.pop(RNG))
+        Learner(model, None, optimizer).restore(state)
+    return int(metadata["step"])
 
 
 def save_step(checkpoint: Path, model: nn.Module, optimizer, step: int):
-    state = {
-        "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "rng": torch.get_rng_state(),
-        "step": step,
-    }
-    with in_one_step(checkpoint) as temporary:
-        torch.save(state, temporary)
+    state = Learner(model, None, optimizer).state() | {RNG: torch.get_rng_state()}
+    save_tensors(checkpoint, state, {"step": str(step)})
 
 
 def shuffled(rows: list, batch: int, rng: random.Random) -> list[list]:

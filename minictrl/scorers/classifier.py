@@ -7,7 +7,6 @@ forward pass: `of_prefixes`.
 from __future__ import annotations
 
 import inspect
-import re
 from collections.abc import Callable
 
 import torch
@@ -131,7 +130,8 @@ def surroundings(
     `padding` behind it is not read, be it EOS: the score is then that of the last token before.
     """
     whole = [written(tokenizer, prompt, GAP, causal=True) for prompt in prompts]
-    parts = [re.split(f"{GAP[0]}?{GAP[1]}", text, maxsplit=1) for text in whole]
+    split = (text.rpartition(GAP[1]) for text in whole)  # the last: a prompt may hold one
+    parts = [(before.removesuffix(GAP[0]), behind) for before, _, behind in split]
     special = not tokenizer.chat_template  # as in `token_ids`
     encoded = tokenizer(["".join(part) for part in parts], add_special_tokens=special)
     around = []

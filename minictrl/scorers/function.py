@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -36,12 +37,13 @@ def load_function(
     def call(prompts: list[Prompt], texts: list[str]) -> list:
         rows = [columns.get(key(prompt), {}) for prompt in prompts]
         fields = {name: [row.get(name) for row in rows] for name in wanted}
-        return list(function(prompts, texts, **fields))
+        scores = function(list(prompts), list(texts), **fields)
+        return list(islice(scores, len(texts) + 1))  # it may never end
 
     def evaluate(prompts: list[Prompt], texts: list[str]) -> Tensor:
         try:
-            scores = torch.as_tensor(call(prompts, texts), dtype=torch.float32)
-        except Exception as error:
+            scores = torch.as_tensor(call(prompts, texts), dtype=torch.float32).detach()
+        except (Exception, SystemExit) as error:  # whatever the user's function does
             at = culprit(call, prompts, texts)
             raise ValueError(f"{role} {spec} fails with {describe(error)}{at}") from error
         if scores.shape != (len(texts),):
@@ -66,11 +68,15 @@ def find_function(spec: str, role: str) -> Callable:
     module = importlib.util.module_from_spec(module_spec)
     try:
         module_spec.loader.exec_module(module)
-    except Exception as error:  # whatever the user's file does
+    except (Exception, SystemExit) as error:  # whatever the user's file does
         raise ValueError(f"{role} {spec}: {file} fails with {describe(error)}") from error
     function = getattr(module, name, None)
     if not callable(function):
         raise ValueError(f"{role} {spec}: {file} has no function {name!r}")
+    try:
+        inspect.signature(function)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{role} {spec}: {error}; give a function that is written in it") from None
     return function
 
 
@@ -92,10 +98,10 @@ def culprit(call: Callable, prompts: list, texts: list[str]) -> str:
     for prompt, text in zip(prompts, texts, strict=True):
         try:
             call([prompt], [text])
-        except Exception:
+        except (Exception, SystemExit):
             return f" on the prompt {str(prompt)[:60]!r} and the text {text[:60]!r}"
     return ""
 
 
-def describe(error: Exception) -> str:
+def describe(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import re
+import signal
+import threading
 import warnings
 from collections.abc import Callable
+from contextlib import contextmanager
+from functools import lru_cache
 
 import torch
-from jinja2 import TemplateError
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 from transformers.utils import logging
 
 from minictrl.data import Prompt
 from minictrl.lm.device import out_of_memory, resident
-from minictrl.lm.hub import from_hub
+from minictrl.lm.hub import first_line, from_hub
 from minictrl.lm.prompts import check_ids
 
 logging.set_verbosity_error()
@@ -24,13 +28,38 @@ logging.disable_progress_bar()
 BATCH_TOKENS = {"cuda": 16_384, "cpu": 4_096}
 
 
-def render(tokenizer, prompt: Prompt, **template_args) -> str:
+PATIENCE = 10  # seconds for a chat template
+
+
+def render(tokenizer, prompt: Prompt, /, **template_args) -> str:
     """The prompt as the tokenizer's model reads it: a text as it is, chat messages by its template,
-    or else as HH's.
+    or else as HH's; control tokens in either are text (`as_text`).
     """
+    prompt = as_text(tokenizer, prompt)
     if isinstance(prompt, str) or not tokenizer.chat_template:
         return plain(prompt)
-    return chat(tokenizer, prompt, add_generation_prompt=True, **template_args)
+    return chat(tokenizer, prompt, **{"add_generation_prompt": True} | template_args)
+
+
+def as_text(tokenizer, prompt: Prompt) -> Prompt:
+    """A prompt in which what the tokenizer reads as a control token is text: it ends no turn and
+    opens none.
+
+    A zero-width space goes behind the first character of each. A control token of one character
+    can't be told from it, nor can a template's marks that are no tokens.
+    """
+    if not isinstance(prompt, str):
+        return [m | {"content": as_text(tokenizer, m["content"])} for m in prompt]
+    return re.sub(control_tokens(tokenizer), lambda m: f"{m[0][0]}\u200b{m[0][1:]}", prompt)
+
+
+@lru_cache(maxsize=8)
+def control_tokens(tokenizer) -> str:
+    """A pattern of the tokenizer's special tokens, the longest first; as it is when first asked."""
+    added = tokenizer.added_tokens_decoder.values()
+    tokens = {*tokenizer.all_special_tokens, *(t.content for t in added if t.special)}
+    longest_first = sorted((t for t in tokens if len(t) > 1), key=len, reverse=True)
+    return "|".join(map(re.escape, longest_first)) or "(?!)"
 
 
 def plain(prompt: Prompt) -> str:
@@ -40,19 +69,44 @@ def plain(prompt: Prompt) -> str:
     if isinstance(prompt, str):
         return prompt
     names = {"user": "Human", "assistant": "Assistant", "system": "System"}
-    return "".join(f"\n\n{names[m['role']]}: {m['content']}" for m in prompt) + "\n\nAssistant:"
+    mark = rf"\n\n(?=({'|'.join(names.values())}):)"  # in a message it is text
+    turns = [(names[m["role"]], re.sub(mark, "\n\n\u200b", m["content"])) for m in prompt]
+    return "".join(f"\n\n{name}: {content}" for name, content in turns) + "\n\nAssistant:"
 
 
-def chat(tokenizer, messages: list[dict], **options) -> str:
+def chat(tokenizer, messages: list[dict], /, **options) -> str:
+    """The messages as the tokenizer's template writes them, in transformers' sandbox: it reads no
+    file. Raises ValueError if it fails, or takes more than PATIENCE seconds.
+    """
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, **options)
-    except (TemplateError, ValueError, TypeError, KeyError) as error:
+        with at_most(PATIENCE):
+            return tokenizer.apply_chat_template(messages, tokenize=False, **options)
+    except Exception as error:  # whatever the template does
         roles = ", ".join(m["role"] for m in messages)
         raise ValueError(
             f"the chat template of {tokenizer.name_or_path} fails on messages of {roles} "
-            f"({error}): "
+            f"({first_line(error)}): "
             "change the messages, or take the template out of its tokenizer_config.json"
         ) from None
+
+
+@contextmanager
+def at_most(seconds: float):
+    """Raises TimeoutError in what takes longer; in the main thread, where signals arrive."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def late(*_):
+        raise TimeoutError(f"it takes more than {seconds:g} seconds")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def written(tokenizer, prompt: Prompt, text: str, *, causal: bool) -> str | tuple[str, str]:
@@ -63,6 +117,7 @@ def written(tokenizer, prompt: Prompt, text: str, *, causal: bool) -> str | tupl
     models are trained: `tokenizer(question, answer)`. A causal model also gets EOS, where it is
     read.
     """
+    prompt, text = as_text(tokenizer, prompt), as_text(tokenizer, text)
     if tokenizer.chat_template:
         if isinstance(prompt, str):
             warnings.warn(

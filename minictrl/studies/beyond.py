@@ -147,7 +147,7 @@ def cost(run: Path) -> dict[str, float]:
     prefix, one a token.
     """
     config, _ = runs.load_config(run)
-    last = runs.read_metrics(run)[-1]
+    last = runs.finished_metrics(run)[-1]
     calls = config.prompts * config.K
     if get_method(config.method).online:
         calls += config.steps * config.batch * config.G

@@ -13,13 +13,12 @@ from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
-from safetensors.numpy import load_file
 from torch import Tensor
 from tqdm import tqdm
 
 import minictrl
 from minictrl import evaluation, runs
-from minictrl.cli import Parser
+from minictrl.cli import Parser, whole
 from minictrl.config import TEST, Config
 from minictrl.files import read_rows
 from minictrl.methods import METHODS as ALGORITHMS
@@ -73,7 +72,7 @@ def add_scale(parser: Parser):
     """The flags of a sweep's size."""
     add = parser.add_argument
     add("--quick", action="store_true", help="coarser and faster")
-    add("--seeds", type=int, metavar="N", help="of each KL (default 5 at 1 nat, 3 elsewhere)")
+    add("--seeds", type=whole(), metavar="N", help="of each KL (default 5 at 1 nat, 3 elsewhere)")
     add("--budgets", type=float, nargs="+", metavar="KL", help="of the runs (default 1 0.5 2)")
     add("--done", action="store_true", help="read the finished runs in DIR and train no others")
 
@@ -179,21 +178,26 @@ def table_of(folder: Path, split: str) -> Path:
 
 def table(folder: Path, settings: dict, split: str) -> Rows:
     """Rows of a finished run's eval.json. Raises ValueError if the run has other settings."""
-    _, stored = runs.load_config(folder)
+    stored, _ = runs.load_config(folder)
     for name, value in settings.items():
-        if stored[name] != value:
+        if getattr(stored, name) != value:
             raise ValueError(
-                f"{folder}: holds a run with {name} {stored[name]}, not {value}; "
+                f"{folder}: holds a run with {name} {getattr(stored, name)}, not {value}; "
                 "give another --out, or delete it"
             )
-    rows = evaluation.read(folder, evaluation.suffix(split))
+    suffix = evaluation.suffix(split)
+    rows = evaluation.read(folder, suffix)
     wins, by_prompt = (
-        load_file(folder / f"{name}{evaluation.suffix(split)}.safetensors")
-        for name in ("wins", "by_prompt")
+        evaluation.read_tensors(folder, name, suffix) for name in ("wins", "by_prompt")
     )
     for row in rows:
-        each = wins[f"{row['procedure']}-{row['n']}-{row['scorer']}"]
-        row |= {"wins": each, "kls": by_prompt["kl"]}
+        name = f"{row['procedure']}-{row['n']}-{row['scorer']}"
+        if name not in wins or "kl" not in by_prompt or wins[name].shape != by_prompt["kl"].shape:
+            raise ValueError(
+                f"{folder}: its win rates by prompt are not those of its eval.json; evaluate it "
+                f"again: python evaluate.py {folder}"
+            )
+        row |= {"wins": wins[name].numpy(), "kls": by_prompt["kl"].numpy()}
     return rows
 
 
