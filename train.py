@@ -74,11 +74,10 @@ def train(config: Config, resume: bool):
     from minictrl.budget import Budget
     from minictrl.models import save_policy
     from minictrl.rollout import check_sampler, reference_key, reference_samples
-    from minictrl.sampling import NotFinite
     from minictrl.track import Tracker
     from minictrl.update import freeze, make_learner
 
-    start, out = time.time(), Path(config.out)
+    start, out = time.monotonic(), Path(config.out)
     method, task, given, made_from = checked(config)
     freeze(task.policy, config.layers)
     if resume:
@@ -112,14 +111,14 @@ def train(config: Config, resume: bool):
         maximise = online if method.online else offline
         try:
             maximise(training, config, task, method, reference, pi_ref)
-        except NotFinite as error:
-            raise ValueError(f"{error}: {training.diverged(config.lr)}") from None
+        except ValueError as error:
+            raise ValueError(training.failed(error, config.lr, task.texts)) from error
     if training.stopped:
         return 130
 
     save_policy(task.policy, task.tokenizer, out / "policy")
     print(
-        f"{summary(runs.read_metrics(out)[-1], config)}, {time.time() - start:.0f} s. "
+        f"{summary(runs.read_metrics(out)[-1], config)}, {time.monotonic() - start:.0f} s. "
         f"Now: python evaluate.py {out}"
     )
 

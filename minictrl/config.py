@@ -313,11 +313,10 @@ class Config:
         return self.seed * 1_000_003 + draw
 
     @classmethod
-    def load(cls, path: Path) -> tuple[Config, dict]:
+    def of(cls, stored: dict) -> tuple[Config, dict]:
         """A run's settings, and all that its config.json holds: there `beta` is also given where it
         followed from `kl`.
         """
-        stored = json.loads(path.read_text())
         if not is_run(stored):
             raise ValueError("it is no train.py run's")
         settings = {f.name: stored[f.name] for f in fields(cls) if f.name in stored}

@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax
 
@@ -19,7 +18,7 @@ from minictrl import files, runs, theory
 from minictrl.batch import Batch
 from minictrl.calibration import calibrated_reward, leave_one_out_calibration
 from minictrl.config import TEST, TEST_REF, Config
-from minictrl.files import in_one_step, write_json, write_rows
+from minictrl.files import read_sealed, save_tensors, sha256_of, write_rows, write_sealed
 from minictrl.lm.device import halving
 from minictrl.lm.logprobs import response_logits
 from minictrl.models import load_policy
@@ -54,11 +53,11 @@ def evaluate(
 ) -> list[dict]:
     """The table of a run, from M responses per prompt of pi and of pi_ref.
 
-    Writes eval.json, wins.safetensors, by_prompt.safetensors (kl (P,), C_hat and C_hat_reference
-    (P, M)) and samples.jsonl into the run (`suffix` says which names others have). sizes: the N of
-    the table; those above M are left out. second: other models than the run's, by role (reward,
-    judge). The reward model selects, reward model and judge score; a run without a judge has no
-    such rows. Returns the rows of eval.json.
+    Writes wins.safetensors, by_prompt.safetensors (kl (P,), C_hat and C_hat_reference (P, M)),
+    samples.jsonl and last eval.json into the run (`suffix` says which names others have). sizes:
+    the N of the table; those above M are left out. second: other models than the run's, by role
+    (reward, judge). The reward model selects, reward model and judge score; a run without a judge
+    has no such rows. Returns the rows of eval.json.
     """
     second = second or {}
     if split == "train":
@@ -86,14 +85,41 @@ def evaluate(
     table, wins = table_of(config, pi, pi_ref, kls, curve_of(config, run), sizes)
     name = suffix(split, second)
     models = {role: getattr(config, role) for role in pi.scores}
-    write_json(run / f"eval{name}.json", {"rows": table, "models": models})
     levels = C_hats(pi, pi_ref)
-    by_prompt = {"kl": kls} | levels
-    for file, tensors in ((f"wins{name}", wins), (f"by_prompt{name}", by_prompt)):
-        with in_one_step(run / f"{file}.safetensors") as path:
-            save_file(tensors, path)
-    write_rows(run / f"samples{name}.jsonl", shown(task.prompts, pi, pi_ref, levels))
+    parts = parts_of(run, name)
+    save_tensors(parts["wins"], wins, {})
+    save_tensors(parts["by_prompt"], {"kl": kls} | levels, {})
+    write_rows(parts["samples"], shown(task.prompts, pi, pi_ref, levels))
+    sums = {part: sha256_of(path) for part, path in parts.items()}
+    write_sealed(run / f"eval{name}.json", {"rows": table, "models": models, "parts": sums})
     return table
+
+
+def parts_of(run: Path, suffix: str) -> dict[str, Path]:
+    """The files of an evaluation beside eval.json."""
+    return {
+        "wins": run / f"wins{suffix}.safetensors",
+        "by_prompt": run / f"by_prompt{suffix}.safetensors",
+        "samples": run / f"samples{suffix}.jsonl",
+    }
+
+
+def read(run: Path, suffix: str = "") -> list[dict]:
+    """The rows of a run's eval.json. Raises ValueError if that or a file of `parts_of` is not as it
+    was written.
+    """
+    path, parts = run / f"eval{suffix}.json", parts_of(run, suffix)
+    try:
+        stored = read_sealed(path)
+        for part, sha256 in stored.get("parts", {}).items():
+            path = parts[part]
+            if sha256_of(path) != sha256:
+                raise ValueError("it has changed since it was written")
+        return stored["rows"]
+    except (ValueError, KeyError, OSError, AttributeError) as error:
+        raise ValueError(
+            f"{path}: is damaged ({error}); evaluate the run again: python evaluate.py {run}"
+        ) from None
 
 
 def table_of(

@@ -1,14 +1,22 @@
-"""Files that are written in one step: a reader never sees half of one."""
+"""Files that are written in one step, so that a reader never sees half of one, and known again by
+a check sum, so that damage is seen.
+"""
 
 import csv
+import fcntl
+import hashlib
 import json
 import math
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
-from safetensors import SafetensorError
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
 
 
 @contextmanager
@@ -18,16 +26,27 @@ def in_one_step(path: Path) -> Iterator[Path]:
     try:
         with writing(path):
             yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
+            sync(temporary)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
+def sync(path: Path):
+    """Wait until a file is on the disk."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+def sweep(path: Path):
+    """Delete what killed writers of `path` have left. Only where no one else writes it now."""
+    for left in path.parent.glob(f"{path.name}.*.tmp"):
+        left.unlink()
+
+
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Raises ValueError if safetensors can't write, which names no file."""
+    """Names the file where writing fails: safetensors' error, as a ValueError, and the system's."""
     try:
         yield
     except SafetensorError as error:
@@ -35,12 +54,104 @@ def writing(path: Path) -> Iterator[None]:
             f"{path}: can't be written ({error}); make room, and give the same command again "
             "(train.py: with --resume)"
         ) from None
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
+def lock(path: Path, *, wait: bool) -> TextIO:
+    """An open file beside `path` that keeps others away until it is closed, or the process ends.
+
+    Raises BlockingIOError if another one has it and `wait` is not asked for.
+    """
+    file = open(path.with_name(f".{path.name}.lock"), "w")
+    fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    return file
+
+
+# --- check sums ---
+
+
+def check_sum(tensors: dict[str, Tensor]) -> str:
+    """SHA-256 of tensors by name, in hex."""
+    sha = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        sha.update(name.encode())
+        sha.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return sha.hexdigest()
+
+
+def digest(*parts) -> str:
+    """16 hex digits of strings, numbers, lists, dicts and modules (their weights)."""
+    sha = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, torch.nn.Module):
+            sha.update(check_sum(part.state_dict()).encode())
+        else:
+            sha.update(json.dumps(part, sort_keys=True, default=str).encode())
+        sha.update(b"|")
+    return sha.hexdigest()[:16]
+
+
+def sha256_of(path: Path) -> str:
+    """Of a file, in hex, as sha256sum prints it."""
+    sha = hashlib.sha256()
+    with open(path, "rb") as file:
+        while part := file.read(2**20):
+            sha.update(part)
+    return sha.hexdigest()
+
+
+# --- tensors ---
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]):
+    """A safetensors file in one step, with a digest of all that it holds."""
+    seal = digest(check_sum(tensors), layout(tensors), metadata)
+    with in_one_step(path) as temporary:
+        save_file(tensors, temporary, metadata | {"seal": seal})
+
+
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """What `save_tensors` wrote. Raises ValueError, without the path, if it is damaged."""
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = dict(file.metadata() or {})
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except (SafetensorError, OSError, TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(str(error).splitlines()[0]) from None
+    if metadata.pop("seal", None) != digest(check_sum(tensors), layout(tensors), metadata):
+        raise ValueError("its check sum is another")
+    return tensors, metadata
+
+
+def layout(tensors: dict[str, Tensor]) -> dict[str, list]:
+    """Type and shape of each tensor."""
+    return {name: [str(x.dtype), *x.shape] for name, x in tensors.items()}
+
+
+# --- JSON ---
 
 
 def write_json(path: Path, value):
     """JSON in one step; a number that is not finite is null, because JSON has no NaN."""
     with in_one_step(path) as temporary:
         temporary.write_text(json.dumps(finite(value), indent=1) + "\n")
+
+
+def write_sealed(path: Path, value: dict):
+    """JSON in one step, with its own digest as "sha256"."""
+    write_json(path, value | {"sha256": digest(finite(value))})
+
+
+def read_sealed(path: Path) -> dict:
+    """What `write_sealed` wrote, or JSON without a digest. Raises ValueError, without the path, if
+    it is no JSON or has another digest.
+    """
+    value = json.loads(path.read_bytes())
+    if isinstance(value, dict) and value.pop("sha256", None) not in (None, digest(value)):
+        raise ValueError('it has changed since it was written; delete its "sha256" if you did that')
+    return value
 
 
 def finite(value):

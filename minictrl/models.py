@@ -18,11 +18,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from minictrl.config import TASKS
 from minictrl.data import ASSETS, Prompt
-from minictrl.files import writing
+from minictrl.files import digest, sha256_of, sync, writing
 from minictrl.lm.device import resolve_device
 from minictrl.lm.hub import from_hub
 from minictrl.lm.identity import config_of, tokenizer_of
-from minictrl.reference import digest
 from minictrl.scorers.classifier import load_classifier
 from minictrl.scorers.function import load_function
 from minictrl.scorers.generative import QUESTION, load_generative
@@ -30,6 +29,7 @@ from minictrl.scorers.text import render
 
 __all__ = ["load_policy", "load_scorer", "render", "save_policy"]
 
+SUMS = "SHA256SUMS"  # of a saved policy's files
 ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}  # kinds of layers
 
 
@@ -103,14 +103,35 @@ def check_family(model: nn.Module, name: str) -> None:
 
 
 def save_policy(model: nn.Module, tokenizer, path: Path):
-    """Write a directory that `AutoModelForCausalLM.from_pretrained` loads, in one step."""
+    """Write a directory that `AutoModelForCausalLM.from_pretrained` loads, in one step, with the
+    check sums of its files (`sha256sum -c SHA256SUMS`)."""
     temporary = path.with_name(path.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     with writing(path):
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
+        files = sorted(temporary.iterdir())
+        lines = [f"{sha256_of(file)}  {file.name}\n" for file in files]
+        (temporary / SUMS).write_text("".join(lines))
+        for file in (*files, temporary / SUMS):
+            sync(file)
     shutil.rmtree(path, ignore_errors=True)
     os.replace(temporary, path)
+
+
+def check_saved(path: Path):
+    """Raises ValueError if a file of a policy isn't what `save_policy` wrote. A directory without
+    check sums is somebody else's, and not checked."""
+    if not (path / SUMS).is_file():
+        return
+    lines = (path / SUMS).read_bytes().decode(errors="replace").splitlines()
+    sums = dict(line.split("  ", 1)[::-1] for line in lines if "  " in line)
+    for file in sorted(path.iterdir()):
+        if file.name not in (SUMS, "README.md") and sums.get(file.name) != sha256_of(file):
+            raise ValueError(
+                f"{file}: has changed since it was saved; save it again: python train.py --resume "
+                f"--out {path.parent}; or delete {SUMS} beside it if you did that"
+            )
 
 
 # --- reward models and judges ---
@@ -155,10 +176,10 @@ def load_scorer(
         options = (config_of(model), tokenizer_of(tokenizer), label, QUESTION)
 
     def score(prompts: list[Prompt], texts: list[str]) -> Tensor:
-        return finite(evaluate(prompts, texts), name_or_path, role)
+        return finite(evaluate(prompts, texts), name_or_path, role, prompts, texts)
 
     def score_prefixes(prompts: list[Prompt], tokens: Tensor, mask: Tensor) -> Tensor:
-        return finite(of_prefixes(prompts, tokens, mask), name_or_path, role)
+        return finite(of_prefixes(prompts, tokens, mask), name_or_path, role, prompts)
 
     score.digest = digest(model, *options)  # of all that a score depends on
     score.tokenizer = tokenizer
@@ -166,11 +187,16 @@ def load_scorer(
     return score
 
 
-def finite(scores: Tensor, name: str, role: str) -> Tensor:
-    bad = int((~scores.isfinite()).sum())
-    if bad:
+def finite(
+    scores: Tensor, name: str, role: str, prompts: list[Prompt], texts: list[str] | None = None
+) -> Tensor:
+    """Raises ValueError on scores (B,) or (B, T) that are not, naming the first one's prompt."""
+    bad = ~scores.isfinite()
+    if bad.any():
+        first = int(bad.nonzero()[0, 0])
+        text = f" and the text {texts[first][:60]!r}" if texts else ""
         raise ValueError(
-            f"{role} model {name} gave {bad} of {scores.numel()} scores that are not finite: use "
-            "another"
+            f"{role} model {name} gave {int(bad.sum())} of {scores.numel()} scores that are not "
+            f"finite, the first on the prompt {str(prompts[first])[:60]!r}{text}: use another"
         )
     return scores.float().cpu()

@@ -8,19 +8,15 @@ prompts draw only what is missing, and an interruption loses one chunk at most.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from minictrl.files import in_one_step
+from minictrl.files import digest, load_tensors, lock, save_tensors, sweep
 
 CHUNK = 64  # prompts a file
 
@@ -38,11 +34,9 @@ class Reference:
         return Reference(*(getattr(self, f.name)[index] for f in fields(self)))
 
     def save(self, path: Path, digest: str):
-        """Writes all tensors with their check sum and a digest of what they depend on."""
+        """Writes all tensors with a digest of what they depend on."""
         tensors = {f.name: getattr(self, f.name).contiguous() for f in fields(self)}
-        sha256 = torch.tensor(list(check_sum(tensors).encode()), dtype=torch.uint8)
-        with in_one_step(path) as temporary:
-            save_file(tensors | {"sha256": sha256}, temporary, {"digest": digest})
+        save_tensors(path, tensors, {"digest": digest})
 
     @classmethod
     def load(cls, path: Path, digest: str | None = None) -> Reference | None:
@@ -53,39 +47,11 @@ class Reference:
         if not path.exists():
             return None
         try:
-            with safe_open(path, "pt") as file:
-                metadata = file.metadata()
-                if digest not in (None, metadata["digest"]):
-                    return None
-                tensors = {f.name: file.get_tensor(f.name) for f in fields(cls)}
-                sha256 = bytes(file.get_tensor("sha256").tolist()).decode()
-            if sha256 != check_sum(tensors):
-                raise ValueError("its check sum is another")
-            return cls(**tensors)
-        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+            tensors, metadata = load_tensors(path)
+        except ValueError as error:
             warnings.warn(f"{path} is damaged ({error}); its samples are drawn again", stacklevel=2)
             return None
-
-
-def check_sum(tensors: dict[str, Tensor]) -> str:
-    """SHA-256 of tensors by name, in hex."""
-    sha = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        sha.update(name.encode())
-        sha.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return sha.hexdigest()
-
-
-def digest(*parts) -> str:
-    """16 hex digits of strings, numbers, lists, dicts and modules (their weights)."""
-    sha = hashlib.sha256()
-    for part in parts:
-        if isinstance(part, torch.nn.Module):
-            sha.update(check_sum(part.state_dict()).encode())
-        else:
-            sha.update(json.dumps(part, sort_keys=True, default=str).encode())
-        sha.update(b"|")
-    return sha.hexdigest()[:16]
+        return cls(**tensors) if digest in (None, metadata["digest"]) else None
 
 
 def cached(
@@ -101,7 +67,8 @@ def cached(
 
     draw(index, first_sample, num_samples) -> Reference of the samples first_sample, … of the
     prompts of an index. key: `digest` of the policy, the reward model and the sampling. progress
-    wraps the list of chunks.
+    wraps the list of chunks. Of runs that need the same chunk at once, one draws it and the others
+    wait for it.
     """
     cache.mkdir(parents=True, exist_ok=True)
     parts = []
@@ -110,13 +77,22 @@ def cached(
         name = digest(key, chunk)
         path = cache / f"{name}.safetensors"
         have = Reference.load(path, name)
-        missing = K - (0 if have is None else have.r_ref.shape[1])
-        if missing > 0:
-            new = draw(list(range(first, first + len(chunk))), K - missing, missing)
-            have = new if have is None else join([have, new], dim=1)
-            have.save(path, name)
+        if samples_of(have) < K:
+            with lock(path, wait=True):
+                have = Reference.load(path, name) or have  # another run may have drawn it by now
+                missing = K - samples_of(have)
+                if missing > 0:
+                    sweep(path)
+                    new = draw(list(range(first, first + len(chunk))), K - missing, missing)
+                    have = new if have is None else join([have, new], dim=1)
+                    have.save(path, name)
         parts.append(have[:, :K])
     return join(parts)
+
+
+def samples_of(reference: Reference | None) -> int:
+    """K, 0 without samples."""
+    return 0 if reference is None else reference.r_ref.shape[1]
 
 
 def join(parts: list[Reference], dim: int = 0) -> Reference:

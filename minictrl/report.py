@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 from collections.abc import Callable
 from functools import partial
 from html import escape
@@ -81,10 +80,7 @@ def write_page(folders: list[Path], suffix: str, file: Path):
     names = [folder.name for folder in folders]
     unique = len(set(names)) == len(names)
     named = {folder.name if unique else str(folder): folder for folder in folders}
-    tables = {
-        name: json.loads((folder / f"eval{suffix}.json").read_text())["rows"]
-        for name, folder in named.items()
-    }
+    tables = {name: evaluation.read(folder, suffix) for name, folder in named.items()}
     samples = {name: read_rows(folder / f"samples{suffix}.jsonl") for name, folder in named.items()}
     sections = {
         "Win rates against KL": [partial(win_rates, tables=tables, case=case) for case in CASES],

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from minictrl.batch import Batch
+from minictrl.files import digest
 from minictrl.lm.logprobs import sequence_logprobs
 from minictrl.lm.prompts import response_texts
-from minictrl.reference import Reference, cached, digest
+from minictrl.reference import Reference, cached
 from minictrl.sampling import SAMPLER, Samples, sample, texts_of
 from minictrl.task import Task
 from minictrl.track import SHOWN

@@ -5,7 +5,6 @@ Files are written under a temporary name and renamed.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import platform
 import re
@@ -20,24 +19,33 @@ from pathlib import Path
 
 import torch
 import transformers
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from tqdm import tqdm
 
 import minictrl
 from minictrl.batch import Batch
 from minictrl.budget import Budget
 from minictrl.config import Config, is_run
-from minictrl.files import finite, in_one_step, write_json, write_rows
-from minictrl.reference import digest
+from minictrl.files import (
+    digest,
+    finite,
+    load_tensors,
+    lock,
+    read_sealed,
+    save_tensors,
+    sweep,
+    write_rows,
+    write_sealed,
+    writing,
+)
+from minictrl.models import check_saved
+from minictrl.sampling import NotFinite
 from minictrl.task import Task, rows_of
 from minictrl.track import Tracker
-from minictrl.update import Learner
+from minictrl.update import BadStep, Learner
 
 MARKER = ".minictrl"  # the file that says that a directory is ours to delete
 FREE = ("out", "device", "cache", "lr", "track")  # a run may go on elsewhere, and more slowly
 CHECKPOINT = Path("checkpoint", "state.safetensors")
-COUNTERS = ("step", "tokens", "seconds")  # of a checkpoint, beside the budget's target
 PAUSE = 20  # seconds between checkpoints, at least; 20 times what one takes, if that is more
 
 # The columns of metrics.jsonl; None where a method has no such number.
@@ -56,12 +64,10 @@ def hold(out: Path):
     """
     out = out.absolute()
     out.parent.mkdir(parents=True, exist_ok=True)
-    lock = open(out.parent / f".{out.name}.lock", "w")
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return lock(out, wait=False)
     except BlockingIOError:
         raise ValueError(f"--out {out}: another run is at work there; give another --out") from None
-    return lock
 
 
 def check(out: Path, settings: dict, config: Config, *, resume: bool, overwrite: bool) -> Config:
@@ -116,14 +122,18 @@ def load_config(run: Path) -> tuple[Config, dict]:
     """
     run = Path(run)
     path = run / "config.json"
+    if not path.is_file() and (run / MARKER).is_file():
+        raise ValueError(
+            f"{run}: was stopped before it began; give its whole command again, with --overwrite"
+        )
     if not path.is_file():
         raise ValueError(
             f"{run}: is no run directory (it has no config.json); give the --out of a train.py run"
         )
     try:
-        stored = json.loads(path.read_text())
+        stored = read_sealed(path)
         if "model_type" not in stored:
-            return Config.load(path)
+            return Config.of(stored)
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{path}: is damaged ({error}); train the run again with --overwrite"
@@ -134,21 +144,32 @@ def load_config(run: Path) -> tuple[Config, dict]:
 
 
 def load_finished(run: Path) -> Config:
-    """Settings of a run whose training has ended. Raises ValueError on one that has not."""
+    """Settings of a run whose training has ended. Raises ValueError on one that has not, or whose
+    policy is damaged.
+    """
     config, _ = load_config(run)
     if not (Path(run) / "policy" / "config.json").is_file():
         raise ValueError(
             f"{run}: has no policy yet; finish it first: python train.py --resume --out {run}"
         )
+    check_saved(Path(run) / "policy")
     return config
 
 
 def create(out: Path, config: Config, made_from: dict[str, str]):
-    """An empty run directory with its config.json; what was there is deleted: `check` has asked."""
-    shutil.rmtree(out, ignore_errors=True)
-    out.mkdir(parents=True)
+    """An empty run directory with its config.json; what was there is deleted: `check` has asked.
+
+    Whenever this is stopped, the directory is still ours, and half of an old run is none.
+    """
+    out.mkdir(parents=True, exist_ok=True)
     (out / MARKER).write_text("a run of train.py, which --overwrite may delete\n")
-    write_json(out / "config.json", asdict(config) | {"made_from": made_from})
+    (out / "config.json").unlink(missing_ok=True)
+    for old in out.iterdir():
+        if old.is_dir() and not old.is_symlink():
+            shutil.rmtree(old)
+        elif old.name != MARKER:
+            old.unlink()
+    write_sealed(out / "config.json", asdict(config) | {"made_from": made_from})
 
 
 def describe(out: Path, config: Config, beta: float, made_from: dict[str, str]):
@@ -162,7 +183,7 @@ def describe(out: Path, config: Config, beta: float, made_from: dict[str, str]):
         "threads": torch.get_num_threads(),
     }
     settings = asdict(config) | {"beta": beta, "made_from": made_from}
-    write_json(out / "config.json", settings | versions)
+    write_sealed(out / "config.json", settings | versions)
 
 
 def commit_of(folder: Path) -> str | None:
@@ -234,6 +255,8 @@ class Training:
         self.out, self.learner, self.budget, self.tracker = out, learner, budget, tracker
         self.end = steps
         self.step, self.tokens, self.seconds = 0, 0, 0.0
+        self.rows = []  # of metrics.jsonl
+        self.updates = learner.updates  # when the last step ended
         self.stopped = False  # by Ctrl-C
         self.open = ExitStack()  # what has to be closed again
 
@@ -255,17 +278,17 @@ class Training:
         self.metrics = self.open.enter_context(open(self.out / "metrics.jsonl", "a", buffering=1))
         bar = tqdm(total=self.end, desc="train", initial=self.step, disable=None)
         self.bar = self.open.enter_context(bar)
-        saved, pause = time.time(), PAUSE
+        saved, pause = time.monotonic(), PAUSE
         while self.step < self.end and not self.stopped:
-            self.began = time.time()
+            self.began = time.monotonic()
             yield self.step
-            self.step += 1
+            self.step, self.updates = self.step + 1, self.learner.updates
             self.bar.update()
             self.stopped = self.interrupt.asked
-            if self.stopped or time.time() - saved > pause or self.step == self.end:
-                began = time.time()
+            if self.stopped or time.monotonic() - saved > pause or self.step == self.end:
+                began = time.monotonic()
                 self._save()
-                saved = time.time()
+                saved = time.monotonic()
                 pause = max(PAUSE, 20 * (saved - began))
         if self.stopped:
             print(
@@ -275,54 +298,74 @@ class Training:
 
     def log(self, batch: Batch, stats: dict[str, float]) -> None:
         """A row of metrics.jsonl, once per step."""
-        tokens, seconds = int(batch.mask.sum()), time.time() - self.began
+        tokens, seconds = int(batch.mask.sum()), time.monotonic() - self.began
         self.tokens += tokens
         self.seconds += seconds
         row = dict.fromkeys(METRICS) | stats
         row |= {"step": self.step + 1, "tokens": self.tokens, "seconds": round(self.seconds, 2)}
         row |= {"kl_asked": self.budget.target, "beta": self.budget.beta}
-        row |= {"tok_per_s": round(tokens / seconds)}
-        self.metrics.write(json.dumps(finite(row)) + "\n")
+        row = finite(row | {"tok_per_s": round(tokens / seconds)})
+        with writing(self.out / "metrics.jsonl"):
+            self.metrics.write(json.dumps(row) + "\n")
+        self.rows.append(row)
         if self.tracker:
             self.tracker.log(row, row["step"])
         watched = [name for name in ("C_hat", "kl_ref") if row[name] is not None]
         shown = [f"{name} {row[name]:.3f}" for name in watched]
         self.bar.set_postfix_str(" ".join([*shown, f"tok/s {row['tok_per_s']}"]))
 
-    def diverged(self, lr: float) -> str:
-        """Where and after what training broke, and how to go on."""
-        kls = [row["kl_ref"] for row in read_metrics(self.out) if row["kl_ref"] is not None]
+    def failed(self, error: ValueError, lr: float, texts: list[str]) -> str:
+        """Where and why training stopped, and how to go on. texts: of the prompts.
+
+        The finished steps are saved, if this one has changed no weight yet. But what may have
+        ruined the policy takes no good checkpoint's place.
+        """
+        kept, broken = (self.out / CHECKPOINT).is_file(), isinstance(error, NotFinite)
+        if self.learner.updates == self.updates and (
+            not broken or (isinstance(error, BadStep) and not kept)
+        ):
+            self._save()
+            kept = True
+        go_on = f"python train.py --resume --out {self.out}"
+        if not broken:
+            return f"step {self.step + 1}: {error}; then go on with: {go_on}"
+        if isinstance(error, BadStep):
+            error = f"{error} {' or '.join(repr(texts[i][:60]) for i in error.of[:3])}"
+        kls = [row["kl_ref"] for row in self.rows if row["kl_ref"] is not None]
         before = f"after a KL of {kls[-1]:.3g} nats" if kls else "from the start"
         again = f"start again with a lower --lr than {lr:g} and --overwrite"
-        if (self.out / CHECKPOINT).is_file():
-            again = f"go on with: python train.py --resume --out {self.out} --lr {lr / 10:g}"
-        return f"training diverged at step {self.step + 1}, {before}; {again}"
+        if kept:
+            again = f"go on with: {go_on} --lr {lr / 10:g}"
+        return f"{error}: training diverged at step {self.step + 1}, {before}; {again}"
 
     def _save(self) -> None:
-        """One file, replaced in one step: the old one or the new one is there whole."""
+        """One file, replaced in one step: the old one or the new one is there whole.
+
+        It holds the rows of metrics.jsonl too, whose last one says where the run stands.
+        """
         (self.out / CHECKPOINT).parent.mkdir(exist_ok=True)
-        counters = {name: getattr(self, name) for name in COUNTERS} | {"target": self.budget.target}
-        with in_one_step(self.out / CHECKPOINT) as path:
-            save_file(self.learner.state(), path, {"counters": json.dumps(counters)})
+        rows = {"rows": json.dumps(self.rows)}
+        save_tensors(self.out / CHECKPOINT, self.learner.state(), rows)
 
     def _restore(self) -> None:
-        """The last checkpoint, if there is one; metrics.jsonl is cut there."""
+        """The last checkpoint, if there is one; metrics.jsonl is what it was then."""
         path = self.out / CHECKPOINT
         if path.is_file():
             try:
-                with safe_open(path, "pt") as file:
-                    counters = json.loads(file.metadata()["counters"])
-                    self.learner.restore({name: file.get_tensor(name) for name in file.keys()})
-                for name in COUNTERS:
-                    setattr(self, name, counters[name])
-                self.budget.target = counters["target"]
-            except (SafetensorError, RuntimeError, KeyError, OSError, TypeError) as error:
+                tensors, metadata = load_tensors(path)
+                self.learner.restore(tensors)
+                self.rows = json.loads(metadata["rows"])
+            except (ValueError, RuntimeError, KeyError) as error:
                 why = str(error).splitlines()[0]
                 raise ValueError(
                     f"{path} is damaged ({why}): start again with --overwrite"
                 ) from None
-        rows = [row for row in read_metrics(self.out) if row["step"] <= self.step]
-        write_rows(self.out / "metrics.jsonl", rows)
+        if self.rows:
+            last = self.rows[-1]
+            self.step, self.tokens, self.seconds = last["step"], last["tokens"], last["seconds"]
+            self.budget.target = last["kl_asked"]
+        sweep(path)
+        write_rows(self.out / "metrics.jsonl", self.rows)
 
 
 class Interrupt:

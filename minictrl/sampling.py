@@ -133,9 +133,11 @@ def sample(
 
     with torch.inference_mode(), decoding(model):
         halving(min(B * M, batch_size or fitting_rows(model, T)), in_waves)
-    if not torch.isfinite(logprobs).all():
+    bad = (~logprobs.isfinite().all(1)).nonzero().flatten().tolist()
+    if bad:
         raise NotFinite(
-            "the policy's logits are not finite: check its weights and dtype (float16 overflows)"
+            f"the policy's logits are not finite on the prompt {prompts[bad[0] // M][:60]!r}: "
+            "check its weights and dtype (float16 overflows)"
         )
     return _samples(tokenizer, ids, tokens, mask, logprobs, M)
 

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from minictrl.config import Config
 from minictrl.data import Prompt, key, load_rows
+from minictrl.files import digest
 from minictrl.lm.device import resolve_device
 from minictrl.lm.identity import config_of, tokenizer_of
 from minictrl.lm.prompts import check_ids, check_lengths, encode_prompts, eos_ids, left_pad
 from minictrl.models import load_policy, load_scorer, render
-from minictrl.reference import digest
 
 
 @dataclass(frozen=True)

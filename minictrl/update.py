@@ -14,6 +14,18 @@ from minictrl.lm.device import halving
 from minictrl.lm.logprobs import sequence_logprobs
 from minictrl.sampling import NotFinite
 
+
+class BadStep(NotFinite):
+    """A loss or a gradient that isn't finite, before it has touched a weight.
+
+    of: the numbers of the prompts that it may come from.
+    """
+
+    def __init__(self, what: str, of: list[int]):
+        super().__init__(f"{what} is not finite on the prompt")
+        self.of = of
+
+
 # (logprobs, values, batch) -> loss, its statistics
 Loss = Callable[[Tensor, Tensor | None, Batch], tuple[Tensor, dict[str, Tensor]]]
 
@@ -27,6 +39,7 @@ class Learner:
     policy: nn.Module
     value_head: nn.Module | None
     optimizer: torch.optim.Optimizer
+    updates: int = 0  # optimizer steps that this process has taken
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """What is trained, in the optimizer's order."""
@@ -164,7 +177,8 @@ def update(
 
     A minibatch is computed in micro-batches of similar length, whose gradients add up to that of
     its mean loss (of the value head's, a mean over tokens, but for their lengths). Returns the
-    means of the loss's statistics over all rows.
+    means of the loss's statistics over all rows. Raises BadStep, before an optimizer step, where
+    loss or gradient is not finite.
     """
     batch = batch.to(learner.policy.device)
     generator = torch.Generator().manual_seed(seed)
@@ -179,9 +193,10 @@ def update(
                 micro_batch, lambda size, index=index: _gradients(learner, batch, loss, index, size)
             )
             stats["grad_norm"] = nn.utils.clip_grad_norm_(parameters, 1.0)
-            if not stats["grad_norm"].isfinite():
-                raise NotFinite("the policy's gradient is not finite")
+            if not (stats["grad_norm"] + stats.pop("loss")).isfinite():
+                raise bad_step(learner, batch, loss, index)
             learner.optimizer.step()
+            learner.updates += 1
             for name, stat in stats.items():
                 totals[name] += float(stat) * len(index) / (epochs * len(batch))
     return dict(totals) | {"lr": lr}
@@ -190,7 +205,8 @@ def update(
 def _gradients(
     learner: Learner, batch: Batch, loss: Loss, index: Tensor, micro_batch: int
 ) -> dict[str, Tensor]:
-    """Gradients of the mean loss over the rows of an index, and the means of its statistics."""
+    """Gradients of the mean loss over the rows of an index, and the means of its statistics and of
+    itself."""
     learner.optimizer.zero_grad()
     totals = defaultdict(float)
     for piece in batch.pieces(index, micro_batch):
@@ -198,6 +214,25 @@ def _gradients(
         part = batch[piece].cut()
         value, stats = loss(*forward(learner.policy, learner.value_head, part), part)
         (value * share).backward()
-        for name, stat in stats.items():
+        for name, stat in (stats | {"loss": value}).items():
             totals[name] += stat.detach() * share
     return totals
+
+
+def bad_step(learner: Learner, batch: Batch, loss: Loss, index: Tensor) -> BadStep:
+    """What is not finite, and on which prompt: the first row of an index that shows it alone."""
+    for row in index.split(1):
+        what = _not_finite(learner, _gradients(learner, batch, loss, row, 1)["loss"])
+        if what:
+            return BadStep(what, batch.of[row].tolist())
+    whole = _not_finite(learner, _gradients(learner, batch, loss, index, len(index))["loss"])
+    return BadStep(whole or "loss or gradient", batch.of[index].unique().tolist())
+
+
+def _not_finite(learner: Learner, loss: Tensor) -> str | None:
+    if not loss.isfinite():
+        return "the loss"
+    for name, p in learner.parameters().items():
+        if p.grad is not None and not p.grad.isfinite().all():
+            return f"the gradient of {name}"
+    return None

@@ -140,7 +140,7 @@ def test_settings_survive_json(tmp_path):
     config = Config(transform="exp10", kl=0.5, steps=7).resolved()
     stored = vars(config) | {"beta": 3.5, "torch": "2"}  # beta followed from kl
     (tmp_path / "config.json").write_text(json.dumps(stored))
-    assert Config.load(tmp_path / "config.json") == (config, stored)
+    assert Config.of(stored) == (config, stored)
 
 
 # --- faults that used to come late, or not at all ---

@@ -254,7 +254,7 @@ def test_out_of_memory_is_tried_again_in_smaller_batches():
     # no text is read twice
     assert max(sizes) == 8 and sum(size for size in sizes if size <= 3) == 8
     limit = 0
-    with pytest.raises(ValueError, match="out of GPU memory with one text"):
+    with pytest.raises(ValueError, match="out of memory with one text"):
         in_batches(model, tok, torch.device("cpu"), texts, read)
 
 

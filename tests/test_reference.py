@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from minictrl.reference import CHUNK, Reference, cached, digest
+from minictrl.files import digest
+from minictrl.reference import CHUNK, Reference, cached
 
 
 class Draw:
@@ -43,7 +44,7 @@ def test_another_policy_reward_or_prompt_is_drawn_again(tmp_path):
 def test_a_damaged_chunk_is_drawn_again_with_a_warning(damage, tmp_path):
     draw = Draw()
     cached(draw, PROMPTS, 4, tmp_path, "key")
-    path = sorted(tmp_path.iterdir())[0]
+    path = sorted(tmp_path.glob("*.safetensors"))[0]
     path.write_bytes(path.read_bytes()[:-7] if damage is None else damage)
     with pytest.warns(UserWarning, match="damaged"):
         again = cached(draw, PROMPTS, 4, tmp_path, "key")

@@ -1,4 +1,4 @@
-"""A GPU: which one, what fits its memory, who visits it."""
+"""A GPU: which one, what fits its memory (and a CPU's), who visits it."""
 
 from __future__ import annotations
 
@@ -36,21 +36,29 @@ def free_memory(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0] + held
 
 
+def out_of_memory(error: Exception) -> bool:
+    """Whether memory ran out: a GPU's, be it in cuBLAS' words, or a CPU's."""
+    said = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "can't allocate memory")
+    kinds = (torch.OutOfMemoryError, MemoryError)
+    return isinstance(error, kinds) or any(words in str(error) for words in said)
+
+
 def halving(size: int, work: Callable[[int], Result]) -> tuple[Result, int]:
-    """(work(size), size), with half the size as long as it runs out of GPU memory. Raises
-    ValueError where 1 doesn't fit.
+    """(work(size), size), with half the size as long as it runs out of memory. Raises ValueError
+    where 1 doesn't fit.
     """
     while True:
         try:
             return work(size), size
-        except torch.OutOfMemoryError:
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
             if size == 1:
                 raise ValueError(
-                    "out of GPU memory with one response at a time: use a smaller model, or "
-                    "shorter "
+                    "out of memory with one response at a time: use a smaller model, or shorter "
                     "prompts and responses"
                 ) from None
-            size //= 2
+        size //= 2
 
 
 @contextmanager
@@ -60,9 +68,11 @@ def resident(model: nn.Module, device: torch.device) -> Iterator[None]:
     """
     try:
         model.to(device)
-    except torch.OutOfMemoryError:
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
         raise ValueError(
-            f"out of GPU memory for {model.name_or_path}: use a smaller scorer, or --device cpu"
+            f"out of memory for {model.name_or_path}: use a smaller scorer, or --device cpu"
         ) from None
     yield
     if device.type == "cuda" and free_memory(device) < torch.cuda.mem_get_info(device)[1] / 2:

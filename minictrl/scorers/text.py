@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 from transformers.utils import logging
 
 from minictrl.data import Prompt
-from minictrl.lm.device import resident
+from minictrl.lm.device import out_of_memory, resident
 from minictrl.lm.hub import from_hub
 from minictrl.lm.prompts import check_ids
 
@@ -165,11 +165,14 @@ def by_length(
             try:
                 parts.append(read(rows).float().cpu())
                 first += len(rows)
-            except torch.OutOfMemoryError:
+                continue
+            except (RuntimeError, MemoryError) as error:
+                if not out_of_memory(error):
+                    raise
                 if len(rows) == 1:
                     raise ValueError(
-                        f"out of GPU memory with one text of {tokenizer.name_or_path}: use a "
-                        "smaller scorer, or --device cpu"
+                        f"out of memory with one text of {tokenizer.name_or_path}: use a smaller "
+                        "scorer, or --device cpu"
                     ) from None
-                budget //= 2
+            budget //= 2
     return torch.cat(parts)[torch.tensor(order).argsort()]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from itertools import product
@@ -155,7 +154,8 @@ def run(folder: Path, settings: dict, prompts: int, samples: int, split: str):
         if not (folder / "policy" / "config.json").is_file():
             given = settings | {"out": folder}
             flags = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
-            resume = ["--resume"] if (folder / "config.json").is_file() else []
+            begun = (folder / "config.json").is_file()
+            resume = ["--resume" if begun else "--overwrite"]
             if script("train").main(flags + resume):
                 raise KeyboardInterrupt
         flags = [f"--prompts={prompts}", f"--samples={samples}", f"--split={split}"]
@@ -179,14 +179,14 @@ def table_of(folder: Path, split: str) -> Path:
 
 def table(folder: Path, settings: dict, split: str) -> Rows:
     """Rows of a finished run's eval.json. Raises ValueError if the run has other settings."""
-    stored = json.loads((folder / "config.json").read_text())
+    _, stored = runs.load_config(folder)
     for name, value in settings.items():
         if stored[name] != value:
             raise ValueError(
                 f"{folder}: holds a run with {name} {stored[name]}, not {value}; "
                 "give another --out, or delete it"
             )
-    rows = json.loads(table_of(folder, split).read_text())["rows"]
+    rows = evaluation.read(folder, evaluation.suffix(split))
     wins, by_prompt = (
         load_file(folder / f"{name}{evaluation.suffix(split)}.safetensors")
         for name in ("wins", "by_prompt")
