@@ -108,19 +108,20 @@ def sha256_of(path: Path) -> str:
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]):
     """A safetensors file in one step, with a digest of all that it holds."""
     seal = digest(check_sum(tensors), layout(tensors), metadata)
+    one = {"sealed": json.dumps([metadata, seal])}  # safetensors writes several in any order
     with in_one_step(path) as temporary:
-        save_file(tensors, temporary, metadata | {"seal": seal})
+        save_file(tensors, temporary, one)
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """What `save_tensors` wrote. Raises ValueError, without the path, if it is damaged."""
     try:
         with safe_open(path, "pt") as file:
-            metadata = dict(file.metadata() or {})
+            metadata, seal = json.loads((file.metadata() or {})["sealed"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except (SafetensorError, OSError, TypeError, ValueError, RuntimeError) as error:
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(str(error).splitlines()[0]) from None
-    if metadata.pop("seal", None) != digest(check_sum(tensors), layout(tensors), metadata):
+    if seal != digest(check_sum(tensors), layout(tensors), metadata):
         raise ValueError("its check sum is another")
     return tensors, metadata
 

@@ -1,0 +1,167 @@
+"""What the campaigns share: models that are small enough for thousands of runs, and the scripts in
+a forked child, which pays for no import.
+"""
+
+import json
+import os
+import shutil
+import signal
+import sys
+import time
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))  # train.py and evaluate.py
+os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads don't survive a fork
+
+import torch  # noqa: E402
+import transformers  # noqa: E402
+
+import evaluate  # noqa: E402
+import train  # noqa: E402
+from minictrl import (  # noqa: E402, F401  (all are imported now, not in every child)
+    baselines,
+    evaluation,
+    exchange,
+    figures,
+    files,
+    models,
+    reference,
+    report,
+    rollout,
+    runs,
+    track,
+    update,
+)
+from minictrl.cli import run_script  # noqa: E402
+from minictrl.data import ASSETS  # noqa: E402
+from minictrl.methods import METHODS, get_method  # noqa: E402
+
+torch.set_num_threads(1)
+for name in METHODS:
+    get_method(name)
+SCRIPTS = {"train": train.main, "evaluate": evaluate.main}
+CLOCK = ("seconds", "tok_per_s")  # columns of metrics.jsonl
+SIZES = "--prompts 4 --batch 2 --G 4 --K 8 --steps 4 --max-new-tokens 5 --lr 1e-2 --layers 1"
+
+
+def make_world(folder: Path) -> list[str]:
+    """The flags of tiny runs: a policy, a reward model, a judge and prompts, made in `folder`."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(ASSETS / "policy")
+    config = transformers.GPT2Config(
+        vocab_size=len(tokenizer), n_positions=32, n_embd=16, n_layer=2, n_head=2, num_labels=1,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+    )  # fmt: skip
+    kinds = {"policy": transformers.GPT2LMHeadModel}
+    kinds |= dict.fromkeys(("reward", "judge"), transformers.GPT2ForSequenceClassification)
+    flags = [*SIZES.split(), "--device", "cpu"]
+    for seed, (role, kind) in enumerate(kinds.items()):
+        torch.manual_seed(seed)
+        kind(config).save_pretrained(folder / role)
+        tokenizer.save_pretrained(folder / role)
+        flags += [f"--{role}", str(folder / role)]
+    rows = [{"prompt": f"This film, number {i}, is"} for i in range(40)]
+    files.write_rows(folder / "prompts.jsonl", rows)
+    return [*flags, "--task", str(folder / "prompts.jsonl")]
+
+
+class Child:
+    """A script in a forked child. `result` waits for it."""
+
+    def __init__(self, script: str, argv: list, log: Path, prepare=lambda: None):
+        self.log = log
+        sys.stdout.flush()
+        self.pid = os.fork()
+        if self.pid == 0:
+            self._run(script, [str(x) for x in argv], prepare)
+
+    def _run(self, script: str, argv: list[str], prepare):
+        status = 70  # a traceback
+        try:
+            with (
+                open(self.log, "w", buffering=1) as out,
+                redirect_stdout(out),
+                redirect_stderr(out),
+            ):
+                sys.modules["matplotlib"] = None  # pictures would take most of the time
+                sys.argv[0] = f"{script}.py"
+                runs.PAUSE = 0  # seconds between checkpoints
+                try:
+                    prepare()
+                    run_script(lambda: SCRIPTS[script](argv))
+                except SystemExit as end:
+                    status = end.code or 0
+                except BaseException:
+                    import traceback
+
+                    traceback.print_exc()
+        finally:
+            os._exit(status)
+
+    def result(self) -> tuple[int, str]:
+        """(exit status, what was printed); a signal's number is negative."""
+        status = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        return status, self.log.read_text(errors="replace")
+
+    def kill(self):
+        os.kill(self.pid, signal.SIGKILL)
+
+
+def run(script: str, argv: list, log: Path, prepare=lambda: None) -> tuple[int, str]:
+    return Child(script, argv, log, prepare).result()
+
+
+def begin_or_resume(flags: list, folder: Path) -> list:
+    """The command that goes on with the run in `folder`, as a user would type it."""
+    out = folder / "run"
+    argv = [*flags, "--out", out, "--cache", folder / "cache"]
+    if (out / "config.json").is_file():
+        return [*argv, "--resume"]
+    return [*argv, "--overwrite"] if out.exists() else argv
+
+
+def evaluation_of(folder: Path) -> list:
+    return [folder / "run", "--prompts", "4", "--samples", "8"]
+
+
+def copied(folder: Path, to: Path) -> Path:
+    """A run and its cache at another place: its evaluation finds the cache there."""
+    shutil.rmtree(to, ignore_errors=True)
+    shutil.copytree(folder, to)
+    path = to / "run" / "config.json"
+    files.write_sealed(path, files.read_sealed(path) | {"cache": str(to / "cache")})
+    return to
+
+
+def results(folder: Path) -> dict:
+    """All that a run has come to, without its wall-clock times and its place."""
+    out, found = folder / "run", {}
+    for path in [*(out / "policy").glob("*"), out / "reference.safetensors"]:
+        found[path.name] = path.read_bytes()
+    found.pop("README.md", None)
+    lines = (out / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    found["metrics.jsonl"] = [{k: x for k, x in row.items() if k not in CLOCK} for row in rows]
+    tensors, _ = files.load_tensors(out / runs.CHECKPOINT)
+    found["checkpoint"] = files.check_sum(tensors)
+    return found
+
+
+def evaluated(folder: Path) -> dict:
+    """All that an evaluation has come to."""
+    out = folder / "run"
+    names = ("eval.json", "wins.safetensors", "by_prompt.safetensors", "samples.jsonl")
+    return {name: (out / name).read_bytes() for name in names}
+
+
+def differing(a: dict, b: dict) -> list[str]:
+    return sorted(name for name in a.keys() | b.keys() if a.get(name) != b.get(name))
+
+
+def wait_for(path: Path, seconds: float = 60):
+    """Until another process has made a file."""
+    end = time.monotonic() + seconds
+    while not path.exists() and time.monotonic() < end:
+        time.sleep(0.005)
