@@ -7,7 +7,6 @@ import os
 import shutil
 import signal
 import sys
-import time
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
@@ -42,6 +41,8 @@ torch.set_num_threads(1)
 for name in METHODS:
     get_method(name)
 SCRIPTS = {"train": train.main, "evaluate": evaluate.main}
+SAME, AGAIN, REFUSED = "the same", "the same, with a warning", "refused in one line"
+OTHER, TRACEBACK = "ANOTHER RESULT", "TRACEBACK"
 CLOCK = ("seconds", "tok_per_s")  # columns of metrics.jsonl
 SIZES = "--prompts 4 --batch 2 --G 4 --K 8 --steps 4 --max-new-tokens 5 --lr 1e-2 --layers 1"
 
@@ -160,8 +161,36 @@ def differing(a: dict, b: dict) -> list[str]:
     return sorted(name for name in a.keys() | b.keys() if a.get(name) != b.get(name))
 
 
-def wait_for(path: Path, seconds: float = 60):
-    """Until another process has made a file."""
-    end = time.monotonic() + seconds
-    while not path.exists() and time.monotonic() < end:
-        time.sleep(0.005)
+def refused(status: int, said: str, name: str = "") -> str:
+    """REFUSED, if the last line of what a script said is its error, and names what it must."""
+    last = (said.strip().splitlines() or [""])[-1]
+    good = status == 2 and "error: " in last and name in last and "Traceback" not in said
+    return REFUSED if good else TRACEBACK
+
+
+class World:
+    """A clean run with its evaluation, to copy, to break and to compare with."""
+
+    def __init__(self, home: Path):
+        self.home, self.flags = home, make_world(home)
+        self.log, self.clean, self.bad = home / "log", home / "clean", home / "bad"
+        self.clean.mkdir()
+        assert self.train(self.clean)[0] == 0, self.log.read_text()
+        assert run("evaluate", evaluation_of(self.clean), self.log)[0] == 0, self.log.read_text()
+        self.trained, self.evaluated = results(self.clean), evaluated(self.clean)
+        self.config, _ = runs.load_config(self.clean / "run")
+
+    def train(self, folder: Path, prepare=lambda: None, more=()) -> tuple[int, str]:
+        return run("train", begin_or_resume([*self.flags, *more], folder), self.log, prepare)
+
+    def fresh(self, *, copy: bool) -> Path:
+        shutil.rmtree(self.bad, ignore_errors=True)
+        if copy:
+            return copied(self.clean, self.bad)
+        self.bad.mkdir()
+        return self.bad
+
+    def ends_well(self, folder: Path) -> bool:
+        """Whether a run goes on to the clean run's results."""
+        status, said = self.train(folder)
+        return status == 0 and not differing(results(folder), self.trained)
