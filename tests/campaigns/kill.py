@@ -3,8 +3,8 @@
     python tests/campaigns/kill.py --kills 200 --seed 0 --out kills.jsonl
 
 Every kill is a SIGKILL: in a stage at a random moment of its known duration, or at a point (before
-a file that is written takes its place, after a row of metrics.jsonl). One run in three is killed
-again as it resumes. A campaign that is stopped goes on: what --out holds isn't made again.
+a file that is written takes its place, after a row of metrics.jsonl). A run is killed up to three
+times. A campaign that is stopped goes on: what --out holds isn't made again.
 """
 
 import argparse
@@ -15,29 +15,25 @@ import shutil
 import signal
 import tempfile
 import time
-from collections import Counter
 from pathlib import Path
 
 from tiny import (
-    METHODS,
     Child,
     begin_or_resume,
     copied,
     differing,
     evaluated,
-    evaluation,
     evaluation_of,
-    files,
     make_world,
-    models,
     results,
-    rollout,
     run,
-    runs,
-    update,
 )
 
+from minictrl import evaluation, files, models, rollout, runs, update
+from minictrl.methods import METHODS
+
 CASES = {name: ["--method", name] for name in METHODS} | {
+    "maxpo": ["--method", "maxpo", "--n", "2"],  # below G
     "ppo, value": ["--baseline", "value", "--transform", "log"],
     "ppo, prefix": ["--baseline", "prefix", "--transform", "exp10"],
     "ppo, none": ["--transform", "none", "--minibatch", "3"],
@@ -45,25 +41,26 @@ CASES = {name: ["--method", name] for name in METHODS} | {
     "grpo, value": ["--method", "grpo", "--baseline", "value"],
     "pkpo, beta": ["--method", "pkpo", "--beta", "0.3", "--procedure", "won"],
 }
-# where each stage happens: (owner, name of a function)
-STAGES = {
-    "start": (runs, "create"),
-    "calibration": (rollout, "cached"),
-    "sampling": (rollout, "sample"),
-    "scoring": (rollout, "score"),
-    "update": (update, "update"),
-    "checkpoint": (runs.Training, "_save"),
-    "policy": (models, "save_policy"),
-    "evaluation": (evaluation, "evaluate"),
-}
-POINTS = {  # at once: before a call, or after it
+# where a run can be killed: (owner, name of a function, when)
+HOOKS = {
+    "start": (runs, "create", "within"),
+    "calibration": (rollout, "cached", "within"),
+    "sampling": (rollout, "sample", "within"),
+    "scoring": (rollout, "score", "within"),
+    "update": (update, "update", "within"),
+    "checkpoint": (runs.Training, "_save", "within"),
+    "policy": (models, "save_policy", "within"),
     "rename": (os, "replace", "before"),
     "row": (runs.Training, "log", "after"),
-    "rename in evaluation": (os, "replace", "before"),
+    "evaluation": (evaluation, "evaluate", "within"),
 }
+STAGES = [("train", hook) for hook in HOOKS if hook != "evaluation"]
+STAGES += [("evaluate", "evaluation"), ("evaluate", "rename")]
 
 
-def wrap(owner, name: str, before=lambda: None, after=lambda: None):
+def wrap(hook: str, before=lambda: None, after=lambda: None):
+    """In a child: calls `before` and `after` around the function of a hook."""
+    owner, name, _ = HOOKS[hook]
     function = getattr(owner, name)
 
     def wrapped(*args, **options):
@@ -77,47 +74,36 @@ def wrap(owner, name: str, before=lambda: None, after=lambda: None):
 
 
 def recorder(path: Path):
-    """In a child: how long each call of each stage takes, and how often each point is passed."""
+    """In a child: how long each call of each hook's function takes, kept in a file."""
+    spent, began = {}, {}
 
-    def prepare():
-        spent, counts, began = {}, Counter(), {}
-        for stage, (owner, name) in STAGES.items():
+    def leave(hook: str):
+        spent.setdefault(hook, []).append(time.monotonic() - began[hook])
+        path.write_text(json.dumps(spent))
 
-            def leave(stage=stage):
-                spent.setdefault(stage, []).append(time.monotonic() - began[stage])
-                path.write_text(json.dumps([spent, counts]))
-
-            wrap(owner, name, lambda s=stage: began.update({s: time.monotonic()}), leave)
-        for point in ("rename", "row"):
-            wrap(*POINTS[point][:2], lambda p=point: counts.update([p]))
-
-    return prepare
+    for hook in HOOKS:
+        wrap(hook, lambda h=hook: began.update({h: time.monotonic()}), lambda h=hook: leave(h))
 
 
-def killer(stage: str, call: int, pipe: int):
-    """In a child: at a call of a stage tells the parent; at one of a point kills itself."""
+def killer(hook: str, call: int, pipe: int):
+    """In a child: kills it at a call, or tells the parent, which does so within the call."""
+    _, _, when = HOOKS[hook]
+    left = [call]
 
-    def prepare():
-        left = [call]
+    def passed():
+        left[0] -= 1
+        if left[0] == -1 and when == "within":
+            os.write(pipe, b".")
+        elif left[0] == -1:
+            os.kill(os.getpid(), signal.SIGKILL)
 
-        def passed():
-            left[0] -= 1
-            if left[0] == -1:
-                if stage in STAGES:
-                    os.write(pipe, b".")
-                else:
-                    os.kill(os.getpid(), signal.SIGKILL)
-
-        owner, name, *when = STAGES.get(stage) or POINTS[stage]
-        wrap(owner, name, **{when[0] if when else "before": passed})
-
-    return prepare
+    wrap(hook, **{"after" if when == "after" else "before": passed})
 
 
-def killed(script: str, argv: list, log: Path, stage: str, call: int, delay: float) -> bool:
-    """Starts a script and kills it `delay` seconds into a call of a stage; False if it ended."""
+def killed(script: str, argv: list, log: Path, hook: str, call: int, delay: float) -> bool:
+    """Starts a script and kills it `delay` seconds into a call; False if it ended before."""
     reader, writer = os.pipe()
-    child = Child(script, argv, log, killer(stage, call, writer))
+    child = Child(script, argv, log, lambda: killer(hook, call, writer))
     os.close(writer)
     if os.read(reader, 1):  # nothing where it has ended, or has killed itself
         time.sleep(delay)
@@ -126,74 +112,70 @@ def killed(script: str, argv: list, log: Path, stage: str, call: int, delay: flo
     return child.result()[0] == -signal.SIGKILL
 
 
+def command(world: list, case: str, script: str, folder: Path) -> list:
+    if script == "evaluate":
+        return evaluation_of(folder)
+    return begin_or_resume([*world, *CASES[case]], folder)
+
+
 def whole(world: list, case: str, folder: Path) -> dict:
-    """A run that is never stopped: its results, and how long its stages take."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    found, argv = {}, begin_or_resume([*world, *CASES[case]], folder)
-    for script, ending in (("train", ""), ("evaluate", " in evaluation")):
-        argv = argv if script == "train" else evaluation_of(folder)
-        status, said = run(script, argv, folder / "log", recorder(folder / "times"))
+    """A run that is never stopped: its results, and how long each call takes."""
+    folder.mkdir()
+    found = {"times": {}}
+    for script in ("train", "evaluate"):
+        argv, times = command(world, case, script, folder), folder / "times"
+        status, said = run(script, argv, folder / "log", lambda path=times: recorder(path))
         assert status == 0, f"{case}: {said}"
-        spent, counts = json.loads((folder / "times").read_text())
-        if ending:
-            spent = {"evaluation": spent["evaluation"]}
-        else:
-            shutil.copytree(folder, folder.with_name(f"{folder.name} trained"))
-        found |= spent | {point + ending: [0.0] * n for point, n in counts.items()}
-    times = {stage: x for stage, x in found.items() if stage in STAGES or stage in POINTS}
-    return {"times": times, "train": results(folder), "evaluate": evaluated(folder)}
+        found["times"][script] = json.loads(times.read_text())
+        if script == "train":
+            shutil.copytree(folder, folder.with_name(f"{case} trained"))
+    return found | {"train": results(folder), "evaluate": evaluated(folder)}
 
 
-def trial(world: list, case: str, stage: str, reference: dict, home: Path, rng) -> dict:
-    """A run that is killed in a stage, and resumed until it is done."""
-    folder, log, kills = home / "trial", home / "log", 0
+def trial(world: list, case: str, script: str, hook: str, reference: dict, rng) -> dict:
+    """A run that is killed, and resumed until it is done. Its directory is the world's."""
+    home, kills = Path(world[-1]).parent, 0
+    folder, log = home / "trial", home / "log"
     shutil.rmtree(folder, ignore_errors=True)
-    script = "evaluate" if "evaluation" in stage else "train"
     if script == "evaluate":
         copied(home / f"{case} trained", folder)
     else:
         folder.mkdir()
-
-    def argv():
-        if script == "evaluate":
-            return evaluation_of(folder)
-        return begin_or_resume([*world, *CASES[case]], folder)
-
-    for _ in range(1 + (rng.random() < 1 / 3)):
-        call = rng.randrange(len(reference["times"][stage]))
-        delay = rng.random() * reference["times"][stage][call]
-        kills += killed(script, argv(), log, stage, call, delay)
-    status, said = run(script, argv(), log)
-    found = evaluated(folder) if script == "evaluate" else results(folder) if status == 0 else {}
+    times = reference["times"][script][hook]
+    for _ in range(rng.randrange(1, 4)):
+        call = rng.randrange(len(times))
+        argv = command(world, case, script, folder)
+        kills += killed(script, argv, log, hook, call, rng.random() * times[call])
+    status, said = run(script, command(world, case, script, folder), log)
+    found = {} if status else evaluated(folder) if script == "evaluate" else results(folder)
     wrong = differing(found, reference[script])
+    stage = hook if script == "train" or hook == "evaluation" else f"{hook} in evaluation"
     return {"case": case, "stage": stage, "kills": kills, "status": status, "wrong": wrong,
-            "said": said[-500:] if status or wrong else ""}  # fmt: skip
+            "said": said[-500:] if wrong else ""}  # fmt: skip
 
 
 def campaign(kills: int, seed: int, out: Path, home: Path, cases=tuple(CASES)) -> list[dict]:
     """Trials until so many kills are made; those that `out` holds count."""
     world, references = make_world(home), {}
     rows = files.read_rows(out) if out.is_file() else []
-    stages = [*STAGES, *POINTS]
     while sum(row["kills"] for row in rows) < kills:
         i = len(rows)
-        rng = random.Random(f"{seed} {i}")
-        # every stage of every case before the first again
-        case, stage = cases[i % len(cases)], stages[(i + i // len(cases)) % len(stages)]
+        case = cases[i % len(cases)]
+        script, hook = STAGES[(i + i // len(cases)) % len(STAGES)]  # in time each with each
         if case not in references:
             references[case] = whole(world, case, home / case)
-        if stage not in references[case]["times"]:  # offline methods sample in no step
-            stage = "update"
-        rows.append(trial(world, case, stage, references[case], home, rng))
+        if hook not in references[case]["times"][script]:  # offline methods sample in no step
+            hook = "update"
+        rng = random.Random(f"{seed} {i}")
+        rows.append(trial(world, case, script, hook, references[case], rng))
         with open(out, "a") as file:
             file.write(json.dumps(rows[-1]) + "\n")
     return rows
 
 
 def table(rows: list[dict]) -> str:
-    """Kills, by method and stage: `identical/all` where they differ."""
-    stages = [*STAGES, *POINTS]
+    """Kills, by method and stage, and how many of the runs differ."""
+    stages = dict.fromkeys(row["stage"] for row in rows)
 
     def cell(case: str, stage: str) -> str:
         mine = [row for row in rows if case in (row["case"], "all") and row["stage"] == stage]
@@ -201,9 +183,8 @@ def table(rows: list[dict]) -> str:
         return f"{kills}" + f" ({bad} differ)" * (bad > 0)
 
     names = [*dict.fromkeys(row["case"] for row in rows), "all"]
-    return files.markdown(
-        ["kills", *stages], [[name, *(cell(name, s) for s in stages)] for name in names]
-    )
+    lines = [[name, *(cell(name, stage) for stage in stages)] for name in names]
+    return files.markdown(["kills", *stages], lines)
 
 
 if __name__ == "__main__":
