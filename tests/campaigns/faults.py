@@ -44,7 +44,7 @@ def disk(world: World, count: int, seed: int):
     for i in range(count):
         rng = random.Random(f"{seed} disk {i}")
         script = rng.choice(("train", "train", "evaluate"))
-        limit = int(1000 * 600 ** rng.random())  # from 1 kB to 600 kB, the largest file's size
+        limit = int(400 * 200 ** rng.random())  # from 0.4 to 80 kB, above the largest file
 
         def full(limit=limit):
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))

@@ -16,6 +16,10 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads don't survive a fo
 
 import torch  # noqa: E402
 import transformers  # noqa: E402
+from tokenizers import Tokenizer  # noqa: E402
+from tokenizers.decoders import ByteLevel as Decoder  # noqa: E402
+from tokenizers.models import BPE  # noqa: E402
+from tokenizers.pre_tokenizers import ByteLevel  # noqa: E402
 
 import evaluate  # noqa: E402
 import train  # noqa: E402
@@ -34,7 +38,6 @@ from minictrl import (  # noqa: E402, F401  (all are imported now, not in every 
     update,
 )
 from minictrl.cli import run_script  # noqa: E402
-from minictrl.data import ASSETS  # noqa: E402
 from minictrl.methods import METHODS, get_method  # noqa: E402
 
 torch.set_num_threads(1)
@@ -49,11 +52,15 @@ SIZES = "--prompts 4 --batch 2 --G 4 --K 8 --steps 4 --max-new-tokens 5 --lr 1e-
 
 def make_world(folder: Path) -> list[str]:
     """The flags of tiny runs: a policy, a reward model, a judge and prompts, made in `folder`."""
-    tokenizer = transformers.AutoTokenizer.from_pretrained(ASSETS / "policy")
+    letters = {letter: i for i, letter in enumerate(sorted(ByteLevel.alphabet()))}
+    of_bytes = Tokenizer(BPE(letters, []))
+    of_bytes.pre_tokenizer, of_bytes.decoder = ByteLevel(add_prefix_space=False), Decoder()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=of_bytes, eos_token="</s>")
+    tokenizer.pad_token = "</s>"
     config = transformers.GPT2Config(
-        vocab_size=len(tokenizer), n_positions=32, n_embd=16, n_layer=2, n_head=2, num_labels=1,
+        vocab_size=len(tokenizer), n_positions=64, n_embd=16, n_layer=2, n_head=2, num_labels=1,
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
+        bos_token_id=tokenizer.eos_token_id,
     )  # fmt: skip
     kinds = {"policy": transformers.GPT2LMHeadModel}
     kinds |= dict.fromkeys(("reward", "judge"), transformers.GPT2ForSequenceClassification)
