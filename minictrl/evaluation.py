@@ -118,7 +118,8 @@ def read(run: Path, suffix: str = "") -> list[dict]:
         return stored["rows"]
     except (ValueError, KeyError, OSError, AttributeError) as error:
         raise ValueError(
-            f"{path}: is damaged ({error}); evaluate the run again: python evaluate.py {run}"
+            f"{path}: is damaged ({error}); delete {run / f'eval{suffix}.json'} and give the "
+            "command that made it again"
         ) from None
 
 

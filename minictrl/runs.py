@@ -240,8 +240,8 @@ class Training:
                 ...
                 training.log(batch, stats)
 
-    It goes on after the last checkpoint, if there is one. Random states need no place in that,
-    because every draw is a function of the seed and the step.
+    It goes on after the last checkpoint, if there is one, which `with` restores. Random states need
+    no place in that, because every draw is a function of the seed and the step.
     """
 
     def __init__(
@@ -261,6 +261,7 @@ class Training:
         self.open = ExitStack()  # what has to be closed again
 
     def __enter__(self) -> Training:
+        self._restore()
         self.interrupt = self.open.enter_context(Interrupt())
         if self.tracker:
             self.open.callback(self.tracker.close)
@@ -270,11 +271,10 @@ class Training:
         self.open.close()
 
     def steps(self) -> Iterator[int]:
-        """The numbers of the steps that are left, from the last checkpoint, which is restored now.
+        """The numbers of the steps that are left.
 
         A checkpoint is written now and then, at the end, and at Ctrl-C.
         """
-        self._restore()
         self.metrics = self.open.enter_context(open(self.out / "metrics.jsonl", "a", buffering=1))
         bar = tqdm(total=self.end, desc="train", initial=self.step, disable=None)
         self.bar = self.open.enter_context(bar)
@@ -328,7 +328,7 @@ class Training:
             kept = True
         go_on = f"python train.py --resume --out {self.out}"
         if not broken:
-            return f"step {self.step + 1}: {error}; then go on with: {go_on}"
+            return f"step {self.step + 1}: {error}; once that is mended, go on with: {go_on}"
         if isinstance(error, BadStep):
             error = f"{error} {' or '.join(repr(texts[i][:60]) for i in error.of[:3])}"
         kls = [row["kl_ref"] for row in self.rows if row["kl_ref"] is not None]

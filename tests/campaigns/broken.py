@@ -5,21 +5,9 @@ from collections import Counter
 from functools import partial
 
 import torch
-from tiny import (
-    OTHER,
-    SAME,
-    World,
-    evaluation,
-    evaluation_of,
-    files,
-    models,
-    refused,
-    rollout,
-    run,
-    runs,
-    update,
-)
+from tiny import OTHER, SAME, World, evaluation_of, refused, run
 
+from minictrl import evaluation, files, models, rollout, runs, update
 from minictrl.lm.kvcache import PrefixCache
 
 MEMORY = (
@@ -93,9 +81,9 @@ def raises(world: World):
     yield {"fault": "reward raises", "case": said[-250:], "outcome": outcome}
 
 
-def memory(world: World, limit: int = 3):
+def memory(world: World, errors=MEMORY, limit: int = 3):
     """Every kind of error above so many rows, in every place that runs models."""
-    for place, error in ((place, error) for place in PLACES for error in MEMORY):
+    for place, error in ((place, error) for place in PLACES for error in errors):
         hit = world.home / "hit"
         hit.unlink(missing_ok=True)
 

@@ -1,6 +1,7 @@
 """Files with a byte that has changed, or cut: read as the scripts read them."""
 
 import random
+import shutil
 import warnings
 from pathlib import Path
 
@@ -11,15 +12,15 @@ from tiny import (
     SAME,
     TRACEBACK,
     World,
+    differing,
     evaluated,
-    evaluation,
-    files,
-    models,
-    rollout,
-    runs,
-    update,
+    evaluation_of,
+    refused,
+    results,
+    run,
 )
 
+from minictrl import evaluation, files, models, rollout, runs, update
 from minictrl.config import CALIBRATION, TEST_REF
 from minictrl.task import load_task
 
@@ -67,6 +68,32 @@ def readers(world: World) -> dict:
         "config.json": ("run/config.json", settings),
         **{part: (f"run/{part}", table) for part in parts},
     }
+
+
+def by_scripts(world: World, count: int, seed: int):
+    """The same damage, met by the scripts themselves: a run is resumed, or evaluated again."""
+    kinds = ("cache/*.safetensors", "run/checkpoint/*", "run/metrics.jsonl", "run/policy/[!R]*",
+             "run/config.json", "run/wins.safetensors")  # fmt: skip
+    for i in range(count):
+        rng, pattern = random.Random(f"{seed} scripts {i}"), kinds[i % len(kinds)]
+        script = "train" if "checkpoint" in pattern or "metrics" in pattern else "evaluate"
+        folder = world.fresh(copy=True)
+        path = rng.choice(sorted(folder.glob(pattern)))
+        what = damage(path, rng)
+        bad = path.read_bytes()
+        if script == "train":
+            shutil.rmtree(folder / "run" / "policy")
+            (status, said), found, clean = world.train(folder), results, world.trained
+        else:
+            status, said = run(script, evaluation_of(folder), world.log)
+            found, clean = evaluated, world.evaluated
+        if status:
+            kept = path.read_bytes() == bad  # nothing is written over what is damaged
+            outcome = refused(status, said, path.name) if kept else OTHER
+        else:
+            again = AGAIN if f"{path} is damaged" in said else SAME
+            outcome = OTHER if differing(found(folder), clean) else again
+        yield {"fault": f"damaged, {script}.py", "case": f"{path.name} {what}", "outcome": outcome}
 
 
 def fresh_policy(world: World):

@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 
 from broken import memory, not_finite, raises
-from damaged import flips
+from damaged import by_scripts, flips
 from tiny import (
     AGAIN,
     OTHER,
@@ -31,12 +31,12 @@ from tiny import (
     differing,
     evaluated,
     evaluation_of,
-    files,
-    reference,
     refused,
     results,
     run,
 )
+
+from minictrl import files, reference
 
 
 def disk(world: World, count: int, seed: int):
@@ -70,16 +70,20 @@ def places(world: World):
     """Directories that can't be written, as a user without rights, and paths that are files."""
 
     def nobody():
-        os.setgid(65534)
-        os.setuid(65534)
+        if os.geteuid() == 0:  # whom no rights stop
+            os.setgid(65534)
+            os.setuid(65534)
 
     os.chmod(world.home, 0o755)
     for name, read_only in {"no rights to --out": "run", "no rights beside --out": "."}.items():
         folder = world.fresh(copy=True)
-        for path in [folder / read_only, *folder.glob(f"{read_only}/**/*")]:
+        paths = [folder / read_only, *folder.glob(f"{read_only}/**/*")]
+        for path in paths:
             os.chmod(path, 0o555 if path.is_dir() else 0o444)
         before = results(folder)
         outcome = refused(*world.train(folder, nobody), str(folder))
+        for path in paths:
+            os.chmod(path, 0o755)
         yield {"fault": "place", "case": name,
                "outcome": outcome if not differing(results(folder), before) else OTHER}  # fmt: skip
     for name in ("run", "cache"):
@@ -146,6 +150,7 @@ def campaign(home: Path, out: Path, *, count: int, limits: int, numbers: int, se
     done = Counter(row["part"] for row in files.read_rows(out)) if out.is_file() else {}
     parts = {
         "flips": flips(world, count, seed),
+        "scripts": by_scripts(world, count // 20, seed),
         "memory": memory(world),
         "numbers": not_finite(world, numbers, seed),
         "disk": disk(world, limits, seed),

@@ -191,11 +191,10 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("kills.jsonl"))
+    parser.add_argument("--out", type=Path, default="kills.jsonl")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as home:
         rows = campaign(args.kills, args.seed, args.out, Path(home))
     print(table(rows))
     bad = [row for row in rows if row["wrong"]]
-    print(f"{sum(row['kills'] for row in rows)} kills, {len(rows) - len(bad)} of {len(rows)} runs "
-          f"identical, {len(bad)} differing", *bad, sep="\n")  # fmt: skip
+    print(f"{len(rows)} runs, {len(bad)} differ", *bad, sep="\n")

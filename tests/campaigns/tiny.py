@@ -8,6 +8,7 @@ import shutil
 import signal
 import sys
 from contextlib import redirect_stderr, redirect_stdout
+from importlib import import_module
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -23,26 +24,14 @@ from tokenizers.pre_tokenizers import ByteLevel  # noqa: E402
 
 import evaluate  # noqa: E402
 import train  # noqa: E402
-from minictrl import (  # noqa: E402, F401  (all are imported now, not in every child)
-    baselines,
-    evaluation,
-    exchange,
-    figures,
-    files,
-    models,
-    reference,
-    report,
-    rollout,
-    runs,
-    track,
-    update,
-)
+from minictrl import evaluation, files, runs  # noqa: E402
 from minictrl.cli import run_script  # noqa: E402
-from minictrl.methods import METHODS, get_method  # noqa: E402
+from minictrl.methods import METHODS  # noqa: E402
 
 torch.set_num_threads(1)
-for name in METHODS:
-    get_method(name)
+LATE = ("baselines", "exchange", "figures", "report", "rollout", "track", "update")
+for name in (*LATE, *(f"methods.{name}" for name in METHODS)):
+    import_module(f"minictrl.{name}")  # now, not in every child
 SCRIPTS = {"train": train.main, "evaluate": evaluate.main}
 SAME, AGAIN, REFUSED = "the same", "the same, with a warning", "refused in one line"
 OTHER, TRACEBACK = "ANOTHER RESULT", "TRACEBACK"
@@ -159,9 +148,8 @@ def results(folder: Path) -> dict:
 
 def evaluated(folder: Path) -> dict:
     """All that an evaluation has come to."""
-    out = folder / "run"
-    names = ("eval.json", "wins.safetensors", "by_prompt.safetensors", "samples.jsonl")
-    return {name: (out / name).read_bytes() for name in names}
+    paths = ["eval.json", *(path.name for path in evaluation.parts_of(folder, "").values())]
+    return {name: (folder / "run" / name).read_bytes() for name in paths}
 
 
 def differing(a: dict, b: dict) -> list[str]:
