@@ -53,7 +53,9 @@ def readers(world: World) -> dict:
                 if x.name not in ("README.md", models.SUMS)]  # fmt: skip
 
     def table(folder: Path):
-        return evaluation.read(folder / "run"), evaluated(folder)
+        parts = evaluated(folder)
+        del parts["eval.json"]
+        return evaluation.read(folder / "run"), parts
 
     def settings(folder: Path):
         config, stored = runs.load_config(folder / "run")
