@@ -104,12 +104,14 @@ def train(config: Config, resume: bool):
     runs.describe(out, config, budget.beta, made_from)
 
     # 3. Maximise E[Phi(C_hat)] - beta KL(pi || pi_ref).
+    frozen = {id(p): p for p in task.policy.parameters() if not p.requires_grad}
+    pi_ref = copy.deepcopy(task.policy, frozen).requires_grad_(False)  # shares what is frozen
     with_head = method.compared and config.baseline == "value"
     learner = make_learner(task.policy, value_head=with_head, lr=config.lr)
     with runs.Training(out, learner, budget, config.steps, tracker) as training:
         maximise = online if method.online else offline
         try:
-            maximise(training, config, task, method, reference)
+            maximise(training, config, task, method, reference, pi_ref)
         except NotFinite as error:
             raise ValueError(f"{error}: {training.diverged(config.lr)}") from None
     if training.stopped:
@@ -154,39 +156,31 @@ def checked(config: Config):
 
 
 def summary(last: dict, config: Config) -> str:
-    """Where a run has ended. last: its last row of metrics.jsonl; offline methods have no KL."""
-    reached = f"{config.out}: {config.steps} steps, "
-    if last["kl_ref"] is not None:
-        kl = f"KL {last['kl_ref']:.3f} ± {last['kl_ref_stderr']:.3f} nats"
-        reached += f"{kl}, C_hat {last['C_hat']:.3f}, "
-        if config.kl and last["kl_ref"] > 2 * config.kl:
-            reached += f"--kl {config.kl:g} not held: try a lower --lr than {config.lr:g}, "
-    return f"{reached}beta {last['beta']:.4g}"
+    """Where a run has ended. last: its last row of metrics.jsonl."""
+    asked = f" of {config.kl:g}" if config.kl else ""
+    kl = f"KL {last['kl_ref']:.3f} ± {last['kl_ref_stderr']:.3f}{asked} nats"
+    if config.kl and last["kl_ref"] > 2 * config.kl:
+        kl += f", which is not held: try a lower --lr than {config.lr:g}"
+    return f"{config.out}: {config.steps} steps, {kl}, C_hat {last['C_hat']:.3f}"
 
 
-def online(training, config, task, method, reference):
+def online(training, config, task, method, reference, pi_ref):
     """PPO: G responses per prompt from the current policy, then an update on them."""
     from minictrl.baselines import with_advantages
-    from minictrl.calibration import calibrated_reward
     from minictrl.ppo import explained_variance
-    from minictrl.rollout import prompts_of, responses, rollout, rollout_stats
+    from minictrl.rollout import prompts_of, responses
     from minictrl.track import EVERY
-    from minictrl.update import forward_all
 
-    learner, budget, Phi = training.learner, training.budget, method.Phi
-    frozen = {id(p): p for p in task.policy.parameters() if not p.requires_grad}
-    pi_ref = copy.deepcopy(task.policy, frozen).requires_grad_(False)  # shares what is frozen
+    learner, budget = training.learner, training.budget
     for step in training.steps():
         index = prompts_of(step, len(task.prompts), config.batch, config.seed)  # (P,) prompts x
         r_ref = reference.r_ref[index]  # (P, K)
-        batch, r = rollout(task, index, num_samples=config.G, seed=config.seed_for(step + 1))
-        batch.ref_logprobs, _ = forward_all(pi_ref, None, batch, config.micro_batch)
+        batch, r, stats = drawn(task, pi_ref, index, r_ref, step, config)
         if training.tracker and step % EVERY == 0:
             training.tracker.table(responses(task, batch, r), step + 1)
-        C_hat = calibrated_reward(r, r_ref)  # (P, G), Eq. 12
-        Phi_C = Phi.of(r, r_ref)  # Phi(C_hat)
-        stats = rollout_stats(batch, r, C_hat, Phi_C)
         beta = budget.follow(stats["kl_ref"]) if step >= WARMUP else budget.beta
+        Phi_C = method.Phi.of(r, r_ref)  # (P, G) Phi(C_hat)
+        stats["Phi"] = Phi_C.mean().item()
         R = method.reward(r, r_ref, Phi_C, beta)  # Phi(C_hat) / beta
         batch.R = R.flatten().to(batch.mask)
         if method.compared:
@@ -198,15 +192,36 @@ def online(training, config, task, method, reference):
         training.log(batch, stats | updated(learner, batch, method, step, config))
 
 
-def offline(training, config, task, method, reference):
-    """Epochs over the reference samples of the calibration."""
+def drawn(task, pi_ref, index, r_ref, step: int, config: Config):
+    """(batch, r, statistics) of G responses of the policy to each prompt of the index.
+
+    The batch has pi_ref's log-probabilities; r (P, G): rewards, calibrated against r_ref (P, K).
+    """
+    from minictrl.calibration import calibrated_reward
+    from minictrl.rollout import rollout, rollout_stats
+    from minictrl.update import forward_all
+
+    batch, r = rollout(task, index, num_samples=config.G, seed=config.seed_for(step + 1))
+    batch.ref_logprobs, _ = forward_all(pi_ref, None, batch, config.micro_batch)
+    C_hat = calibrated_reward(r, r_ref)  # (P, G), Eq. 12
+    return batch, r, rollout_stats(batch, r, C_hat)
+
+
+def offline(training, config, task, method, reference, pi_ref):
+    """Epochs over the reference samples of the calibration; the last step says what has come out,
+    because these methods keep the theory's beta and may end at another KL."""
     from minictrl.rollout import prompts_of, with_prompts
 
     rows = method.rows(reference, training.budget.beta)
     for step in training.steps():
         index = prompts_of(step, len(rows), method.rows_per_step, config.seed)
         batch = with_prompts(task, rows[index])
-        training.log(batch, updated(training.learner, batch, method, step, config))
+        stats = updated(training.learner, batch, method, step, config)
+        if step + 1 == config.steps:
+            index = prompts_of(0, len(task.prompts), config.batch, config.seed)
+            *_, ended = drawn(task, pi_ref, index, reference.r_ref[index], config.steps, config)
+            stats |= ended
+        training.log(batch, stats)
 
 
 def updated(learner, batch, method, step: int, config: Config) -> dict[str, float]:

@@ -130,10 +130,10 @@ def responses(task: Task, batch: Batch, r: Tensor, most: int = SHOWN) -> list[tu
     return [(task.texts[i], row[0], each) for i, row, each in zip(of, texts, r[:, 0].tolist())]
 
 
-def rollout_stats(batch: Batch, r: Tensor, C_hat: Tensor, Phi_C: Tensor) -> dict[str, float]:
+def rollout_stats(batch: Batch, r: Tensor, C_hat: Tensor) -> dict[str, float]:
     """Means over a rollout: rewards, KL(pi || pi_ref) in nats per response, entropy per token.
 
-    r, C_hat, Phi_C: (P, G). Responses to one prompt are not independent, so the KL's standard
+    r, C_hat: (P, G). Responses to one prompt are not independent, so the KL's standard
     error is that over prompts.
     """
     kl = batch.kl()  # (B,)
@@ -141,7 +141,6 @@ def rollout_stats(batch: Batch, r: Tensor, C_hat: Tensor, Phi_C: Tensor) -> dict
     means = {
         "reward": r.mean(),
         "C_hat": C_hat.mean(),
-        "Phi": Phi_C.mean(),
         "kl_ref": kl.mean(),
         "kl_ref_stderr": independent.std() / len(independent) ** 0.5,
         "entropy": -batch.old_logprobs.sum() / batch.mask.sum(),

@@ -191,5 +191,5 @@ def test_the_standard_error_of_the_kl_is_that_over_prompts():
         ref_logprobs=torch.zeros(12, 1),
     )
     ones = torch.ones(3, 4)
-    stats = rollout_stats(batch, ones, ones, ones)
+    stats = rollout_stats(batch, ones, ones)
     assert stats["kl_ref_stderr"] == pytest.approx(0.4 / math.sqrt(3))
