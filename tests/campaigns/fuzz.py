@@ -40,7 +40,7 @@ SECONDS, MEMORY, FILE = (
     4 * 2**30,
     2**30,
 )  # limits of a case: bytes beside the parent's, a file's
-LINE = r"[\w.-]+( -m [\w.]+)?: error: .{15}"  # what a status of 2 ends with
+LINE = r"[\w.-]+( -m [\w.]+)?: error: .*[:;,)] .{10}"  # what a status of 2 ends with
 
 
 @cache
