@@ -129,7 +129,7 @@ def read_hub(source: dict, split: str) -> Iterable[tuple[str, dict]]:
         rows = rows.remove_columns(media)  # a picture may be a path, which is not followed
         return [(f"{where} row {number}", row) for number, row in enumerate(rows, 1)]
     except Exception as error:  # of `datasets`, pyarrow and pandas, on what a file holds
-        raise ValueError(unreachable("data set", name, error)) from None
+        raise ValueError(unreachable("data set", name, error.__cause__ or error)) from None
 
 
 def check_inside(name: str, files: Iterable[str]):

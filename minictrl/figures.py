@@ -154,11 +154,11 @@ def errorbars(
     """A line with error bars for each value of the column `by`, in the order of the rows. All names
     are columns'.
 
-    dashed: drawn as a second line of the same colour, without points (theory).
+    dashed: drawn as a second line of the same colour, without points (theory). None is not drawn.
     """
     for name in dict.fromkeys(row[by] for row in rows):
         line = {
-            key: [row[key] for row in rows if row[by] == name]
+            key: [math.nan if row[key] is None else row[key] for row in rows if row[by] == name]
             for key in (x, y, xerr, yerr, dashed)
             if key
         }

@@ -7,6 +7,7 @@ import gc
 import json
 import os
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from transformers import GPT2ForSequenceClassification, LlamaConfig, LlamaForCau
 
 import evaluate
 import train
-from minictrl import evaluation, runs
+from minictrl import evaluation, report, runs
 from minictrl.cli import LONGEST, one_line
 from minictrl.config import Config
 from minictrl.data import load_prompts
@@ -58,6 +59,7 @@ def test_nothing_that_enters_gives_a_traceback(kind, base):
         (0, "| table |", None),
         (2, "train.py: error: --K 0: use a whole number of at least 1\n", None),
         (2, "", "no line"),
+        (2, "evaluate.py: error: 'xerr' must not contain None\n", "no line"),
         (2, "train.py: error: 'x'\n", "no line"),
         (2, "usage: train.py\ntrain.py: error: --K 0: use at least 1\nmore\n", "no line"),
         (1, 'Traceback\n  File "/a/b.py", line 3, in f\nKeyError: 1\n', "status 1: b.py 3 f: Key"),
@@ -365,6 +367,13 @@ def test_a_damaged_file_of_a_run_is_named(name, content, expected, tmp_path):
             evaluation.read(tmp_path)
         else:
             evaluation.read_tensors(tmp_path, "wins")
+
+
+def test_a_run_that_was_evaluated_on_one_prompt_has_a_page(base, tmp_path):
+    run = shutil.copytree(base / "run", tmp_path / "run")
+    assert evaluation.read(run)[0]["stderr"] is None  # one prompt has none
+    report.write_page([run], "", tmp_path / "page.html")
+    assert "<img" in (tmp_path / "page.html").read_text()
 
 
 def test_a_checkpoint_of_pretraining_is_no_pickle(tmp_path):

@@ -10,7 +10,6 @@ Both sides run in turn in this process, after a warm-up. `ratio` is ours over th
 better (but for calibration_share).
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from minictrl.bench.roofline import decode_roofline
 from minictrl.bench.sampling import sample_vs_generate
 from minictrl.bench.step import ppo_step_vs_trl
 from minictrl.bench.timing import LeftOut
-from minictrl.cli import run_script
+from minictrl.cli import Parser, run_script
 from minictrl.files import write_json
 from minictrl.lm.device import resolve_device
 
@@ -39,7 +38,7 @@ LINE = "| {name} | {ours:.4g} | {theirs:.4g} | {ratio:.2f} | {unit} | {setting} 
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser("python -m minictrl.bench", description=__doc__.split("\n")[0])
+    parser = Parser("python -m minictrl.bench", __doc__.split("\n")[0])
     add = parser.add_argument
     add("--json", type=Path, help="also write the rows to this file, each as soon as it is there")
     add("--quick", action="store_true", help="less work and fewer repeats")

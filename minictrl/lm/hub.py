@@ -71,7 +71,9 @@ def unreachable(kind: str, name: str, error: Exception) -> str:
 
 
 def first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+    """The first line of an error that says something."""
+    first, *more = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+    return " ".join([first, *more[:1]] if first.endswith(":") else [first]) or type(error).__name__
 
 
 def from_hub(loader, kind: str, name: str, *, new_head: bool = False, **options):
