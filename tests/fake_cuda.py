@@ -163,6 +163,7 @@ def install(monkeypatch):
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda *_: 2**31)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda *_: 2**30)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
     monkeypatch.setattr(torch.cuda, "graph", FakeRecording)
     monkeypatch.setattr(

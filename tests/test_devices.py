@@ -7,13 +7,16 @@ import warnings
 import pytest
 import torch
 from fake_cuda import FakeCuda, FakeGraph, install
+from test_models import SIZE, save
 from test_sampling import draw, make_model
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import evaluate
 import train
 from minictrl.lm import decode
 from minictrl.lm.device import resident
 from minictrl.lm.kvcache import SHARED_PREFIX
+from minictrl.models import load_policy
 
 SMALL = (
     "--device cuda --prompts 12 --K 8 --steps 7 --batch 6 --G 4 --minibatch 12 --max-new-tokens 8"
@@ -38,6 +41,28 @@ def test_the_fake_refuses_what_a_gpu_refuses():
             with pytest.raises((RuntimeError, TypeError)):
                 mixed()
         assert x[y.long()].is_cuda  # the one mixture that is allowed
+
+
+@pytest.fixture
+def uninitialised_is_nan():
+    """torch fills memory that nobody has written with NaN, so that no test is right by chance."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def test_a_model_is_loaded_whole_beside_the_fake(tmp_path, monkeypatch, uninitialised_is_nan):
+    """transformers makes what no file holds, rotary frequencies, of tensors without memory, which
+    the fake once took for tensors on the CPU: they stayed as the memory was.
+    """
+    path = save(tmp_path, Qwen2ForCausalLM(Qwen2Config(**SIZE)))
+    right = dict(load_policy(path)[0].named_buffers())
+    install(monkeypatch)
+    with FakeCuda():
+        buffers = dict(load_policy(path)[0].named_buffers())
+    assert right and right.keys() == buffers.keys()
+    assert all(torch.equal(right[name], buffers[name]) for name in right)
 
 
 @pytest.mark.parametrize(
