@@ -344,11 +344,9 @@ class Training:
         ruined the policy takes no good checkpoint's place.
         """
         kept, broken = (self.out / CHECKPOINT).is_file(), isinstance(error, NotFinite)
-        if self.learner.updates == self.updates and (
-            not broken or (isinstance(error, BadStep) and not kept)
-        ):
+        save = not broken or (isinstance(error, BadStep) and not kept)
+        if save and self.learner.updates == self.updates:
             self._save()
-            kept = True
         go_on = f"python train.py --resume --out {self.out}"
         if not broken:
             return f"step {self.step + 1}: {error}; once that is mended, go on with: {go_on}"
@@ -359,6 +357,8 @@ class Training:
         again = f"start again with a lower --lr than {lr:g} and --overwrite"
         if kept:
             again = f"go on with: {go_on} --lr {lr / 10:g}"
+        elif (self.out / CHECKPOINT).is_file():
+            again = f"go on with: {go_on}, or {again}"
         return f"{error}: training diverged at step {self.step + 1}, {before}; {again}"
 
     def _save(self) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from minictrl.bench import __main__ as bench
-from minictrl.bench import calibration, growth, presets, roofline, sampling, step, timing
+from minictrl.bench import calibration, engine, growth, presets, roofline, sampling, step, timing
 from minictrl.bench.random_model import random_model
 from minictrl.models import load_policy
 from minictrl.sampling import sample
@@ -49,6 +49,24 @@ def test_generate_draws_from_the_same_distribution(monkeypatch):
     assert abs(lengths.mean() - theirs) < 4 * lengths.std() * (2 / 150) ** 0.5
 
 
+def test_ctranslate2_draws_from_the_same_distribution(monkeypatch):
+    """Mean length of 150 responses on both sides, EOS counted on both, within 4 standard errors of
+    their difference.
+    """
+    ctranslate2 = pytest.importorskip("ctranslate2")
+    monkeypatch.setattr(sampling, "K", 150)
+    model, tokenizer = load_policy("reviews")
+    generator, texts, T = engine.converted(model, tokenizer), ["this film is a"], sampling.T
+    ctranslate2.set_random_seed(0)
+    theirs = engine.generate(generator, model, tokenizer, texts, T, 1)
+    eos = tokenizer.eos_token_id
+    assert len(theirs) == 150 and all(eos not in tokens[:-1] for tokens in theirs)
+    assert all(len(tokens) == T or tokens[-1] == eos for tokens in theirs)
+    ours = sample(model, tokenizer, texts, num_samples=150, max_new_tokens=T, seed=0)
+    lengths = ours.mask.sum(-1)
+    assert abs(lengths.mean() - sum(map(len, theirs)) / 150) < 4 * lengths.std() * (2 / 150) ** 0.5
+
+
 def test_rows_are_printed_and_written(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(sampling, "K", 2)
     monkeypatch.setattr(sampling, "T", 3)
@@ -77,12 +95,13 @@ def test_a_row_is_written_as_soon_as_it_is_there(monkeypatch, tmp_path):
 
 def test_a_row_that_cannot_be_measured_is_left_out_with_what_it_needs(monkeypatch, capsys):
     monkeypatch.setattr(step, "find_spec", lambda name: None)
-    names = ["ppo_step_vs_trl", "decode_roofline", "presets"]
+    monkeypatch.setattr(engine, "find_spec", lambda name: None)
+    names = ["ppo_step_vs_trl", "sample_vs_ctranslate2", "decode_roofline", "presets"]
     bench.main(["--device", "cpu", "--rows", *names])
     captured = capsys.readouterr()
     assert len(captured.out.splitlines()) == 2  # the table's head
-    assert captured.err.count("\n") == captured.err.count("left out") == 3
-    assert captured.err.count("pip install") == 1
+    assert captured.err.count("\n") == captured.err.count("left out") == 4
+    assert captured.err.count("pip install") == 2
 
 
 def test_a_step_is_timed_against_trl(monkeypatch):

@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 from minictrl.bench.calibration import calibration_share
+from minictrl.bench.engine import sample_vs_ctranslate2
 from minictrl.bench.growth import growth
 from minictrl.bench.presets import preset_rows
 from minictrl.bench.roofline import decode_roofline
@@ -27,6 +28,7 @@ from minictrl.lm.device import resolve_device
 # Each takes (policy, device, quick), and yields its rows or raises LeftOut.
 ROWS = {
     "sample_vs_generate": sample_vs_generate,
+    "sample_vs_ctranslate2": sample_vs_ctranslate2,
     "ppo_step_vs_trl": ppo_step_vs_trl,
     "calibration_share": calibration_share,
     "decode_roofline": decode_roofline,

@@ -4,8 +4,9 @@ Both read the prompts and draw K responses to each from the same distribution. g
 best of its settings: prompts per call, and a dynamic or a static cache.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import product
+from typing import TypeVar
 
 import torch
 
@@ -15,6 +16,7 @@ from minictrl.lm.prompts import encode_prompts, left_pad
 from minictrl.models import load_policy
 from minictrl.sampling import sample
 
+Setting = TypeVar("Setting")
 K, T = 100, 24  # responses per prompt, as in calibration, and the tokens of the longest
 
 
@@ -33,28 +35,52 @@ def sample_vs_generate(policy: str, device: torch.device, quick: bool) -> Iterat
 def against_generate(
     name: str, model, tokenizer, texts: list[str], T: int, caches: list[str], repeats: int
 ) -> dict:
+    sizes = [size for size in (1, 4, 16) if size <= len(texts)]
+
+    def theirs(setting: tuple[int, str], some: list[str]) -> int:
+        return generate(model, tokenizer, some, T, *setting)
+
+    result, best = against(theirs, product(sizes, caches), model, tokenizer, texts, T, repeats)
+    engine = (
+        f"generate with {best[0]} prompts per call and a {best[1]} cache "
+        f"(best of {sizes} and {caches})"
+    )
+    return result | {"setting": setting_of(name, model, tokenizer, texts, T, engine)}
+
+
+def against(
+    theirs: Callable[[Setting, list[str]], int],
+    settings: Iterable[Setting],
+    model,
+    tokenizer,
+    texts: list[str],
+    T: int,
+    repeats: int,
+) -> tuple[dict, Setting]:
+    """`sample` against the best setting of theirs, which draws K responses to each text and returns
+    how many tokens; the rates and the setting.
+    """
+
     def ours() -> float:
         samples = sample(model, tokenizer, texts, num_samples=K, max_new_tokens=T, seed=0)
         return samples.mask.sum().item()
 
-    def theirs(setting: tuple[int, str], some: list[str]) -> float:
-        return rate(lambda: generate(model, tokenizer, some, T, *setting))
-
-    def speed(setting: tuple[int, str]) -> float:
+    def speed(setting: Setting) -> float:
         """The faster of two calls, because the first may compile."""
-        return max(theirs(setting, texts[:16]) for _ in range(2))
+        return max(rate(lambda: theirs(setting, texts[:16])) for _ in range(2))
 
-    sizes = [size for size in (1, 4, 16) if size <= len(texts)]
-    best = max(product(sizes, caches), key=speed)
+    best = max(settings, key=speed)
     ours()  # a warm-up
-    result = compare(lambda: rate(ours), lambda: theirs(best, texts), repeats)
+    result = compare(lambda: rate(ours), lambda: rate(lambda: theirs(best, texts)), repeats)
+    return result | {"unit": "tokens/s"}, best
+
+
+def setting_of(name: str, model, tokenizer, texts: list[str], T: int, engine: str) -> str:
     length = sum(map(len, encode_prompts(tokenizer, texts))) / len(texts)
-    setting = (
+    return (
         f"{describe(name, model)}, {len(texts)} prompts of {length:.0f} tokens, "
-        f"K = {K}, at most {T} new tokens; generate with {best[0]} prompts per call "
-        f"and a {best[1]} cache (best of {sizes} and {caches})"
+        f"K = {K}, at most {T} new tokens; {engine}"
     )
-    return result | {"unit": "tokens/s", "setting": setting}
 
 
 def generate(model, tokenizer, texts: list[str], T: int, per_call: int, cache: str) -> int:

@@ -6,7 +6,6 @@ from collections.abc import Iterable
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 BLOCK = 64  # tokens of the vocabulary in a block of the two-level draw
@@ -22,11 +21,14 @@ def draw(logits: Iterable[Tensor], u: Tensor) -> tuple[Tensor, Tensor]:
     """
     picked, first = [], 0
     for piece in logits:
-        probs, short = piece.softmax(-1), -piece.shape[-1] % BLOCK
-        # (r, V / BLOCK, BLOCK)
-        blocks = (F.pad(probs, (0, short)) if short else probs).unflatten(-1, (-1, BLOCK))
-        block = _inverse_cdf(blocks.sum(-1), u[first : first + len(piece), 0])
-        picked.append((block, blocks[torch.arange(len(piece), device=block.device), block]))
+        probs, whole = piece.softmax(-1), piece.shape[-1] // BLOCK * BLOCK
+        sums = probs[:, :whole].unflatten(-1, (-1, BLOCK)).sum(-1)  # (r, blocks)
+        if whole < piece.shape[-1]:
+            sums = torch.cat([sums, probs[:, whole:].sum(-1, keepdim=True)], -1)
+        block = _inverse_cdf(sums, u[first : first + len(piece), 0])
+        token = block[:, None] * BLOCK + torch.arange(BLOCK, device=block.device)  # (r, BLOCK)
+        inside = probs.gather(-1, token.clamp(max=piece.shape[-1] - 1))
+        picked.append((block, inside.masked_fill_(token >= piece.shape[-1], 0.0)))
         first += len(piece)
     block, inside = map(torch.cat, zip(*picked))  # (R,), (R, BLOCK)
     i = _inverse_cdf(inside, u[:, 1])
