@@ -121,13 +121,13 @@ def check_saved(path: Path):
     check sums is somebody else's, and not checked."""
     if not (path / SUMS).is_file():
         return
-    lines = (path / SUMS).read_bytes().decode(errors="replace").splitlines()
-    sums = dict(line.split("  ", 1)[::-1] for line in lines if "  " in line)
-    for file in sorted(path.iterdir()):
-        if file.name not in (SUMS, "README.md") and sums.get(file.name) != sha256_of(file):
+    for line in (path / SUMS).read_bytes().decode(errors="replace").splitlines():
+        sha256, _, name = line.partition("  ")
+        file = path / Path(name).name
+        if not file.is_file() or sha256_of(file) != sha256:
             raise ValueError(
-                f"{file}: has changed since it was saved; save it again: python train.py --resume "
-                f"--out {path.parent}; or delete {SUMS} beside it if you did that"
+                f"{file}: has changed since {path / SUMS} was written; save it again: python "
+                f"train.py --resume --out {path.parent}; or delete {SUMS} if you did that"
             )
 
 

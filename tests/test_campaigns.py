@@ -12,7 +12,7 @@ import broken
 import damaged
 import faults
 import kill
-from tiny import AGAIN, REFUSED, SAME, World, runs
+from tiny import AGAIN, REFUSED, SAME, World, evaluated, run, runs
 
 
 @pytest.fixture(scope="module")
@@ -79,3 +79,10 @@ def test_an_evaluation_is_whole_or_named(world):
     (folder / "run" / "samples.jsonl").write_text("{}\n")
     with pytest.raises(ValueError, match=re.escape("samples.jsonl: is damaged")):
         damaged.evaluation.read(folder / "run")
+
+
+def test_what_lies_beside_a_saved_policy_is_no_damage(world):
+    folder = world.fresh(copy=True)
+    (folder / "run" / "policy" / "README.md.1.tmp").touch()  # of an evaluation that was killed
+    assert run("evaluate", faults.evaluation_of(folder), world.log)[0] == 0
+    assert evaluated(folder) == world.evaluated

@@ -19,6 +19,7 @@ import evaluate
 import train
 from minictrl import runs
 from minictrl.config import Config
+from minictrl.files import read_sealed
 
 ROOT = Path(__file__).parent.parent
 
@@ -240,7 +241,7 @@ def test_a_second_judge_leaves_the_first_ones_results(short_run, tmp_path, capsy
 
 def test_a_run_without_a_judge_has_no_judges_rows(short_run, tmp_path):
     run = shutil.copytree(short_run, tmp_path / "run")
-    stored = json.loads((run / "config.json").read_text())
+    stored = read_sealed(run / "config.json")
     stored |= {"judge": None, "made_from": stored["made_from"] | {"judge": None}}
     (run / "config.json").write_text(json.dumps(stored))
     assert not evaluate.main([str(run), "--prompts", "8", "--samples", "8"])

@@ -11,9 +11,9 @@ import pytest
 
 import evaluate
 import train
-from minictrl import report, runs
+from minictrl import evaluation, report, runs
 from minictrl.config import Config
-from minictrl.files import read_rows
+from minictrl.files import read_rows, write_json
 
 
 def test_a_page_has_every_run_and_fetches_nothing(short_run, tmp_path):
@@ -39,6 +39,7 @@ def test_runs_of_one_name_and_odd_ends_of_lines_are_kept_apart(short_run, tmp_pa
         rows[3 - i]["response"] = "one\u2028two"
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
         (run / "samples.jsonl").write_text("".join(lines))
+        write_json(run / "eval.json", {"rows": evaluation.read(short_run)})  # no check sums
     report.write_page(runs, "", tmp_path / "page.html")
     text = (tmp_path / "page.html").read_text()
     assert all(f"<h2>{run}</h2>" in text for run in runs)
