@@ -184,7 +184,7 @@ def reading(path: Path, again: str) -> Iterator[None]:
         yield
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         why = str(error).splitlines()[:1] or [type(error).__name__]
-        raise ValueError(f"{path}: is missing or damaged ({why[0]}); {again}") from None
+        raise ValueError(f"{path}: is damaged ({why[0]}); {again}") from None
 
 
 def read_rows(path: Path) -> list:
