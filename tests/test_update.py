@@ -56,8 +56,10 @@ def sgd(model):
 
 
 def test_the_ratio_is_exactly_one_on_the_first_minibatch(model, rows):
-    logprobs, _ = forward(model, None, rows)
-    assert torch.equal(logprobs, rows.old_logprobs)
+    """As an update reads the rows; in another order a kernel may round otherwise."""
+    (piece,) = rows.pieces(torch.arange(24), 24)
+    part = rows[piece].cut()
+    assert torch.equal(forward(model, None, part)[0], part.old_logprobs)
 
 
 def test_micro_batches_of_any_size_give_the_gradient_of_the_minibatch(model, rows):
