@@ -37,8 +37,7 @@ def sample_vs_ctranslate2(policy: str, device: torch.device, quick: bool) -> Ite
     def theirs(size: int, some: list[str]) -> int:
         return sum(map(len, generate(generator, model, tokenizer, some, T, size)))
 
-    repeats = 3 if quick else 5
-    result, best = sampling.against(theirs, sizes, model, tokenizer, texts, T, repeats)
+    result, best = sampling.against(theirs, sizes, model, tokenizer, texts, T, repeats=5)
     engine = f"CTranslate2 with {best} prompts per call (best of {sizes}), no log-probabilities"
     setting = sampling.setting_of(policy, model, tokenizer, texts, T, engine)
     yield result | {"setting": setting}
