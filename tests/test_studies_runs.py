@@ -14,7 +14,9 @@ import pytest
 import torch
 from safetensors.numpy import save_file
 
+import train as train_script
 from minictrl import reproduce, theory
+from minictrl.config import Config
 from minictrl.studies import leaderboard, reward, sweep, tables, trained
 
 pytest.importorskip("matplotlib")
@@ -64,30 +66,12 @@ def scripts(monkeypatch):
     calls = Calls()
 
     def train(argv):
-        flags = dict(flag.removeprefix("--").split("=") for flag in argv if "=" in flag)
         calls.append(argv)
-        out = sweep.Path(flags["out"])
+        settings, *_ = train_script.read_arguments(argv)
+        config = Config(**settings).resolved()
+        out = sweep.Path(config.out)
         (out / "policy").mkdir(parents=True)
-        kept = {
-            "transform": flags.get("transform"),
-            "method": flags.get("method", "ppo"),
-            "kl": float(flags["kl"]),
-        }
-        (out / "config.json").write_text(
-            json.dumps(
-                kept
-                | {"seed": int(flags["seed"]), "cache": flags["cache"]}
-                | {
-                    "lr": 2e-3,
-                    "steps": 6,
-                    "task": "reviews",
-                    "prompts": 32,
-                    "batch": 16,
-                    "G": 8,
-                    "procedure": flags.get("procedure", "bon"),
-                }
-            )
-        )
+        (out / "config.json").write_text(json.dumps(vars(config)))
         (out / "policy" / "config.json").write_text("{}")
 
     def evaluate(argv):
