@@ -139,7 +139,10 @@ def damage(rng: random.Random, path: Path):
     elif way < 0.25 or path.suffix not in (".json", ".jsonl", ".safetensors"):
         path.write_bytes(torn(rng, data))
     elif path.suffix == ".json":
-        path.write_text(json.dumps(damaged(rng, json.loads(data))))
+        try:
+            path.write_text(json.dumps(damaged(rng, json.loads(data))))
+        except ValueError:  # it was torn before
+            path.write_bytes(torn(rng, data))
     elif path.suffix == ".safetensors":
         size = 8 + int.from_bytes(data[:8], "little")
         head = json.dumps(damaged(rng, json.loads(data[8:size]))).encode()
