@@ -117,7 +117,10 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """What `save_tensors` wrote. Raises ValueError, without the path, if it is damaged."""
     try:
         with safe_open(path, "pt") as file:
-            metadata, seal = json.loads((file.metadata() or {})["sealed"])
+            sealed = (file.metadata() or {}).get("sealed")
+            if sealed is None:
+                raise ValueError("it has no check sum")
+            metadata, seal = json.loads(sealed)
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(str(error).splitlines()[0]) from None

@@ -79,7 +79,9 @@ def cached(
         have = Reference.load(path, name)
         if samples_of(have) < K:
             with lock(path, wait=True):
-                have = Reference.load(path, name) or have  # another run may have drawn it by now
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # damage has been said
+                    have = Reference.load(path, name) or have  # another run may have drawn it
                 missing = K - samples_of(have)
                 if missing > 0:
                     sweep(path)

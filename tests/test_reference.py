@@ -46,9 +46,10 @@ def test_a_damaged_chunk_is_drawn_again_with_a_warning(damage, tmp_path):
     cached(draw, PROMPTS, 4, tmp_path, "key")
     path = sorted(tmp_path.glob("*.safetensors"))[0]
     path.write_bytes(path.read_bytes()[:-7] if damage is None else damage)
-    with pytest.warns(UserWarning, match="damaged"):
+    with pytest.warns(UserWarning, match="damaged") as said:
         again = cached(draw, PROMPTS, 4, tmp_path, "key")
     assert torch.equal(again.r_ref, EXPECTED[:, :4]) and len(draw.log) == 3
+    assert len(said) == 1
 
 
 def test_an_interruption_loses_one_chunk_at_most(tmp_path):
