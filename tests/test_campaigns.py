@@ -1,71 +1,75 @@
-"""A few cases of each campaign; `tests/campaigns/` has the long ones."""
+"""A few cases of each campaign; `tests/campaigns/` has the long ones.
+
+A campaign forks. It is a process of its own here, because a fork of a process with threads (those
+of progress bars and of pyarrow, after other tests) can hang.
+"""
 
 import re
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent / "campaigns"))
+from minictrl import evaluation, files, runs
 
-import broken
-import damaged
-import faults
-import kill
-from tiny import AGAIN, REFUSED, SAME, World, evaluated, run, runs
+CAMPAIGNS = Path(__file__).parent / "campaigns"
+SAME, REFUSED = "the same", "refused in one line"
+AGAIN = "the same, with a warning"
+
+
+def campaign(script: str, *flags) -> str:
+    command = [sys.executable, CAMPAIGNS / script, *map(str, flags)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1200)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return World(tmp_path_factory.mktemp("world"))
-
-
-def outcomes(rows) -> set:
-    return {row["outcome"] for row in rows}
+def faults(tmp_path_factory):
+    """part of the campaign -> its rows"""
+    out, parts = tmp_path_factory.mktemp("faults") / "faults.jsonl", {}
+    few = {"flips": 80, "limits": 2, "numbers": 5, "errors": 1, "runs": 2}
+    campaign("faults.py", "--out", out, *(x for name in few for x in (f"--{name}", few[name])))
+    for row in files.read_rows(out):
+        parts.setdefault(row["part"], []).append(row)
+    return parts
 
 
 def test_a_run_that_is_killed_and_resumed_ends_as_one_that_was_not(tmp_path):
-    rows = kill.campaign(5, 0, tmp_path / "kills.jsonl", tmp_path, cases=("ppo, prefix", "qrpo"))
+    out = tmp_path / "kills.jsonl"
+    campaign("kill.py", "--kills", 5, "--out", out, "--cases", "ppo, prefix", "qrpo")
+    rows = files.read_rows(out)
     assert not [row for row in rows if row["wrong"]] and len({row["stage"] for row in rows}) > 2
 
 
-def test_a_damaged_file_gives_no_other_result(world):
-    rows = list(damaged.flips(world, 54, 1))
-    assert outcomes(rows) <= {SAME, AGAIN, REFUSED}
-    seen = {row["fault"].split()[1] for row in rows if row["outcome"] != SAME}
+def test_a_damaged_file_gives_no_other_result(faults):
+    assert {row["outcome"] for row in faults["flips"]} <= {SAME, AGAIN, REFUSED}
+    seen = {row["fault"].split()[1] for row in faults["flips"] if row["outcome"] != SAME}
     assert seen >= {"cache", "checkpoint", "policy", "config.json", "eval.json", "wins.safetensors"}
 
 
-def test_the_scripts_refuse_or_repair_what_is_damaged(world):
-    cache, *others = damaged.by_scripts(world, 4, 1)
+def test_the_scripts_refuse_or_repair_what_is_damaged(faults):
+    cache, *others = faults["scripts"]
     assert cache["outcome"] in (SAME, AGAIN)  # it reads one chunk of two
     assert [row["outcome"] for row in others] == [REFUSED, SAME, REFUSED]
 
 
-def test_a_full_disk_or_one_without_rights_is_one_line_and_costs_no_result(world):
-    assert outcomes(faults.disk(world, 2, 0)) <= {SAME, REFUSED}
-    assert outcomes(faults.places(world)) == {REFUSED}
-
-
-def test_a_clock_that_goes_back_stops_no_checkpoint(world):
-    assert outcomes(faults.clock(world)) == {SAME}
-
-
-def test_what_is_not_finite_is_named_and_touches_no_weight(world):
-    assert outcomes(broken.not_finite(world, 2, 5)) == {REFUSED}
-
-
-def test_a_reward_that_raises_names_the_text(world):
-    assert outcomes(broken.raises(world)) == {REFUSED}
-
-
-def test_memory_that_runs_out_takes_smaller_pieces(world):
-    """cuBLAS' words; a CPU's in the update."""
-    assert outcomes(broken.memory(world, broken.MEMORY[1:2])) == {SAME}
-
-
-def test_runs_on_one_cache_draw_each_chunk_once(world):
-    assert outcomes(faults.together(world, 2)) == {SAME}
+@pytest.mark.parametrize(
+    "part, outcomes",
+    {
+        "disk": {SAME, REFUSED},  # full
+        "places": {REFUSED},  # no right to write
+        "clock": {SAME},  # goes back
+        "numbers": {REFUSED},  # not finite
+        "raises": {REFUSED},  # a reward
+        "memory": {SAME},  # runs out: smaller pieces
+        "together": {SAME},  # runs at once on one cache draw each chunk once
+    }.items(),
+)
+def test_a_fault_costs_no_result(part, outcomes, faults):
+    assert {row["outcome"] for row in faults[part]} <= outcomes and faults[part]
 
 
 def test_half_of_a_new_run_is_named_and_can_be_overwritten(tmp_path):
@@ -74,15 +78,14 @@ def test_half_of_a_new_run_is_named_and_can_be_overwritten(tmp_path):
         runs.load_config(tmp_path)
 
 
-def test_an_evaluation_is_whole_or_named(world):
-    folder = world.fresh(copy=True)
-    (folder / "run" / "samples.jsonl").write_text("{}\n")
+def test_an_evaluation_is_whole_or_named(short_run, tmp_path):
+    run = shutil.copytree(short_run, tmp_path / "run")
+    (run / "samples.jsonl").write_text("{}\n")
     with pytest.raises(ValueError, match=re.escape("samples.jsonl: is damaged")):
-        damaged.evaluation.read(folder / "run")
+        evaluation.read(run)
 
 
-def test_what_lies_beside_a_saved_policy_is_no_damage(world):
-    folder = world.fresh(copy=True)
-    (folder / "run" / "policy" / "README.md.1.tmp").touch()  # of an evaluation that was killed
-    assert run("evaluate", faults.evaluation_of(folder), world.log)[0] == 0
-    assert evaluated(folder) == world.evaluated
+def test_what_lies_beside_a_saved_policy_is_no_damage(short_run, tmp_path):
+    run = shutil.copytree(short_run, tmp_path / "run")
+    (run / "policy" / "README.md.1.tmp").touch()  # of an evaluation that was killed
+    runs.load_finished(run)

@@ -11,8 +11,8 @@ from minictrl import evaluation, files, models, rollout, runs, update
 from minictrl.lm.kvcache import PrefixCache
 
 MEMORY = (
-    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
     RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
     RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate"
                  " memory: you tried to allocate 4096 bytes. Error code 12"),
     MemoryError(),
@@ -81,9 +81,9 @@ def raises(world: World):
     yield {"fault": "reward raises", "case": said[-250:], "outcome": outcome}
 
 
-def memory(world: World, errors=MEMORY, limit: int = 3):
-    """Every kind of error above so many rows, in every place that runs models."""
-    for place, error in ((place, error) for place in PLACES for error in errors):
+def memory(world: World, kinds: int, limit: int = 3):
+    """So many kinds of error above so many rows, in every place that runs models."""
+    for place, error in ((place, error) for place in PLACES for error in MEMORY[:kinds]):
         hit = world.home / "hit"
         hit.unlink(missing_ok=True)
 

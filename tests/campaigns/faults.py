@@ -18,8 +18,8 @@ from collections import Counter
 from functools import partial
 from pathlib import Path
 
+import damaged
 from broken import memory, not_finite, raises
-from damaged import by_scripts, flips
 from tiny import (
     AGAIN,
     OTHER,
@@ -113,7 +113,7 @@ def clock(world: World):
     yield {"fault": "clock", "case": "a day back", "outcome": SAME if same else OTHER}
 
 
-def together(world: World, count: int = 8):
+def together(world: World, count: int):
     """Runs on one new cache at once: each chunk is drawn once, all end as one that was alone."""
     home = world.fresh(copy=False)
     drawn = home / "drawn"
@@ -144,20 +144,20 @@ def together(world: World, count: int = 8):
            "outcome": SAME if not wrong and times == 2 else OTHER}  # fmt: skip
 
 
-def campaign(home: Path, out: Path, *, count: int, limits: int, numbers: int, seed: int):
+def campaign(home: Path, out: Path, *, flips, limits, numbers, errors, runs, seed):
     """Every fault; those that `out` holds are done."""
     world = World(home)
     done = Counter(row["part"] for row in files.read_rows(out)) if out.is_file() else {}
     parts = {
-        "flips": flips(world, count, seed),
-        "scripts": by_scripts(world, count // 20, seed),
-        "memory": memory(world),
+        "flips": damaged.flips(world, flips, seed),
+        "scripts": damaged.by_scripts(world, flips // 20, seed),
+        "memory": memory(world, errors),
         "numbers": not_finite(world, numbers, seed),
         "disk": disk(world, limits, seed),
         "places": places(world),
         "clock": clock(world),
         "raises": raises(world),
-        "together": together(world),
+        "together": together(world, runs),
     }
     for part, rows in parts.items():
         if part in done:
@@ -181,12 +181,14 @@ if __name__ == "__main__":
     parser.add_argument("--flips", type=int, default=1000)
     parser.add_argument("--limits", type=int, default=40)
     parser.add_argument("--numbers", type=int, default=20)
+    parser.add_argument("--errors", type=int, default=4, help="kinds of memory that runs out")
+    parser.add_argument("--runs", type=int, default=8, help="at once on one cache")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("faults.jsonl"))
-    args = parser.parse_args()
+    args = vars(parser.parse_args())
+    out = args.pop("out")
     with tempfile.TemporaryDirectory() as home:
-        campaign(Path(home), args.out, count=args.flips, limits=args.limits, numbers=args.numbers,
-                 seed=args.seed)  # fmt: skip
-    rows = files.read_rows(args.out)
+        campaign(Path(home), out, **args)
+    rows = files.read_rows(out)
     print(table(rows))
     print(*(row for row in rows if row["outcome"] in (OTHER, TRACEBACK)), sep="\n")

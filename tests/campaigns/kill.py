@@ -154,7 +154,7 @@ def trial(world: list, case: str, script: str, hook: str, reference: dict, rng) 
             "said": said[-500:] if wrong else ""}  # fmt: skip
 
 
-def campaign(kills: int, seed: int, out: Path, home: Path, cases=tuple(CASES)) -> list[dict]:
+def campaign(kills: int, seed: int, out: Path, home: Path, cases: list[str]) -> list[dict]:
     """Trials until so many kills are made; those that `out` holds count."""
     world, references = make_world(home), {}
     rows = files.read_rows(out) if out.is_file() else []
@@ -191,10 +191,11 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--out", type=Path, default="kills.jsonl")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as home:
-        rows = campaign(args.kills, args.seed, args.out, Path(home))
+        rows = campaign(args.kills, args.seed, args.out, Path(home), args.cases)
     print(table(rows))
     bad = [row for row in rows if row["wrong"]]
     print(f"{len(rows)} runs, {len(bad)} differ", *bad, sep="\n")

@@ -2,11 +2,13 @@
 a forked child, which pays for no import.
 """
 
+import faulthandler
 import json
 import os
 import shutil
 import signal
 import sys
+import threading
 from contextlib import redirect_stderr, redirect_stdout
 from importlib import import_module
 from pathlib import Path
@@ -21,6 +23,7 @@ from tokenizers import Tokenizer  # noqa: E402
 from tokenizers.decoders import ByteLevel as Decoder  # noqa: E402
 from tokenizers.models import BPE  # noqa: E402
 from tokenizers.pre_tokenizers import ByteLevel  # noqa: E402
+from tqdm import tqdm  # noqa: E402
 
 import evaluate  # noqa: E402
 import train  # noqa: E402
@@ -82,6 +85,8 @@ class Child:
                 redirect_stdout(out),
                 redirect_stderr(out),
             ):
+                faulthandler.dump_traceback_later(600, exit=True, file=out)
+                tqdm.set_lock(threading.RLock())  # its own is shared: with one that was killed, too
                 sys.modules["matplotlib"] = None  # pictures would take most of the time
                 sys.argv[0] = f"{script}.py"
                 runs.PAUSE = 0  # seconds between checkpoints
