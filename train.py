@@ -34,7 +34,6 @@ import copy
 import time
 from dataclasses import replace
 from functools import partial
-from hashlib import sha256
 from pathlib import Path
 
 from minictrl.cli import Parser, run_script
@@ -129,6 +128,7 @@ def checked(config: Config):
     Whatever can be wrong with the input is found here, before the first sample is drawn.
     """
     from minictrl.exchange import read_reference
+    from minictrl.files import sha256_of
     from minictrl.lm.device import check_room
     from minictrl.methods import get_method
     from minictrl.rollout import check_prefix_rewards
@@ -149,7 +149,7 @@ def checked(config: Config):
     made_from = digests_of(config, task, judge)
     given = None
     if config.reference:
-        made_from["reference"] = sha256(Path(config.reference).read_bytes()).hexdigest()[:16]
+        made_from["reference"] = sha256_of(Path(config.reference))[:16]
         given = read_reference(config.reference, config, task)
     return method, task, given, made_from
 

@@ -37,6 +37,12 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {one_line(message)}; see --help\n")
 
 
+def first_line(error: Exception) -> str:
+    """The first line of an error that says something."""
+    first, *more = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+    return " ".join([first, *more[:1]] if first.endswith(":") else [first]) or type(error).__name__
+
+
 def one_line(text: object) -> str:
     """A message on one line that a terminal shows as it is, without the middle of a long one."""
     line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))

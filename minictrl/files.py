@@ -18,6 +18,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from minictrl.cli import first_line
+
 
 @contextmanager
 def in_one_step(path: Path) -> Iterator[Path]:
@@ -123,7 +125,7 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             metadata, seal = json.loads(sealed)
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(str(error).splitlines()[0]) from None
+        raise ValueError(first_line(error)) from None
     if seal != digest(check_sum(tensors), layout(tensors), metadata):
         raise ValueError("its check sum is another")
     return tensors, metadata
@@ -186,8 +188,7 @@ def reading(path: Path, again: str) -> Iterator[None]:
     try:
         yield
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        why = str(error).splitlines()[:1] or [type(error).__name__]
-        raise ValueError(f"{path}: is damaged ({why[0]}); {again}") from None
+        raise ValueError(f"{path}: is damaged ({first_line(error)}); {again}") from None
 
 
 def read_rows(path: Path) -> list:

@@ -24,6 +24,7 @@ from tqdm import tqdm
 import minictrl
 from minictrl.batch import Batch
 from minictrl.budget import Budget
+from minictrl.cli import first_line
 from minictrl.config import Config, is_run
 from minictrl.files import (
     NUMBER,
@@ -379,9 +380,8 @@ class Training:
                 self.learner.restore(tensors)
                 self.rows = json.loads(metadata["rows"])
             except (ValueError, RuntimeError, KeyError) as error:
-                why = str(error).splitlines()[0]
                 raise ValueError(
-                    f"{path} is damaged ({why}): start again with --overwrite"
+                    f"{path} is damaged ({first_line(error)}): start again with --overwrite"
                 ) from None
         if self.rows:
             last = self.rows[-1]

@@ -8,6 +8,7 @@ import warnings
 from importlib import import_module
 from pathlib import Path
 
+from minictrl.cli import first_line
 from minictrl.files import markdown
 
 EVERY, SHOWN = 10, 20  # steps between tables of responses, and their rows
@@ -38,8 +39,8 @@ class Tracker:
                 self.module = import_module(name)
                 self.run = self.module.init(project="minictrl", name=out.name, config=settings)
         except Exception as error:  # no account, no network
-            line = str(error).strip().split("\n")[0]
-            raise ValueError(f"--track {name}: can't start ({line}); leave it out") from None
+            why = first_line(error)
+            raise ValueError(f"--track {name}: can't start ({why}); leave it out") from None
 
     def log(self, row: dict, step: int):
         self._try(self._log, {key: value for key, value in row.items() if value is not None}, step)

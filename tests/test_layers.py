@@ -10,7 +10,8 @@ FOLDERS = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
 # From the lowest up; a folder's name stands for all of its modules that have no line of their own,
 # which may import each other.
 LAYERS = [
-    {"calibration", "files", "batch", "cli"},
+    {"cli"},
+    {"calibration", "files", "batch"},
     {
         "procedures",
         "methods",

@@ -6,8 +6,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from minictrl.cli import first_line
 from minictrl.lm.draw import draw
-from minictrl.lm.hub import first_line
 from minictrl.lm.kvcache import PrefixCache
 
 COMPACT = 0.95  # drop the rows that have ended when at most this share is left

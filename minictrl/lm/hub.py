@@ -21,6 +21,8 @@ from itertools import product
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from minictrl.cli import first_line
+
 ADAPTER = "adapter_config.json"  # peft's
 KERNEL = r'(attn|experts)_implementation\w*": [^,}]*/'  # in a config.json: of the hub
 WEIGHTS = "model.safetensors"
@@ -68,12 +70,6 @@ def unreachable(kind: str, name: str, error: Exception) -> str:
         "that name "
         f"({why}); put its files into ./{name}, or into $MINICTRL_HUB/{name}, or give a directory"
     )
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error that says something."""
-    first, *more = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
-    return " ".join([first, *more[:1]] if first.endswith(":") else [first]) or type(error).__name__
 
 
 def from_hub(loader, kind: str, name: str, *, new_head: bool = False, **options):

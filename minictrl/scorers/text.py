@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer
 from transformers.utils import logging
 
+from minictrl.cli import first_line
 from minictrl.data import Prompt
 from minictrl.lm.device import out_of_memory, resident
-from minictrl.lm.hub import first_line, from_hub
+from minictrl.lm.hub import from_hub
 from minictrl.lm.prompts import check_ids
 
 logging.set_verbosity_error()
