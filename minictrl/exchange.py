@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
 from minictrl import runs
@@ -82,8 +83,8 @@ def completions_of(row, column: str | None) -> tuple[str, tuple[list[str], list[
 
 
 def encoded(task: Task, texts: list[list[str]], r_ref: Tensor, size: int) -> Reference:
-    """Texts as the policy's tokens, with EOS, cut at the longest response; and their
-    log-probabilities."""
+    """Texts as the policy's tokens (P, K, T) with EOS, cut and padded to the longest response of a
+    run; and their log-probabilities."""
     P, K, T = len(texts), len(texts[0]), task.max_new_tokens
     ids = [
         row
@@ -98,9 +99,11 @@ def encoded(task: Task, texts: list[list[str]], r_ref: Tensor, size: int) -> Ref
             stacklevel=2,
         )
     rows = [torch.tensor([*row, task.tokenizer.eos_token_id][:T]) for row in ids]
-    tokens = pad_sequence(rows, batch_first=True, padding_value=task.tokenizer.pad_token_id)
+    padding = task.tokenizer.pad_token_id
+    tokens = pad_sequence(rows, batch_first=True, padding_value=padding)
+    tokens = pad(tokens, (0, T - tokens.shape[1]), value=padding)
     lengths = torch.tensor([len(row) for row in rows])
-    mask = torch.arange(tokens.shape[1]) < lengths[:, None]
+    mask = torch.arange(T) < lengths[:, None]
     of = torch.arange(P).repeat_interleave(K)
     batch = with_prompts(task, Batch(of=of, tokens=tokens, mask=mask.float()).to(task.ids.device))
     logprobs, _ = forward_all(task.policy, None, batch, size)

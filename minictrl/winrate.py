@@ -20,10 +20,11 @@ def win_rate(
     """(win rate, standard error) of T(pi) over T(pi_ref), N draws each, over all N-subsets.
 
     select, judge: (P, M) what T selects by and what decides the win, of M responses of pi to each
-    of P prompts; *_ref: (P, M') of pi_ref. An unbiased U-statistic for every N up to M, from one
-    draw. Tied scores share the selection, and count half a win. The standard error is that of a
-    mean over prompts, nan for one prompt. Raises ValueError on shapes that do not match, scores
-    that are not finite, an unknown procedure, or M < N.
+    of P prompts; *_ref: (P, M') of pi_ref. A U-statistic for every N up to M, from one draw;
+    unbiased but for soft and rewind, whose weights and threshold come from the same M samples
+    (docs/results.md). Tied scores share the selection, and count half a win. The standard error is
+    that of a mean over prompts, nan for one prompt. Raises ValueError on shapes that do not match,
+    scores that are not finite, an unknown procedure, or M < N.
     """
     return mean_stderr(win_rates(select, judge, select_ref, judge_ref, procedure, n))
 

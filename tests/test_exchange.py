@@ -42,11 +42,19 @@ def test_a_runs_own_samples_come_back_as_they_were(run, rows, tmp_path):
     torch.testing.assert_close(found.r_ref, own.r_ref)
     lengths = own.mask.sum(-1), found.mask.sum(-1)
     T = found.tokens.shape[-1]
+    assert T == 12  # as the sampler's, with which bond stacks them
     same = (found.tokens == own.tokens[..., :T]).logical_or(~found.mask).all(-1)
     same &= lengths[0] == lengths[1]
     assert same.float().mean() > 0.9
     both = own.logprobs[..., :T][same].sum(-1), found.logprobs[same].sum(-1)
     torch.testing.assert_close(*both, atol=1e-3, rtol=0)
+
+
+def test_samples_that_all_end_early_have_the_samplers_length():
+    config = Config(prompts=12, K=2, max_new_tokens=12).resolved()
+    texts = [[" a", " b"]] * 12
+    found = exchange.encoded(load_task(config, "train"), texts, torch.zeros(12, 2), 64)
+    assert found.tokens.shape == found.logprobs.shape == found.mask.shape == (12, 2, 12)
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])

@@ -49,8 +49,11 @@ def test_a_function_is_a_reward_and_a_judge_from_training_to_the_table(file, tmp
     assert reward == judge
 
 
-def test_another_source_is_another_digest(file):
+def test_another_source_or_function_is_another_digest(file):
     before = load_scorer(f"{file}:vowels", "reward").digest
+    file.write_text(REWARD + "\n\nother = vowels\n")
+    names = {load_scorer(f"{file}:{name}", "reward").digest for name in ("vowels", "other")}
+    assert len(names) == 2  # the cache would give one the rewards of the other
     file.write_text(REWARD.replace("aeiou", "aeiouy"))
     assert load_scorer(f"{file}:vowels", "reward").digest != before
 

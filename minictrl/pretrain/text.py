@@ -75,7 +75,7 @@ def write_text(
 
     NNNNN.jsonl.gz: a line {"prompt", "texts", "ended"} for each prompt.
     NNNNN.safetensors: tokens (prompts, num_samples, T), EOS from the end on; ids and logprobs of
-    the likeliest tokens, (prompts, num_samples, T, top), as `recorded` has them but ids in uint16.
+    the likeliest tokens, (prompts, num_samples, T, top), as `recorded` has them but ids in int32.
     """
     out.mkdir(parents=True, exist_ok=True)
     todo = [i for i in range(shards) if not (out / f"{i:05}.jsonl.gz").is_file()]
@@ -102,9 +102,9 @@ def write_text(
         shape = (len(part), num_samples, max_new_tokens, top)
         save_file(
             {
-                "tokens": drawn.tokens.to(torch.uint16),
+                "tokens": drawn.tokens.to(torch.int32),
                 "logprobs": logprobs.view(shape),
-                "ids": ids.to(torch.uint16).view(shape),
+                "ids": ids.to(torch.int32).view(shape),
             },
             out / f"{i:05}.safetensors",
         )

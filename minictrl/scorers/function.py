@@ -54,8 +54,8 @@ def load_function(
         return scores
 
     used = {prompt: [row.get(name) for name in wanted] for prompt, row in columns.items()}
-    source = Path(spec.rpartition(":")[0]).read_text()
-    return [source, used if wanted else None], evaluate
+    file, _, name = spec.rpartition(":")
+    return [name, Path(file).read_text(), used if wanted else None], evaluate
 
 
 def find_function(spec: str, role: str) -> Callable:
