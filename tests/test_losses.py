@@ -375,3 +375,8 @@ def test_pkpo_reaches_the_optimum_of_infalign(procedure):
 def test_bad_input_is_a_value_error(call):
     with pytest.raises(ValueError):
         call()
+
+
+@pytest.mark.parametrize("G, value", [(7, 1000.1), (100, 3.3)])
+def test_a_group_of_equal_returns_has_no_advantage(G, value):
+    assert not grpo_advantages(torch.full((2, G), value)).any()

@@ -33,5 +33,8 @@ def grpo_advantages(returns: Tensor, divide: bool = True) -> Tensor:
     returns gets 0.
     """
     check_samples("returns", returns, 2, least=2)
-    centred = returns - returns.mean(1, keepdim=True)
-    return centred / (returns.std(1, keepdim=True) + 1e-6) if divide else centred
+    exact = returns.double()  # float32's mean of equal returns is not always their value
+    centred = exact - exact.mean(1, keepdim=True)
+    if divide:
+        centred = centred / (exact.std(1, keepdim=True) + 1e-6)
+    return centred.to(returns.dtype)
