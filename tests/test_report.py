@@ -80,3 +80,11 @@ def test_a_command_is_what_was_typed(flags):
     config = Config(**settings).resolved()
     settings, *_ = train.read_arguments(shlex.split(config.command())[2:])
     assert Config(**settings).resolved() == config
+
+
+def test_a_run_whose_own_procedure_needs_more_samples_says_so():
+    config = Config(n=64).resolved()
+    with pytest.warns(UserWarning, match="too few for bon with N = 64.* give --samples 64"):
+        found = evaluation.procedures(config, (2, 4), 32)
+    assert found[0] == ("standard", 1) and ("bon", 64) not in found
+    assert evaluation.procedures(config, (2, 4), 64)[0] == ("bon", 64)
