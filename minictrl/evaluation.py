@@ -243,14 +243,15 @@ def aligned_for(config: Config) -> tuple[str, int]:
 
 def procedures(config: Config, sizes: tuple[int, ...], M: int) -> list[tuple[str, int]]:
     """(procedure, N) of the table: what the run is aligned for comes first."""
-    chosen = [aligned_for(config), ("standard", 1)]
-    least = get_procedure(chosen[0][0]).samples(chosen[0][1])
+    own, N = aligned_for(config)
+    least = get_procedure(own).samples(N)
     if least > M:
         warnings.warn(
-            f"{M} samples per prompt are too few for {chosen[0][0]} with N = {chosen[0][1]}, which "
-            f"the run was made for: its row is left out; give --samples {least} or more",
+            f"{M} samples per prompt are too few for {own} with N = {N}, which the run was made "
+            f"for: its row is left out; give --samples {least} or more",
             stacklevel=2,
         )
+    chosen = [(own, N), ("standard", 1)]
     for procedure in ("bon", "won"):
         chosen += [(procedure, n) for n in sizes if n > 1]
     chosen += [("bon", config.n), ("won", config.n)]  # the pictures have them

@@ -16,8 +16,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
-from torch.nn.utils.rnn import pad_sequence
 
 from minictrl import runs
 from minictrl.batch import Batch
@@ -99,11 +97,11 @@ def encoded(task: Task, texts: list[list[str]], r_ref: Tensor, size: int) -> Ref
             stacklevel=2,
         )
     rows = [torch.tensor([*row, task.tokenizer.eos_token_id][:T]) for row in ids]
-    padding = task.tokenizer.pad_token_id
-    tokens = pad_sequence(rows, batch_first=True, padding_value=padding)
-    tokens = pad(tokens, (0, T - tokens.shape[1]), value=padding)
     lengths = torch.tensor([len(row) for row in rows])
     mask = torch.arange(T) < lengths[:, None]
+    tokens = torch.full(mask.shape, task.tokenizer.pad_token_id).masked_scatter(
+        mask, torch.cat(rows)
+    )
     of = torch.arange(P).repeat_interleave(K)
     batch = with_prompts(task, Batch(of=of, tokens=tokens, mask=mask.float()).to(task.ids.device))
     logprobs, _ = forward_all(task.policy, None, batch, size)

@@ -77,7 +77,7 @@ def freeze(policy: nn.Module, layers: int | None) -> None:
 
     Embeddings never are: what a word means and how a text is read stay as they are. Their
     gradients are mostly noise, which the optimizer turns into KL that wins nothing: the same steps
-    with all parameters end further from the theory (docs/notes.md), and cost more time.
+    with all parameters end no nearer to the theory (docs/notes.md), and cost more time.
     """
     count = getattr(policy.config, "num_hidden_layers", None)
     lists = [module for module in policy.modules() if isinstance(module, nn.ModuleList)]

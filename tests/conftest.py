@@ -1,3 +1,4 @@
+import subprocess
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,22 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # train.py and evaluate.p
 @pytest.fixture(autouse=True, scope="session")
 def one_thread():
     torch.set_num_threads(1)  # small tensors: more threads only wait for each other
+
+
+@pytest.fixture(scope="session")
+def campaign():
+    """campaign(script, *flags) runs a script of tests/campaigns, which has to end with status 0.
+
+    A campaign forks. It is a process of its own, because a fork of a process with threads (those of
+    progress bars and of pyarrow, after other tests) can hang.
+    """
+
+    def run(script: str, *flags):
+        command = [sys.executable, Path(__file__).parent / "campaigns" / script, *map(str, flags)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=1800)
+        assert done.returncode == 0, done.stdout[-9000:] + done.stderr
+
+    return run
 
 
 @pytest.fixture

@@ -1,12 +1,7 @@
-"""A few cases of each campaign; `tests/campaigns/` has the long ones.
-
-A campaign forks. It is a process of its own here, because a fork of a process with threads (those
-of progress bars and of pyarrow, after other tests) can hang.
-"""
+"""A few cases of each campaign; `tests/campaigns/` has the long ones."""
 
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,20 +9,12 @@ import pytest
 
 from minictrl import evaluation, files, runs
 
-CAMPAIGNS = Path(__file__).parent / "campaigns"
-SAME, REFUSED = "the same", "refused in one line"
-AGAIN = "the same, with a warning"
-
-
-def campaign(script: str, *flags) -> str:
-    command = [sys.executable, CAMPAIGNS / script, *map(str, flags)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=1200)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+sys.path.insert(0, str(Path(__file__).parent / "campaigns"))
+from tiny import AGAIN, REFUSED, SAME
 
 
 @pytest.fixture(scope="module")
-def faults(tmp_path_factory):
+def faults(campaign, tmp_path_factory):
     """part of the campaign -> its rows"""
     out, parts = tmp_path_factory.mktemp("faults") / "faults.jsonl", {}
     few = {"flips": 80, "limits": 2, "numbers": 5, "errors": 1, "runs": 2}
@@ -37,7 +24,7 @@ def faults(tmp_path_factory):
     return parts
 
 
-def test_a_run_that_is_killed_and_resumed_ends_as_one_that_was_not(tmp_path):
+def test_a_run_that_is_killed_and_resumed_ends_as_one_that_was_not(campaign, tmp_path):
     out = tmp_path / "kills.jsonl"
     campaign("kill.py", "--kills", 5, "--out", out, "--cases", "ppo, prefix", "qrpo")
     rows = files.read_rows(out)
@@ -62,6 +49,7 @@ def test_the_scripts_refuse_or_repair_what_is_damaged(faults):
         "disk": {SAME, REFUSED},  # full
         "places": {REFUSED},  # no right to write
         "clock": {SAME},  # goes back
+        "strangers": {SAME},  # beside a saved policy
         "numbers": {REFUSED},  # not finite
         "raises": {REFUSED},  # a reward
         "memory": {SAME},  # runs out: smaller pieces
@@ -83,9 +71,3 @@ def test_an_evaluation_is_whole_or_named(short_run, tmp_path):
     (run / "samples.jsonl").write_text("{}\n")
     with pytest.raises(ValueError, match=re.escape("samples.jsonl: is damaged")):
         evaluation.read(run)
-
-
-def test_what_lies_beside_a_saved_policy_is_no_damage(short_run, tmp_path):
-    run = shutil.copytree(short_run, tmp_path / "run")
-    (run / "policy" / "README.md.1.tmp").touch()  # of an evaluation that was killed
-    runs.load_finished(run)

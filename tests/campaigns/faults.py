@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 
 import damaged
-from broken import memory, not_finite, raises
+from broken import MEMORY, memory, not_finite, raises
 from tiny import (
     AGAIN,
     OTHER,
@@ -113,6 +113,15 @@ def clock(world: World):
     yield {"fault": "clock", "case": "a day back", "outcome": SAME if same else OTHER}
 
 
+def strangers(world: World):
+    """What an evaluation that was killed has left beside the policy is no damage to it."""
+    folder = world.fresh(copy=True)
+    (folder / "run" / "policy" / "README.md.1.tmp").touch()
+    status, _ = run("evaluate", evaluation_of(folder), world.log)
+    same = status == 0 and not differing(evaluated(folder), world.evaluated)
+    yield {"fault": "strangers", "case": "in policy/", "outcome": SAME if same else OTHER}
+
+
 def together(world: World, count: int):
     """Runs on one new cache at once: each chunk is drawn once, all end as one that was alone."""
     home = world.fresh(copy=False)
@@ -156,6 +165,7 @@ def campaign(home: Path, out: Path, *, flips, limits, numbers, errors, runs, see
         "disk": disk(world, limits, seed),
         "places": places(world),
         "clock": clock(world),
+        "strangers": strangers(world),
         "raises": raises(world),
         "together": together(world, runs),
     }
@@ -181,7 +191,7 @@ if __name__ == "__main__":
     parser.add_argument("--flips", type=int, default=1000)
     parser.add_argument("--limits", type=int, default=40)
     parser.add_argument("--numbers", type=int, default=20)
-    parser.add_argument("--errors", type=int, default=4, help="kinds of memory that runs out")
+    parser.add_argument("--errors", type=int, default=len(MEMORY), help="of memory that runs out")
     parser.add_argument("--runs", type=int, default=8, help="at once on one cache")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("faults.jsonl"))
