@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 BLOCK = 64  # tokens of the vocabulary in a block of the two-level draw
@@ -19,22 +20,22 @@ def draw(logits: Iterable[Tensor], u: Tensor) -> tuple[Tensor, Tensor]:
     one for both, an error of rounding in a block's boundary would move every token's. Sums are
     vectorised, a long cumulative sum is not.
     """
-    picked, first = [], 0
+    blocks, insides, first = [], [], 0
     for piece in logits:
-        probs, whole = piece.softmax(-1), piece.shape[-1] // BLOCK * BLOCK
-        sums = probs[:, :whole].unflatten(-1, (-1, BLOCK)).sum(-1)  # (r, blocks)
-        if whole < piece.shape[-1]:
-            sums = torch.cat([sums, probs[:, whole:].sum(-1, keepdim=True)], -1)
-        block = _inverse_cdf(sums, u[first : first + len(piece), 0])
-        token = block[:, None] * BLOCK + torch.arange(BLOCK, device=block.device)  # (r, BLOCK)
-        inside = probs.gather(-1, token.clamp(max=piece.shape[-1] - 1))
-        picked.append((block, inside.masked_fill_(token >= piece.shape[-1], 0.0)))
+        probs = whole_blocks(piece).softmax(-1).unflatten(-1, (-1, BLOCK))  # (r, blocks, BLOCK)
+        block = _inverse_cdf(probs.sum(-1), u[first : first + len(piece), 0])
+        blocks.append(block)
+        insides.append(probs[torch.arange(len(block), device=block.device), block])
         first += len(piece)
-    block, inside = map(torch.cat, zip(*picked))  # (R,), (R, BLOCK)
+    block, inside = torch.cat(blocks), torch.cat(insides)  # (R,), (R, BLOCK)
     i = _inverse_cdf(inside, u[:, 1])
-    return (block * BLOCK + i).clamp(max=piece.shape[-1] - 1), inside.gather(-1, i[:, None])[
-        :, 0
-    ].log().float()
+    return block * BLOCK + i, inside.gather(-1, i[:, None])[:, 0].log().float()
+
+
+def whole_blocks(logits: Tensor) -> Tensor:
+    """(r, V) logits, V filled up to a multiple of BLOCK by tokens of probability 0."""
+    missing = -logits.shape[-1] % BLOCK
+    return F.pad(logits, (0, missing), value=-torch.inf) if missing else logits
 
 
 def _inverse_cdf(weights: Tensor, u: Tensor) -> Tensor:
@@ -43,7 +44,7 @@ def _inverse_cdf(weights: Tensor, u: Tensor) -> Tensor:
     """
     cdf = weights.cumsum(-1, dtype=torch.float64)
     i = torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True)[:, 0]
-    return i.clamp(max=weights.shape[-1] - 1)  # only NaN gets that far: `sample` reports it
+    return i % weights.shape[-1]  # only NaN gets past the end: `sample` reports it
 
 
 def uniforms(seed: int, keys: np.ndarray, samples: np.ndarray, T: int) -> np.ndarray:

@@ -10,14 +10,16 @@ of the same step are decoded together.
 import functools
 import inspect
 import math
+from collections.abc import Callable
 from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AttentionInterface, Cache, DynamicCache
 
 from minictrl.lm.device import free_memory
+from minictrl.lm.draw import BLOCK
 
 # Families whose attention is softmax(q k / sqrt(d)) v through transformers' attention interface,
 # and whose logits are the output embedding of the last hidden state, with nothing in between (no
@@ -44,8 +46,25 @@ def is_plain(model) -> bool:
 
 
 def head_logits(model, hidden: Tensor) -> Tensor:
-    logits = model.get_output_embeddings()(hidden)
+    return at_least_float32(model.get_output_embeddings()(hidden))
+
+
+def at_least_float32(logits: Tensor) -> Tensor:
     return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def padded_head(model) -> Callable[[Tensor], Tensor]:
+    """`head_logits`, its vocabulary filled up to whole blocks of the draw: on a CPU a product of
+    6,208 columns is faster than one of 6,145.
+    """
+    head = model.get_output_embeddings()
+    missing = -len(head.weight) % BLOCK
+    if type(head) is not nn.Linear or not missing:
+        return functools.partial(head_logits, model)
+    bias = head.weight.new_zeros(len(head.weight)) if head.bias is None else head.bias
+    weight = F.pad(head.weight, (0, 0, 0, missing))
+    bias = F.pad(bias, (0, missing), value=-torch.inf)
+    return lambda hidden: at_least_float32(F.linear(hidden, weight, bias))
 
 
 def forward(model, ids: Tensor, cache=None, **kwargs):
@@ -74,6 +93,7 @@ class PrefixCache(Cache):
 
     def __init__(self, model):
         self.model, self.buffers = model, []
+        self.head = padded_head(model)
         self.layers = []  # where transformers looks to make a mask; ours are ready made
 
     def prefill(self, ids: Tensor, mask: Tensor, group: Tensor, T: int) -> Tensor:
@@ -106,9 +126,6 @@ class PrefixCache(Cache):
             columns_to_come, -torch.inf
         )
         return self._forward(token, self.bias, position)
-
-    def head(self, state: Tensor) -> Tensor:
-        return head_logits(self.model, state)
 
     def _forward(self, ids: Tensor, mask: Tensor, position_ids: Tensor) -> Tensor:
         return forward(
@@ -242,7 +259,7 @@ class RepeatedCache:
         return self._forward(token, position)
 
     def head(self, state: Tensor) -> Tensor:
-        return state if state.dtype == torch.float64 else state.float()
+        return at_least_float32(state)
 
     def _forward(self, ids: Tensor, position_ids: Tensor) -> Tensor:
         return forward(
