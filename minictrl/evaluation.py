@@ -33,12 +33,13 @@ from minictrl.files import (
 )
 from minictrl.lm.device import halving
 from minictrl.lm.logprobs import response_logits
+from minictrl.methods import get_method
 from minictrl.models import load_policy
 from minictrl.procedures import get_procedure
 from minictrl.rollout import batch_of, reference_samples, sample_and_score, score
 from minictrl.sampling import Samples, texts_of
 from minictrl.task import Task, load_task, scorer_of, try_scorers
-from minictrl.transforms import Transform, get_transform
+from minictrl.transforms import Transform
 from minictrl.winrate import kept_scores, mean_stderr, win_rates
 
 KL_SAMPLES = 16  # responses per prompt for the KL
@@ -94,7 +95,7 @@ def evaluate(
             each.scores["judge"] = score(judge, task.prompts, each.texts)
     kls = kl_by_prompt(policy, task, samples, config.micro_batch).double()
 
-    table, wins = table_of(config, pi, pi_ref, kls, curve_of(config, run), sizes)
+    table, wins = table_of(config, pi, pi_ref, kls, curve_of(config), sizes)
     name = suffix(split, second)
     models = {role: getattr(config, role) for role in pi.scores}
     levels = C_hats(pi, pi_ref)
@@ -165,6 +166,7 @@ def table_of(
     P, M = select.shape
     levels = theory.tied_levels(select_ref)
     tied = levels is not None
+    law = {"levels": levels} if tied else {"K": config.K}
     if tied and config.procedure == "rewind":
         warnings.warn(
             f"rewards tie, and rewind's threshold is a quantile: {M} samples do not say which "
@@ -177,7 +179,7 @@ def table_of(
         shared = {
             "kl": kl,
             "kl_stderr": kl_stderr,
-            "theory": theory.at_kl(curve, *at, levels=levels) if curve.calibrated else None,
+            "theory": theory.at_kl(curve, *at, **law) if curve.calibrated else None,
             "optimal": None if tied else theory.optimal_win_rate(*at),
             "prompts": P,
             "samples": M,
@@ -225,15 +227,12 @@ def C_hats(pi: Scored, pi_ref: Scored) -> dict[str, Tensor]:
     return {"C_hat": calibrated_reward(pi.scores["reward"], r_ref), "C_hat_reference": own}
 
 
-def curve_of(config: Config, run: Path) -> Transform:
-    """The transform whose theory a run is held against.
+def curve_of(config: Config) -> Transform:
+    """The transform whose theory a run is held against: the Phi that it was trained with.
 
     A Phi that is solved for a procedure stays that procedure's in every row.
     """
-    beta = runs.load_config(run)[1]["beta"]
-    return get_transform(
-        config.transform, procedure=config.procedure, n=config.n, beta=beta, K=None
-    )
+    return get_method(config.method)(config).Phi
 
 
 def aligned_for(config: Config) -> tuple[str, int]:

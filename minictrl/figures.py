@@ -62,7 +62,7 @@ def win_rates(run: Path, suffix: str, table: list[dict]):
     """
     config, _ = runs.load_config(run)
     n = config.n if config.procedure in ("bon", "won") else 4
-    curve = evaluation.curve_of(config, run)
+    curve = evaluation.curve_of(config)
     cases = list(
         dict.fromkeys([("standard", 1), ("bon", n), ("won", n), evaluation.aligned_for(config)])
     )
@@ -80,6 +80,7 @@ def win_rates(run: Path, suffix: str, table: list[dict]):
             n,
             by="scorer",
             expected={"theory": curve} if curve.calibrated else {},
+            K=config.K,
         )
         axis.legend(loc="lower right")
     split = "training" if suffix.startswith("-train") else "held-out"
@@ -176,19 +177,21 @@ def tradeoff(
     *,
     by: str,
     expected: dict[str, theory.Transform],
+    K: int | None = None,
 ):
     """Measured win rates against KL, a line for each value of column `by`, on the optimum (black)
     and theory (dashed).
 
     rows: of this procedure and n, with kl, kl_stderr, win_rate, stderr. expected: name ->
-    transform, in its colour. Where rewards tie there is no optimum to draw.
+    transform, in its colour; with a K that of K samples. Where rewards tie there is no optimum to
+    draw.
     """
     errorbars(axis, rows, "kl", "win_rate", by=by, xerr="kl_stderr", yerr="stderr")
     axis.set(title=title(procedure, n), xlabel=KL, ylabel=WIN_RATE)
     if any(row.get("optimal", 0) is None for row in rows):
         return
     top = 1.2 * max([row["kl"] for row in rows], default=1.0)
-    kls = [top * (i / 24) ** 2 for i in range(25)]
+    kls = [top * (i / 12) ** 2 for i in range(13)]
     axis.plot(
         kls,
         [theory.optimal_win_rate(kl, procedure, n) for kl in kls],
@@ -196,6 +199,6 @@ def tradeoff(
         label="optimum",
     )
     for name, transform in expected.items():
-        wins = [theory.at_kl(transform, kl, procedure, n) for kl in kls]
+        wins = [theory.at_kl(transform, kl, procedure, n, K=K) for kl in kls]
         axis.plot(kls, wins, "--", linewidth=1, color=COLORS.get(name))
         axis.set_ylabel(f"{WIN_RATE} (dashed: theory)")

@@ -162,20 +162,21 @@ def policy_at_kl(
     """(mass, ref): the mass of each cell under this transform's policy at this KL, and pi_ref's.
 
     (G,) each, or (prompts, G) with K or levels. ref is also the cells' width. procedure, n: what a
-    fixed point is solved for. Other arguments as in `at_kl`. A KL that no policy on the levels has
-    is that of one that has the best of them alone.
+    fixed point is solved for. Other arguments as in `at_kl`. A KL that no policy on the levels, or
+    on the values of C_hat, has is that of one that has the best of them alone.
     """
     if math.isnan(kl):
         raise ValueError(f"kl {kl}: must be a number of nats")
     T, n, kl = mass_map(procedure), at_least_1("n", n), min(float(kl), MAX_KL)
     if kl < 1e-9:
         return cells.grid(COARSE), cells.grid(COARSE)
-    if levels is not None:
-        Phi, ref = _on_cells(transform, levels=levels)
-        kl = min(kl, (1 - 1e-9) * cells.largest_kl(Phi, ref))
-        return (ref * cells.tilt_to_kl(Phi, kl, ref)[0].exp() if kl >= 1e-9 else ref), ref
     best = frontier(solved_for(transform, T), n, kl) if transform in FIXED_POINTS else None
-    return _policy(transform, best, K, kl=kl).masses()
+    if K is None and levels is None:
+        return _policy(transform, best, None, kl=kl).masses()
+    Phi, ref = _on_cells(transform if best is None else interpolated(best), K, levels)
+    kl = min(kl, (1 - 1e-9) * cells.largest_kl(Phi, ref))
+    log_ratio = cells.tilt_to_kl(Phi, kl, ref)[0] if kl >= 1e-9 else torch.zeros_like(ref)
+    return _Policy(log_ratio, ref, K).masses()
 
 
 def levels_of(r_ref: Tensor) -> Tensor:

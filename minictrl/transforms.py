@@ -65,16 +65,18 @@ class Transform:
         return self.Phi(u)
 
     def of(self, r: Tensor, r_ref: Tensor) -> Tensor:
-        """Phi(C_hat) (B, M) of rewards r (B, M) against r_ref (B, K)."""
-        return self.Phi(calibrated_reward(r, r_ref))
+        """Phi(C_hat) (B, M) of rewards r (B, M) against r_ref (B, K), in float64: divided by a
+        small beta it keeps its digits.
+        """
+        return self.Phi(calibrated_reward(r.double(), r_ref.double()))
 
     def in_nats(self, Phi_C: Tensor, beta: float, Phi_ref: Tensor | None = None) -> Tensor:
         """R = Phi(C_hat) / beta, the objective in units of the KL, at most FLOOR below log Z.
 
         There the optimum pi_ref e^R / Z keeps e^-FLOOR of pi_ref's probability, and it doesn't
         matter how much less it would keep. Without it R is -1,043 at C_hat = 0 for exp-10 at 1
-        nat, and a few samples there are all of the gradient. Z is that of C_hat's uniform law, or
-        where rewards tie that of each prompt's Phi_ref (P, K), Phi(C_hat) of pi_ref's samples.
+        nat, and a few samples there are all of the gradient. Z is the mean over each prompt's
+        Phi_ref (P, K), Phi(C_hat) of pi_ref's samples; without them over C_hat's uniform law.
         """
         if Phi_ref is None:
             Phi_ref = self.Phi((torch.arange(GRID, dtype=torch.float64) + 0.5) / GRID)

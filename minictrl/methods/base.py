@@ -53,8 +53,7 @@ class Method:
 
     def in_nats(self, Phi_C: Tensor, beta: float, r_ref: Tensor) -> Tensor:
         """R (P, G) = Phi(C_hat) / beta with its floor (`Transform.in_nats`). r_ref: (P, K)."""
-        Phi_ref = self.Phi.of(r_ref, r_ref) if theory.tied(r_ref) else None
-        return self.Phi.in_nats(Phi_C, beta, Phi_ref)
+        return self.Phi.in_nats(Phi_C, beta, self.Phi.of(r_ref, r_ref))
 
     def loss(
         self, logprobs: Tensor, values: Tensor | None, batch: Batch

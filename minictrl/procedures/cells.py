@@ -30,10 +30,11 @@ def grid(cells: int) -> Tensor:
 
 
 @lru_cache(maxsize=8)
-def spacings(K: int, prompts: int = 2000) -> Tensor:
+def spacings(K: int) -> Tensor:
     """(prompts, K + 1) gaps between K sorted draws of C under pi_ref: what each C_hat = k / K
-    covers, per prompt.
+    covers, per prompt. 2,000 prompts, or fewer where K is large and they differ less.
     """
+    prompts = min(2000, max(10, 4_000_000 // K))
     gaps = -torch.log1p(
         -torch.rand(prompts, K + 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     )
