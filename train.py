@@ -94,7 +94,7 @@ def train(config: Config, resume: bool):
             task, config.K, seed=seed, cache=config.cache, name="calibrate"
         )
         check_sampler(task, reference)
-    reference.save(out / "reference.safetensors", reference_key(task, seed, task.texts))
+    reference.save(out / "reference.safetensors", reference_key(task, seed, task.read))
 
     # 2. Transform: Phi is the method's, and beta follows from the KL budget.
     beta_at = partial(method.beta_for, r_ref=reference.r_ref)

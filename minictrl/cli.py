@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -32,6 +33,13 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, prog: str, description: str):
         super().__init__(prog=prog, description=description, allow_abbrev=False)
+
+    def parse_args(self, args=None, namespace=None):
+        args = sys.argv[1:] if args is None else list(map(str, args))
+        for before, arg in zip(["an argument", *args], args):
+            if arg == "" or re.fullmatch("--[a-zA-Z-]+=", arg):
+                self.error(f"{arg or before} is empty: give a value, or leave it out")
+        return super().parse_args(args, namespace)
 
     def error(self, message: str):
         self.exit(2, f"{self.prog}: error: {one_line(message)}; see --help\n")

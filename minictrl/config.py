@@ -24,7 +24,7 @@ KINDS = {  # of settings, by their annotation
 }
 # settings that are computed where they are not given, so that every run has them
 FILLED = ("transform", "n", "baseline", "steps", "out", "policy", "reward", "lr", "lam")
-FILLED += ("max_new_tokens", "max_prompt_tokens")
+FILLED += ("max_new_tokens",)
 BASELINES = ("prefix", "value", "loo")
 TRACKERS = ("wandb", "trackio", "tensorboard")
 
@@ -89,7 +89,7 @@ TASKS = {
 # What follows from a policy of one's own, and with it a file of prompts: nothing of the reviews'.
 # The learning rate is a guess; None: all blocks, all prompts.
 OWN_POLICY = dict(layers=None, lr=1e-5)
-OWN_PROMPTS = LONG | dict(reward=None, judge=None, prompts=None)
+OWN_PROMPTS = LONG | dict(reward=None, judge=None, prompts=None, max_prompt_tokens=None)
 
 
 DATA_RULE = (
@@ -100,8 +100,12 @@ DATA_RULE = (
 
 def is_data(name: str) -> bool:
     """Whether this can be a user's data, as far as its name tells."""
-    path = Path(name)
-    return path.suffix in (".jsonl", *FORMATS) or "/" in name or path.is_dir()
+    return is_file(name) or "/" in name or Path(name).is_dir()
+
+
+def is_file(name: str) -> bool:
+    """Whether this is the name of a file of prompts."""
+    return Path(name).suffix in (".jsonl", *FORMATS)
 
 
 def is_object(text: str | None) -> bool:
@@ -222,7 +226,9 @@ class Config:
     )
     max_new_tokens: int | None = setting(None, "longest response (default: the task's)", least=1)
     max_prompt_tokens: int | None = setting(
-        None, "longest prompt of a task; longer ones are left out (default: the task's)", least=1
+        None,
+        "longest prompt in tokens; longer ones are left out (default: the task's; all of your own)",
+        least=1,
     )
 
     def __post_init__(self):
@@ -231,6 +237,7 @@ class Config:
             kind, rule = KINDS[f.type.split(" ")[0]]
             fits = isinstance(value, kind) and not isinstance(value, bool)
             self._need(fits or (value is None and "None" in f.type), f.name, f"use {rule}")
+            self._need(value != "", f.name, "it is empty: give a value, or leave it out")
             if value is None or value == f.default:
                 continue
             if "choices" in f.metadata:
@@ -245,15 +252,29 @@ class Config:
             if "positive" in f.metadata:
                 self._need(0 < value < float("inf"), f.name, "use a positive number")
         self._need(self.batch * self.G <= MOST, "G", f"with --batch at most {MOST} samples a step")
-        self._need(self.transform != "", "transform", "give a name, or leave it out")
         self._need(abs(self.seed) < 2**40, "seed", "use a number of at most 40 bits")
         self._need(self.task in TASKS or is_data(self.task), "task", DATA_RULE)
+        self._need(
+            self.own_prompts or self.column is None,
+            "column",
+            f"task {self.task} knows where its prompts are; leave it out",
+        )
+        self._need(
+            self.data_split == "train" or (self.own_prompts and not is_file(self.task)),
+            "data_split",
+            f"--task {self.task} has no splits to choose from; leave it out",
+        )
         self._need(is_object(self.template_args), "template_args", "give an object in JSON")
         both = self.kl is not None and self.beta is not None
         self._need(not both, "beta", f"give --kl or --beta, not both (--kl is {self.kl})")
         self._need(self.lam is None or 0 <= self.lam <= 1, "lam", "use a number from 0 to 1")
         known_device = self.device in ("auto", "cpu") or self.device.startswith("cuda")
         self._need(known_device, "device", "use auto, cpu or cuda")
+
+    @property
+    def own_prompts(self) -> bool:
+        """Whether the prompts are the user's, and no task's."""
+        return self.task not in TASKS
 
     def _need(self, ok: bool, name: str, rule: str):
         if not ok:
@@ -298,13 +319,15 @@ class Config:
 
     def _defaults(self) -> dict:
         """The task's entry, without what belongs to a policy or to prompts that aren't its own."""
-        own_prompts = self.task not in TASKS
-        task = TASKS["reviews"] | {"prompts": None} if own_prompts else TASKS[self.task]
+        if self.own_prompts:
+            task = TASKS["reviews"] | {"prompts": None, "max_prompt_tokens": None}
+        else:
+            task = TASKS[self.task]
         if ".py:" in (self.reward or ""):
             task = task | {"judge": None}  # a model's opinion of reviews is none of its answers
         if self.policy in (None, task["policy"]):
             return task
-        return task | OWN_POLICY | (OWN_PROMPTS if own_prompts else {})
+        return task | OWN_POLICY | (OWN_PROMPTS if self.own_prompts else {})
 
     def command(self) -> str:
         """The command that makes a run with these settings, anywhere: what isn't a default."""

@@ -45,7 +45,8 @@ def load_rows(
     check_split(split)
     name = str(task_or_data)
     if name not in TASKS:
-        rows = unique(convert(read_own(name, data_split), partial(row_of, column=column)))
+        rows = convert(read_own(name, data_split), partial(row_of, column=column))
+        rows = unique(rows, whose=name)
         if len(rows) < 10:
             raise ValueError(
                 f"{name} has {len(rows)} prompts: give at least 10, every tenth for evaluation"
@@ -254,9 +255,17 @@ def key(prompt: Prompt) -> str:
     return json.dumps(prompt)
 
 
-def unique(rows: Iterable[tuple]) -> list[tuple]:
-    """The first row of each prompt, which is what a row begins with."""
-    first = {}
+def unique(rows: Iterable[tuple], whose: str | None = None) -> list[tuple]:
+    """The first row of each prompt, which is what a row begins with. whose: the data's name, to
+    warn where another row of the prompt holds something else.
+    """
+    first, others = {}, 0
     for row in rows:
-        first.setdefault(key(row[0]), row)
+        others += first.setdefault(key(row[0]), row) != row
+    if others and whose:
+        warnings.warn(
+            f"{others} rows of {whose} repeat a prompt with other columns: its first row is taken; "
+            "to keep both, make the prompts differ",
+            stacklevel=2,
+        )
     return list(first.values())

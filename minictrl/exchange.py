@@ -133,8 +133,14 @@ def check_rewards(file: str, task: Task, texts: list[list[str]], r_ref: Tensor):
 def check_policy(file: str, task: Task, reference: Reference):
     """Compares the log-probability of given tokens with that of the policy's own samples."""
     few = task.texts[:FEW]
-    length = task.max_new_tokens
-    own = sample(task.policy, task.tokenizer, few, num_samples=1, max_new_tokens=length, seed=0)
+    own = sample(
+        task.policy,
+        task.tokenizer,
+        few,
+        num_samples=math.ceil(FEW / len(few)),
+        max_new_tokens=task.max_new_tokens,
+        seed=0,
+    )
     theirs = reference[: len(few)]
     own_mean = (own.logprobs.sum() / own.mask.sum()).item()
     mean = (theirs.logprobs.sum() / theirs.mask.sum()).item()
@@ -146,12 +152,12 @@ def check_policy(file: str, task: Task, reference: Reference):
         )
 
 
-def write_reference(run: Path, file: Path):
-    """A run's reference samples as rows of prompt, completions and rewards."""
+def write_reference(run: Path, file: Path) -> str:
+    """A run's reference samples as rows of prompt, completions and rewards; says how many."""
     config, _ = runs.load_config(run)
     task = load_task(config, "train")
     reference = Reference.load(
-        run / "reference.safetensors", reference_key(task, config.seed_for(CALIBRATION), task.texts)
+        run / "reference.safetensors", reference_key(task, config.seed_for(CALIBRATION), task.read)
     )
     if reference is None:
         raise ValueError(f"{run}: has no reference samples of its models; train it anew")
@@ -162,11 +168,12 @@ def write_reference(run: Path, file: Path):
     ]
     if file.suffix == ".jsonl":
         write_rows(file, rows)
-        return
-    from datasets import Dataset
+    else:
+        from datasets import Dataset
 
-    with in_one_step(file) as path:
-        Dataset.from_list(rows).to_parquet(path)
+        with in_one_step(file) as path:
+            Dataset.from_list(rows).to_parquet(path)
+    return f"{len(rows)} prompts with {reference.r_ref.shape[1]} completions each"
 
 
 def main(argv=None):
@@ -178,7 +185,7 @@ def main(argv=None):
         parser.error(f"--out {args.out}: use FILE.jsonl or FILE.parquet")
     if args.out.suffix == ".parquet" and importlib.util.find_spec("datasets") is None:
         parser.error(f"--out {args.out}: needs `datasets`; pip install -e '.[hub]'")
-    write_reference(args.run, args.out)
+    print(f"{args.out}: {write_reference(args.run, args.out)}")
 
 
 if __name__ == "__main__":

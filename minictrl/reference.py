@@ -56,7 +56,7 @@ class Reference:
 
 def cached(
     draw: Callable[[list[int], int, int], Reference],
-    prompts: list[str],
+    prompts: list,
     K: int,
     cache: Path,
     key: str,
@@ -66,9 +66,9 @@ def cached(
     added to it.
 
     draw(index, first_sample, num_samples) -> Reference of the samples first_sample, … of the
-    prompts of an index. key: `digest` of the policy, the reward model and the sampling. progress
-    wraps the list of chunks. Of runs that need the same chunk at once, one draws it and the others
-    wait for it.
+    prompts of an index. prompts: what the digest of each is to hold. key: `digest` of the policy,
+    the reward model and the sampling. progress wraps the list of chunks. Of runs that need the same
+    chunk at once, one draws it and the others wait for it.
     """
     cache.mkdir(parents=True, exist_ok=True)
     parts = []

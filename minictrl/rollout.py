@@ -169,7 +169,7 @@ def reference_samples(task: Task, K: int, *, seed: int, cache: str, name: str) -
     def bar(chunks):
         return tqdm(chunks, name, disable=None)
 
-    return cached(draw, task.texts, K, Path(cache), reference_key(task, seed), bar)
+    return cached(draw, task.read, K, Path(cache), reference_key(task, seed), bar)
 
 
 def check_sampler(task: Task, reference: Reference, *, rows: int = 8, tolerance: float = 1e-3):
@@ -197,6 +197,6 @@ def check_sampler(task: Task, reference: Reference, *, rows: int = 8, tolerance:
         )
 
 
-def reference_key(task: Task, seed: int, *prompts: list[str]) -> str:
+def reference_key(task: Task, seed: int, *prompts: list) -> str:
     """Digest of what reference samples depend on, beside the prompts or with them."""
     return digest(SAMPLER, task.digest, task.reward.digest, task.max_new_tokens, seed, *prompts)

@@ -356,10 +356,9 @@ class Training:
         kls = [row["kl_ref"] for row in self.rows if row["kl_ref"] is not None]
         before = f"after a KL of {kls[-1]:.3g} nats" if kls else "from the start"
         again = f"start again with a lower --lr than {lr:g} and --overwrite"
-        if kept:
-            again = f"go on with: {go_on} --lr {lr / 10:g}"
-        elif (self.out / CHECKPOINT).is_file():
-            again = f"go on with: {go_on}, or {again}"
+        if (self.out / CHECKPOINT).is_file():
+            lower = f"go on with: {go_on} --lr {lr / 10:g}"
+            again = lower if kept else f"{lower}, or {again}"
         return f"{error}: training diverged at step {self.step + 1}, {before}; {again}"
 
     def _save(self) -> None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 from torch import Tensor, nn
 
@@ -33,6 +33,12 @@ class Task:
     ids: Tensor  # (P, L) left-padded
     mask: Tensor  # (P, L)
     max_new_tokens: int
+
+    @property
+    def read(self) -> list:
+        """Each prompt as policy and scorers read it: its text, and what it was if not that."""
+        both = zip(self.texts, self.prompts, strict=True)
+        return [text if text == prompt else [text, key(prompt)] for text, prompt in both]
 
     @cached_property
     def digest(self) -> str:
@@ -81,23 +87,36 @@ def read_prompts(
 ) -> tuple[list, list[str], list[list[int]]]:
     """(prompts, their texts for the policy, token ids): they fit the context with their response.
 
-    A task's prompts that are longer than max_prompt_tokens are left out; those of a file are the
-    user's, so they raise ValueError.
+    Those that are longer than max_prompt_tokens are left out, with a warning if they are the
+    user's. Raises ValueError where none is left, or one doesn't fit the model's context.
     """
-    prompts, texts, encoded = [], [], []
+    if config.template_args and not tokenizer.chat_template:
+        raise ValueError(
+            f"--template-args {config.template_args}: {config.policy} has no chat template; leave "
+            "them out"
+        )
+    prompts, texts, encoded, longer = [], [], [], 0
+    limit = config.max_prompt_tokens or math.inf
     for prompt, _ in rows_of(config, split):
         text = text_of(config, tokenizer, prompt)
         ids = encode_prompts(tokenizer, [text])[0]
-        if len(ids) <= config.max_prompt_tokens or Path(config.task).exists():
-            prompts.append(prompt)
-            texts.append(text)
-            encoded.append(ids)
+        if len(ids) > limit:
+            longer += 1
+            continue
+        prompts.append(prompt)
+        texts.append(text)
+        encoded.append(ids)
         if len(prompts) == config.prompts:
             break
     if not prompts:
         raise ValueError(
-            f"--max-prompt-tokens {config.max_prompt_tokens}: every prompt of {config.task} is "
-            "longer; use more"
+            f"--max-prompt-tokens {limit}: every prompt of {config.task} is longer; use more"
+        )
+    if longer and config.own_prompts:
+        warnings.warn(
+            f"--max-prompt-tokens {limit}: {longer} longer prompts of {config.task} are left out; "
+            "use more to keep them",
+            stacklevel=2,
         )
     if len(prompts) < (config.prompts or 0):
         warnings.warn(

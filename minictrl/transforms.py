@@ -42,14 +42,21 @@ def exp(t: float) -> Callable[[Tensor], Tensor]:
 
 CLOSED_FORMS = {"identity": identity, "log": log}
 
+
+def standardised(r: Tensor, r_ref: Tensor) -> Tensor:
+    """(r - mean) / standard deviation of the prompt's r_ref; where they are equal, r - mean. In
+    float64: float32's mean of equal rewards is not always their value.
+    """
+    std = r_ref.std(1, keepdim=True)
+    return (r - r_ref.mean(1, keepdim=True)) / torch.where(std > 1e-6, std, 1.0)
+
+
 # Uncalibrated RLHF and what lies between it and CTRL: (r (B, M), r_ref (B, K)) -> reward (B, M).
 # A constant per prompt moves no optimum.
 RAW = {
     "none": lambda r, r_ref: r,
     "median": lambda r, r_ref: r - r_ref.median(1, keepdim=True).values,
-    "standardised": lambda r, r_ref: (
-        (r - r_ref.mean(1, keepdim=True)) / r_ref.std(1, keepdim=True).clamp(min=1e-6)
-    ),
+    "standardised": lambda r, r_ref: standardised(r.double(), r_ref.double()).to(r),
 }
 
 
@@ -65,9 +72,7 @@ class Transform:
         return self.Phi(u)
 
     def of(self, r: Tensor, r_ref: Tensor) -> Tensor:
-        """Phi(C_hat) (B, M) of rewards r (B, M) against r_ref (B, K), in float64: divided by a
-        small beta it keeps its digits.
-        """
+        """Phi(C_hat) (B, M) of rewards r (B, M) against r_ref (B, K), in float64."""
         return self.Phi(calibrated_reward(r.double(), r_ref.double()))
 
     def in_nats(self, Phi_C: Tensor, beta: float, Phi_ref: Tensor | None = None) -> Tensor:

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from minictrl import runs
-from minictrl.config import CALIBRATION, Config
+from minictrl.config import CALIBRATION, TASKS, Config
 from minictrl.data import Prompt, key
 from minictrl.lm.device import resident
 from minictrl.methods import get_method
@@ -98,7 +98,7 @@ def settings_of(task_or_run: str | Path, given: dict) -> Config:
     if unknown:
         known = ", ".join(Config.__dataclass_fields__)
         raise ValueError(f"{', '.join(sorted(unknown))}: no such setting; use one of {known}")
-    if not Path(task_or_run).is_dir():
+    if task_or_run in TASKS or not Path(task_or_run).is_dir():
         return Config(task=str(task_or_run), **given).resolved()
     stored, _ = runs.load_config(Path(task_or_run))
     if "kl" in given or "beta" in given:
@@ -114,7 +114,7 @@ def calibrate(task: Task, config: Config, run: Path) -> Tensor:
     P, K = len(task.prompts), config.K
     drawn = {"seed": config.seed_for(CALIBRATION), "cache": config.cache}  # as train.py has it
     if run.is_dir():
-        digest = reference_key(task, drawn["seed"], task.texts)
+        digest = reference_key(task, drawn["seed"], task.read)
         stored = Reference.load(run / "reference.safetensors", digest)
         if stored is not None and len(stored.r_ref) == P and stored.r_ref.shape[1] >= K:
             return stored.r_ref[:, :K]

@@ -4,6 +4,7 @@ import torch
 from minictrl import theory
 from minictrl.budget import Budget, beta_for, empirical_beta
 from minictrl.config import Config
+from minictrl.evaluation import curve_of
 from minictrl.methods import get_method
 
 
@@ -56,3 +57,24 @@ def test_a_verifiers_beta_and_floor_are_those_of_its_levels(transform):
     torch.testing.assert_close(kl, torch.full((3,), 1.5).double(), rtol=1e-3, atol=0)
     with pytest.raises(ValueError, match=r"--kl 2.0: these rewards reach 1.61 nats"):
         method.beta_for(2.0, r_ref)
+
+
+def test_a_prompts_R_does_not_depend_on_the_others_of_its_batch():
+    """One whose samples tie, one whose samples don't."""
+    method = get_method("ppo")(Config(transform="exp-10").resolved())
+    r_ref = torch.stack([(torch.arange(100) < 20).float(), torch.linspace(0, 1, 100)])
+    beta = method.beta_for(1.0)
+    both = method.in_nats(method.Phi.of(r_ref, r_ref), beta, r_ref)
+    for i in range(2):
+        own = r_ref[i : i + 1]
+        assert torch.equal(both[i : i + 1], method.in_nats(method.Phi.of(own, own), beta, own))
+
+
+def test_the_theory_beside_a_run_with_ties_is_of_the_Phi_it_was_trained_with():
+    """Three levels: the beta that 0.6 nats come to is far from the one that Phi is solved at."""
+    config = Config(transform="optimal", n=32, kl=0.6, K=32).resolved()
+    method = get_method("ppo")(config)
+    r_ref = torch.randint(3, (20, 32), generator=torch.Generator().manual_seed(0)).float()
+    assert method.beta_for(0.6, r_ref) != pytest.approx(method.beta, rel=0.5)
+    u = torch.linspace(0, 1, 11, dtype=torch.float64)
+    assert torch.equal(curve_of(config)(u), method.Phi(u))

@@ -43,6 +43,13 @@ def test_a_file_is_split_by_prompt_and_in_order_with_repeats_dropped(tmp_path):
     assert load_prompts(path) == [f"Tell me {i}" for i in range(20) if i % 10 != 9]
 
 
+def test_a_prompt_again_with_another_answer_is_said_to_be_dropped(tmp_path):
+    rows = [{"prompt": f"Tell me {i}", "answer": i} for i in range(10)]
+    path = write(tmp_path / "p.jsonl", [*rows, {"prompt": "Tell me 3", "answer": 4}, rows[0]])
+    with pytest.warns(UserWarning, match="1 rows of .* repeat a prompt with other columns"):
+        assert ("Tell me 3", {"answer": 3}) in load_rows(path, "train")
+
+
 def test_chat_messages_are_prompts_that_end_with_the_user(tmp_path):
     chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
     path = write(

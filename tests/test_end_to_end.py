@@ -116,13 +116,14 @@ def test_beta_follows_the_kl_of_the_rollout_it_is_used_on(short_run):
 
 def test_every_row_of_the_table_is_consistent(short_run):
     rows = json.loads((short_run / "eval.json").read_text())["rows"]
+    K = runs.load_config(short_run)[0].K
     # what the run is aligned for comes first
     assert (rows[0]["procedure"], rows[0]["n"]) == ("bon", 4)
     for row in rows:
         assert row["prompts"] == 32 and row["samples"] == 32 and 0 < row["stderr"] < 0.1
         assert row["optimal"] >= row["theory"] - 1e-6
         assert row["theory"] == pytest.approx(
-            theory.at_kl("exp10", row["kl"], row["procedure"], row["n"]), abs=1e-6
+            theory.at_kl("exp10", row["kl"], row["procedure"], row["n"], K=K), abs=1e-6
         )
 
 

@@ -24,6 +24,9 @@ def right(prompts, texts, answer, level=None):
     """1 where the text has the answer: a verifier."""
     return [float(a in text) for text, a in zip(texts, answer)]
 
+def by_length(prompts, texts):
+    return {len(text): text for text in texts}
+
 def checks(prompts, texts, **columns):
     return [len(columns)] * len(texts)
 
@@ -79,6 +82,7 @@ def test_a_function_gets_the_columns_that_it_names_or_all(file):
     [
         ("fails", "ZeroDivisionError.*on the prompt 'b' and the text 'abc'"),
         ("short", r"gave \(1,\) for 2 texts: return one number per text"),
+        ("by_length", "it gives a dict; return a list of numbers"),
         ("number", "has no function 'number'"),
         ("missing", "has no function 'missing'"),
     ],

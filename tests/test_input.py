@@ -20,6 +20,7 @@ import train
 from minictrl import runs
 from minictrl.config import Config
 from minictrl.files import read_sealed
+from minictrl.task import load_task
 
 ROOT = Path(__file__).parent.parent
 
@@ -63,12 +64,19 @@ ROOT = Path(__file__).parent.parent
         (["--method", "ipo", "--K", "1"], "--K 1"),
         (["--transform", "standardised", "--K", "1"], "--K 1"),
         (["--method", "qrpo", "--transform", "none"], "calibrated"),
+        (["--judge", ""], "--judge is empty"),
+        (["--cache="], "--cache= is empty"),
+        (["--column", "text"], "knows where its prompts are"),
+        (["--data-split", "test"], "no splits"),
+        (["--template-args", "{}"], "no chat template"),
     ],
 )
-def test_a_bad_flag_is_named_before_anything_is_drawn(flags, expected, tmp_path):
-    with pytest.raises(ValueError, match=expected) as error:
+def test_a_bad_flag_is_named_before_anything_is_drawn(flags, expected, tmp_path, capsys):
+    with pytest.raises((ValueError, SystemExit)) as error:
         train.main([*flags, "--out", str(tmp_path / "run"), "--cache", str(tmp_path / "cache")])
-    assert "\n" not in str(error.value)
+    exited = isinstance(error.value, SystemExit)  # argparse has said why
+    message = capsys.readouterr().err.strip() if exited else str(error.value)
+    assert re.search(expected, message) and "\n" not in message
     assert not (tmp_path / "run").exists() and not (tmp_path / "cache").exists()
 
 
@@ -159,6 +167,28 @@ def test_a_held_out_prompt_that_is_too_long_is_found_at_the_start(tmp_path):
     with pytest.raises(ValueError, match="context"):
         train.main(["--task", task, "--out", str(tmp_path / "run")])
     assert not (tmp_path / "run").exists()
+
+
+def test_prompts_of_ones_own_that_are_longer_than_asked_for_are_left_out(tmp_path):
+    prompts = [f"A film of {i}" for i in range(12)] + ["A film of two very long hours"]
+    task = prompts_file(tmp_path / "p.jsonl", prompts)
+    config = Config(task=task).resolved()
+    assert config.max_prompt_tokens is None and len(load_task(config, "train").prompts) == 12
+    with pytest.warns(UserWarning, match="1 longer prompts of .*p.jsonl are left out"):
+        few = load_task(replace(config, max_prompt_tokens=6), "train").prompts
+    assert len(few) == 11
+
+
+def test_a_directory_of_a_tasks_name_is_no_data(tmp_path, monkeypatch):
+    (tmp_path / "reviews").mkdir()
+    monkeypatch.chdir(tmp_path)
+    config = Config(max_prompt_tokens=6).resolved()
+    assert load_task(config, "train").ids.shape[1] <= 6
+
+
+def test_a_transform_for_another_procedure_is_said_to_be_so():
+    with pytest.warns(UserWarning, match="won_fp is the optimum for --procedure won"):
+        Config(transform="won_fp").resolved()
 
 
 def test_a_judge_that_fails_fails_at_the_start(tmp_path):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     BertConfig,
@@ -42,6 +43,7 @@ SIZE = dict(
     max_position_embeddings=256,
 )
 LONG = SIZE | {"max_position_embeddings": 1024}
+CAPPED = {"head_dim": 8, "final_logit_softcapping": 2.0}
 GPT2 = GPT2Config(vocab_size=300, n_embd=16, n_layer=2, n_head=2, n_positions=256, num_labels=1)
 
 
@@ -266,8 +268,11 @@ def test_the_reviews_models_score_any_text():
     assert good > bad
 
 
-def test_a_causal_lm_judges_by_the_probability_of_its_next_token(tmp_path):
-    path = save(tmp_path / "a", Qwen2ForCausalLM(Qwen2Config(**LONG)), template=TEMPLATE)
+@pytest.mark.parametrize("family, options", [("qwen2", {}), ("gemma2", CAPPED)])
+def test_a_causal_lm_judges_by_the_probability_of_its_next_token(family, options, tmp_path):
+    config = AutoConfig.for_model(family, **LONG | options)
+    model = AutoModelForCausalLM.from_config(config)
+    path = save(tmp_path / "a", model, template=TEMPLATE)
     score = load_scorer(path, "judge", device="cpu")(["Why?"], ["Because."])
     from minictrl.scorers.generative import QUESTION
 

@@ -189,5 +189,7 @@ def test_too_few_samples_are_named_with_how_many_it_takes():
         win_rates(u, u, u, u, "poisson", 4)
     with pytest.raises(ValueError, match="n 9 with 8 samples.*draw 9"):
         win_rates(u, u, u, u, "median", 9)
+    with pytest.raises(ValueError, match="n 1100: too many draws to be ranked; use at most 1000"):
+        theory.at_kl("exp10", 1.0, "median", 1100)
     with pytest.raises(ValueError, match="'soft0.001': use a temperature of at least 0.01"):
         win_rates(u, u, u, u, "soft0.001", 4)

@@ -96,6 +96,13 @@ def test_none_is_the_raw_reward_and_no_function_of_the_calibrated_one():
         none(torch.rand(3))
 
 
+def test_equal_reference_rewards_are_not_blown_up():
+    """The mean of 100 times 0.1 is not 0.1 in float32."""
+    r_ref = torch.full((1, 100), 0.1)
+    standardised = get_transform("standardised").of(torch.tensor([[0.1, 0.3]]), r_ref)
+    torch.testing.assert_close(standardised, torch.tensor([[0.0, 0.2]]))
+
+
 @pytest.mark.parametrize(
     "name, options, message",
     [

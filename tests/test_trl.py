@@ -100,7 +100,9 @@ def test_the_reward_has_trainings_floor(small):
     beta = beta_for_kl("exp-10", 1.0)
     Phi = get_transform("exp-10")
     assert -0.1 < good <= 0 and good - bad > FLOOR
-    assert bad == pytest.approx(Phi.in_nats(Phi(torch.zeros(1)), beta).item(), abs=1e-4)
+    levels = (torch.arange(config.K) + 0.5) / config.K  # C_hat of pi_ref's own samples
+    lowest = Phi.in_nats(Phi(torch.zeros(1)), beta, Phi(levels)).item()
+    assert bad == pytest.approx(lowest, abs=1e-5)
 
 
 def test_a_standardised_reward_is_that_of_training(small):

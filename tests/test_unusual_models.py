@@ -1,11 +1,12 @@
 """Models and tokenizers that are read otherwise than most: the right value, or one line."""
 
+import copy
 import json
 
 import pytest
 import torch
 from test_models import GPT2, LONG, SIZE, TEMPLATE, save, tokenizer
-from tokenizers import Tokenizer, decoders, models, normalizers
+from tokenizers import Tokenizer, decoders, models, normalizers, processors
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -26,7 +27,7 @@ from transformers import (
 )
 
 import train
-from minictrl.lm.prompts import response_texts
+from minictrl.lm.prompts import encode_prompts, response_texts
 from minictrl.models import load_policy, load_scorer
 from minictrl.sampling import sample
 from minictrl.update import freeze
@@ -98,6 +99,31 @@ def test_a_causal_classifier_without_a_pad_token_is_read_at_eos(tmp_path, specia
             for text in (" is good", " is")
         ]
     assert score(["The film"] * 2, [" is good", " is"]).tolist() == pytest.approx(exact, abs=1e-5)
+
+
+def test_a_classifiers_own_pad_token_is_taken_where_its_tokenizer_names_none(tmp_path):
+    """Else EOS would be padding, and the token before it the one that is read."""
+    config = copy.deepcopy(GPT2)
+    config.pad_token_id = tokenizer().convert_tokens_to_ids("<pad>")
+    path = save(tmp_path, GPT2ForSequenceClassification(config))
+    tokenizer(eos_token="</s>").save_pretrained(path)
+    model = GPT2ForSequenceClassification.from_pretrained(path).eval()
+    ids = tokenizer(eos_token="</s>")(["The film good</s>"])["input_ids"]
+    with torch.no_grad():
+        exact = model(torch.tensor(ids)).logits.item()
+    assert load_scorer(path, "reward", device="cpu")(["The film"], [" good"]).tolist() == [
+        pytest.approx(exact, abs=1e-5)
+    ]
+
+
+def test_an_eos_that_the_tokenizer_puts_behind_a_text_ends_no_prompt():
+    fast = tokenizer(eos_token="</s>")
+    before = encode_prompts(fast, ["The film is"])
+    fast._tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", fast.eos_token_id)]
+    )
+    assert fast("The film is")["input_ids"] == [*before[0], fast.eos_token_id]
+    assert encode_prompts(fast, ["The film is"]) == before
 
 
 def test_an_encoder_reads_chats_as_pairs_and_texts_as_one(tmp_path):

@@ -25,7 +25,10 @@ def kept(select, drawn, procedure, threshold):
 
 
 def own_rewind(select, n, threshold):
-    """What rewind keeps of the samples that its threshold is from: E[q^N] for q of a Beta law."""
+    """What rewind keeps of the samples that its threshold is from: E[q^N] for q of a Beta law; of
+    one draw that draw."""
+    if n == 1:
+        return [1 / len(select)] * len(select)
     below = int((select < threshold).sum())
     q = torch.distributions.Beta(below, len(select) + 1 - below) if below else None
     grid = (torch.arange(10_000, dtype=torch.float64) + 0.5) / 10_000
@@ -71,6 +74,13 @@ def test_pi_ref_against_itself_wins_one_half(procedure, M, n):
     assert stderr < 2.5e-3 and win == pytest.approx(0.5, abs=4 * stderr)
 
 
+def test_counts_of_subsets_may_be_larger_than_a_float():
+    u = torch.rand(1, 2100, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    assert win_rate(u, u, u, u, "bon", 256)[0] == pytest.approx(0.5)
+    best = get_procedure("bon").weights(u, 256)[0, u.argmax()]
+    assert best == pytest.approx(256 / 2100)
+
+
 def test_one_draw_is_the_standard_win_rate_and_all_draws_keep_the_extremes():
     a, b = torch.randn(2, 10, 8, generator=torch.Generator().manual_seed(0))
     standard = win_rate(a, a, b, b, "standard", 99)[0]
@@ -78,6 +88,7 @@ def test_one_draw_is_the_standard_win_rate_and_all_draws_keep_the_extremes():
     assert (
         win_rate(a, a, b, b, "bon", 1)[0]
         == win_rate(a, a, b, b, "won", 1)[0]
+        == win_rate(a, a, b, b, "rewind", 1)[0]
         == pytest.approx(standard)
     )
     assert win_rate(a, a, b, b, "bon", 8)[0] == pytest.approx(

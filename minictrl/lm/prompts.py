@@ -5,9 +5,11 @@ from torch import Tensor
 
 
 def encode_prompts(tokenizer, prompts: list[str]) -> list[list[int]]:
-    """Token ids of each prompt, with the special tokens the tokenizer adds by itself (BOS), but
-    never BOS twice: a prompt that a chat template has written already begins with it. Raises
-    ValueError on no prompts, text or token."""
+    """Token ids of each prompt, with the special tokens that the tokenizer puts before it by itself
+    (BOS), but never BOS twice: a prompt that a chat template has written already begins with it.
+    An EOS that it puts behind is left out, because the response is to follow. Raises ValueError on
+    no prompts, text or token.
+    """
     if isinstance(prompts, str):
         raise ValueError(f"prompts is one text, {prompts[:40]!r}: give a list of texts")
     if not prompts:
@@ -22,7 +24,10 @@ def encode_prompts(tokenizer, prompts: list[str]) -> list[list[int]]:
         tokenizer(p, add_special_tokens=not (bos and p.startswith(bos)))["input_ids"]
         for p in prompts
     ]
+    eos = tokenizer.eos_token
     for i, row in enumerate(ids):
+        if row and row[-1] == tokenizer.eos_token_id and not prompts[i].endswith(eos):
+            row.pop()
         if not row:
             raise ValueError(
                 f"prompt {i} ({prompts[i]!r}) has no tokens: a prompt needs at least one"

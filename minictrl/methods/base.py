@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor
 
 from minictrl import budget, ppo, theory
 from minictrl.batch import Batch
 from minictrl.config import Config
+from minictrl.procedures.optimum import FIXED_POINTS
 from minictrl.reference import Reference
 from minictrl.transforms import RAW, get_transform
 
@@ -34,7 +37,16 @@ class Method:
 
     @classmethod
     def check(cls, config: Config) -> None:
-        """Raises ValueError on settings that the method can't have."""
+        """Raises ValueError on settings that the method can't have; warns of a Phi for another
+        procedure.
+        """
+        solved_for = FIXED_POINTS.get(config.transform) or config.procedure
+        if solved_for != config.procedure:
+            warnings.warn(
+                f"--transform {config.transform} is the optimum for --procedure {solved_for}, and "
+                f"the run's is {config.procedure}",
+                stacklevel=2,
+            )
         if config.K < 2 and (not cls.online or config.transform == "standardised"):
             raise ValueError(f"--K {config.K}: a prompt's samples are compared; use at least 2")
 

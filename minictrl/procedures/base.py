@@ -6,6 +6,7 @@
 """
 
 import math
+import sys
 from itertools import accumulate
 
 import torch
@@ -60,7 +61,10 @@ class ByRank(Procedure):
         kept = torch.zeros_like(F)
         for k, each in enumerate(W):
             if each != constant:
-                kept = kept + (each - constant) * math.comb(n, k) * F**k * (1 - F) ** (n - k)
+                ways = math.comb(n, k)
+                if ways > sys.float_info.max:
+                    raise ValueError(f"n {n}: too many draws to be ranked; use at most 1000")
+                kept = kept + (each - constant) * ways * F**k * (1 - F) ** (n - k)
         return kept.diff()
 
     def weights(self, select: Tensor, n: int, select_ref: Tensor | None = None) -> Tensor:
@@ -68,7 +72,7 @@ class ByRank(Procedure):
 
         def kept(m: int) -> float:
             ways = (math.comb(m, k) * math.comb(M - m, n - k) for k in range(n + 1))
-            return sum(each * way / math.comb(M, n) for each, way in zip(W, ways))
+            return sum(each * (way / math.comb(M, n)) for each, way in zip(W, ways))
 
         return by_rank(select, [kept(m) for m in range(M + 1)])
 

@@ -1,4 +1,9 @@
-"""Rewind-and-repeat (App. G): draw until u >= 0.85, at most N times; the last draw is kept."""
+"""Rewind-and-repeat (App. G): draw until u >= 0.85, at most N times; the last draw is kept.
+
+In an evaluation the threshold is a quantile of M samples, so the win rate is not exact as those of
+procedures by rank are: for exp10 at 1 nat it is off by 0.7 points at N = 2 and M = 32, 0.5 at N =
+32 and M = 32, and 0.1 at M = 256.
+"""
 
 import math
 
@@ -39,6 +44,8 @@ def own_weights(select: Tensor, n: int) -> Tensor:
     sample at the threshold is no fair draw of those below it.
     """
     M, threshold = select.shape[1], threshold_of(select)[:, None]
+    if n == 1:
+        return torch.full(select.shape, 1 / M, dtype=torch.float64)
     above = select >= threshold
     below = (~above).sum(1, keepdim=True)
     draws = torch.arange(n)

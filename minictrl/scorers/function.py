@@ -38,6 +38,8 @@ def load_function(
         rows = [columns.get(key(prompt), {}) for prompt in prompts]
         fields = {name: [row.get(name) for row in rows] for name in wanted}
         scores = function(list(prompts), list(texts), **fields)
+        if isinstance(scores, (dict, set, frozenset, str)):  # whose items are no scores in order
+            raise TypeError(f"it gives a {type(scores).__name__}; return a list of numbers")
         return list(islice(scores, len(texts) + 1))  # it may never end
 
     def evaluate(prompts: list[Prompt], texts: list[str]) -> Tensor:

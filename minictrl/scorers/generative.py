@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from minictrl.data import Prompt
 from minictrl.lm.hub import from_hub
+from minictrl.lm.kvcache import is_plain
 from minictrl.scorers.text import in_batches, plain, render, scorer_tokenizer
 
 QUESTION = """Below are a prompt and a response to it.
@@ -76,15 +77,15 @@ def log_odds(
     head = model.get_output_embeddings()
 
     def read(inputs: dict[str, Tensor]) -> Tensor:
-        hidden = model.base_model(**inputs).last_hidden_state  # (B, L, D), padded on the right
-        last = hidden[
-            torch.arange(len(hidden), device=hidden.device), inputs["attention_mask"].sum(1) - 1
-        ].float()
-        rows, bias = (
-            head.weight[[this, other]].float(),
-            None if head.bias is None else head.bias[[this, other]].float(),
-        )
-        logits = F.linear(last, rows, bias)  # (B, 2): the rest of the vocabulary cancels
-        return logits[:, 0] - logits[:, 1]
+        last = inputs["attention_mask"].sum(1) - 1  # (B,), padded on the right
+        row = torch.arange(len(last), device=last.device)
+        if is_plain(model):  # it may cap or scale its logits
+            kept, at = last.unique(return_inverse=True)
+            logits = model(**inputs, logits_to_keep=kept).logits[row, at][:, [this, other]].float()
+        else:
+            state = model.base_model(**inputs).last_hidden_state[row, last].float()  # (B, D)
+            bias = None if head.bias is None else head.bias[[this, other]].float()
+            logits = F.linear(state, head.weight[[this, other]].float(), bias)
+        return logits[:, 0] - logits[:, 1]  # the rest of the vocabulary cancels
 
     return in_batches(model, tokenizer, device, asked, read)
