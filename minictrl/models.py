@@ -148,7 +148,7 @@ def load_scorer(
     (prompts, texts, **columns) -> B numbers, where columns are the other fields of the prompts'
     rows (data.key(prompt) -> fields); or a hub name or a directory, of a sequence
     classifier with one label (NAME#LABEL: the log-odds of one label of several), or of a causal LM,
-    whose score is the log-odds of Yes against No as the next token after judge.QUESTION. Prompts
+    whose score is the log-odds of Yes against No as the next token after generative.QUESTION. Prompts
     may be chat messages; the scorer's own chat template is used if it has one. Raises ValueError on
     an unknown role or model; `score` does on a score that isn't finite.
 

@@ -53,7 +53,7 @@ def reproduce(name: str, out: Path, quick: bool):
     try:
         import matplotlib
     except ImportError:
-        raise ValueError("no matplotlib for pictures; pip install 'minictrl[plots]'") from None
+        raise ValueError("no matplotlib for pictures; pip install -e '.[plots]'") from None
     start = time.perf_counter()
     with matplotlib.rc_context(figures.STYLE):
         rows, figure = STUDIES[name](out, quick)

@@ -33,7 +33,7 @@ STEPS = ("policy", "reward", "judge", "pruned", "text")
 
 
 def train_teachers(
-    reviews: list[dict], out: Path, *, only: str | None = None, shards: int = 150, seed: int = 0
+    reviews: list[dict], out: Path, *, only: str | None = None, shards: int = 24, seed: int = 0
 ):
     """Every teacher that `out` lacks, then the text; `only`: one of STEPS."""
     out.mkdir(parents=True, exist_ok=True)

@@ -28,8 +28,8 @@ from minictrl.studies.tables import SCORERS, Rows, ahead, below_optimum, column,
 CASES = (("bon", 4), ("won", 4), ("standard", 1))
 KLS = (0.5, 1.0, 2.0)  # nats
 CLAIMS = {  # the paper's -> the methods it is about, procedure, n, whether level is enough
-    "exp10 is first on Best-of-4": (("exp10",), "bon", 4, False),
-    "exp-10 or won_fp is first on Worst-of-4": (("exp-10", "won_fp"), "won", 4, False),
+    "exp10 is ahead of the paper's other methods on Best-of-4": (("exp10",), "bon", 4, False),
+    "exp-10 or won_fp is ahead of them on Worst-of-4": (("exp-10", "won_fp"), "won", 4, False),
     "identity is level with the best, standard": (("identity",), "standard", 1, True),
 }
 HEAD = """# Leaderboard
