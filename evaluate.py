@@ -15,7 +15,7 @@ import argparse
 import importlib.util
 from pathlib import Path
 
-from minictrl.cli import Parser, run_script, whole
+from minictrl.cli import Parser, check_file, run_script, whole
 
 SIZES = (1, 2, 4, 8, 32)  # N of the table
 
@@ -45,8 +45,7 @@ def read_arguments(argv=None) -> argparse.Namespace:
         parser.error(
             f"--report {args.report}: its pictures need matplotlib; pip install matplotlib"
         )
-    if args.report and not args.report.absolute().parent.is_dir():
-        parser.error(f"--report {args.report}: there is no such directory; make it first")
+    check_file(parser, "--report", args.report)
     return args
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from minictrl import theory
+from minictrl.procedures.masses import positive
 
 
 def beta_for(transform: str, kl: float, *, procedure: str, n: int, K: int) -> float:
@@ -27,6 +28,7 @@ def empirical_beta(r_ref: Tensor, kl: float) -> float:
     r_ref: (P, K) rewards, raw or Phi(C_hat), as far as K samples can tell. Raises ValueError on a
     KL that they don't reach.
     """
+    positive("kl", kl)
     r = r_ref.double() - r_ref.double().mean(1, keepdim=True)
     K = r.shape[1]
 
@@ -40,7 +42,7 @@ def empirical_beta(r_ref: Tensor, kl: float) -> float:
     if kl_at(low) < kl:
         raise ValueError(
             f"--kl {kl}: these rewards reach {kl_at(low):.2f} nats with {K} samples; use a smaller "
-            "KL or more samples (--K)"
+            "KL, more samples (--K), or rewards that differ more"
         )
     for _ in range(60):
         middle = (low + high) / 2

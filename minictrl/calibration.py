@@ -12,10 +12,11 @@ def calibrated_reward(r: Tensor, r_ref: Tensor) -> Tensor:
     The cost is M log K per prompt, not M K. Raises ValueError on shapes that do not match or a
     reward that is not finite.
     """
-    if r_ref.ndim != 2 or r.ndim not in (1, 2) or len(r) != len(r_ref) or not r_ref.shape[1]:
+    r, r_ref = torch.as_tensor(r), torch.as_tensor(r_ref)
+    if r_ref.ndim != 2 or r.ndim not in (1, 2) or len(r) != len(r_ref) or not r_ref.numel():
         raise ValueError(
             f"r {tuple(r.shape)} and r_ref {tuple(r_ref.shape)}: must be (B,) or (B, M), and "
-            "(B, K) with K at least 1; give each prompt its own row"
+            "(B, K) with B and K at least 1; give each prompt its own row"
         )
     z, y = _as_floats(r_ref=r_ref, r=r)
     beaten = _twice_the_wins(y.reshape(len(r), -1).contiguous(), z)  # (B, M)

@@ -45,6 +45,14 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {one_line(message)}; see --help\n")
 
 
+def check_file(parser: Parser, flag: str, path: Path | None):
+    """A file that is to be written at the end can be: its directory is there, and it is none."""
+    if path and path.is_dir():
+        parser.error(f"{flag} {path}: is a directory; give a file in it")
+    if path and not path.absolute().parent.is_dir():
+        parser.error(f"{flag} {path}: there is no such directory; make it first")
+
+
 def first_line(error: Exception) -> str:
     """The first line of an error that says something."""
     first, *more = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]

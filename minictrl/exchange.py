@@ -19,7 +19,7 @@ from torch import Tensor
 
 from minictrl import runs
 from minictrl.batch import Batch
-from minictrl.cli import Parser, run_script
+from minictrl.cli import Parser, check_file, run_script
 from minictrl.config import CALIBRATION, Config
 from minictrl.data import convert, key, read_own, row_of
 from minictrl.files import in_one_step, write_rows
@@ -181,6 +181,7 @@ def main(argv=None):
     parser.add_argument("run", type=Path, help="run directory of train.py")
     parser.add_argument("--out", type=Path, required=True, help="FILE.jsonl or FILE.parquet")
     args = parser.parse_args(argv)
+    check_file(parser, "--out", args.out)
     if args.out.suffix not in (".jsonl", ".parquet"):
         parser.error(f"--out {args.out}: use FILE.jsonl or FILE.parquet")
     if args.out.suffix == ".parquet" and importlib.util.find_spec("datasets") is None:

@@ -148,7 +148,7 @@ def load_scorer(
     (prompts, texts, **columns) -> B numbers, where columns are the other fields of the prompts'
     rows (data.key(prompt) -> fields); or a hub name or a directory, of a sequence
     classifier with one label (NAME#LABEL: the log-odds of one label of several), or of a causal LM,
-    whose score is the log-odds of Yes against No as the next token after generative.QUESTION. Prompts
+    whose score is the log-odds of Yes against No as the next token (`generative.QUESTION`). Prompts
     may be chat messages; the scorer's own chat template is used if it has one. Raises ValueError on
     an unknown role or model; `score` does on a score that isn't finite.
 
@@ -159,6 +159,8 @@ def load_scorer(
     if role not in ("reward", "judge"):
         raise ValueError(f"unknown role {role!r}: use reward or judge")
     name, of_prefixes = model_of(name_or_path, role), None
+    if name.endswith(".py"):
+        raise ValueError(f"{role} {name}: which function of it? give {name}:NAME")
     if ".py:" in name:
         model, evaluate = load_function(name, role, columns or {})
         tokenizer, options = None, ()

@@ -16,7 +16,14 @@ from torch import Tensor
 
 from minictrl.procedures import cells
 from minictrl.procedures.cells import cdf, midpoints
-from minictrl.procedures.masses import MassMap, at_least_1, mass_map, mass_win_rate, positive
+from minictrl.procedures.masses import (
+    MassMap,
+    at_least_1,
+    mass_map,
+    mass_win_rate,
+    number,
+    positive,
+)
 from minictrl.procedures.optimum import (
     COARSE,
     CONVERGED,
@@ -165,9 +172,9 @@ def policy_at_kl(
     fixed point is solved for. Other arguments as in `at_kl`. A KL that no policy on the levels, or
     on the values of C_hat, has is that of one that has the best of them alone.
     """
+    T, n, kl = mass_map(procedure), at_least_1("n", n), min(number("kl", kl), MAX_KL)
     if math.isnan(kl):
         raise ValueError(f"kl {kl}: must be a number of nats")
-    T, n, kl = mass_map(procedure), at_least_1("n", n), min(float(kl), MAX_KL)
     if kl < 1e-9:
         return cells.grid(COARSE), cells.grid(COARSE)
     best = frontier(solved_for(transform, T), n, kl) if transform in FIXED_POINTS else None
@@ -275,7 +282,7 @@ def _on_cells(
     else:
         ref = cells.spacings(at_least_1("K", K))
         u = torch.arange(K + 1, dtype=torch.float64) / K
-    Phi = get_transform(transform, K=K) if isinstance(transform, str) else transform
+    Phi = transform if callable(transform) else get_transform(transform, K=K)
     values = torch.as_tensor(Phi(u), dtype=torch.float64)
     if values.shape != u.shape or not values.isfinite().all():
         raise ValueError(

@@ -124,7 +124,7 @@ def get_transform(
     """
     if K is not None:
         at_least_1("K", K)
-    tilt = re.fullmatch(r"exp([+-]?(\d+\.?\d*|\.\d+))", name)
+    tilt = re.fullmatch(r"exp([+-]?(\d+\.?\d*|\.\d+))", str(name))
     if name in RAW:
         return RawReward(name, RAW[name])
     if name in FIXED_POINTS:

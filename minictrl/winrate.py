@@ -40,6 +40,7 @@ def win_rates(
 ) -> Tensor:
     """(P,) the win rate of each prompt, in float64. Arguments and errors as those of `win_rate`."""
     scores = {"select": select, "judge": judge, "select_ref": select_ref, "judge_ref": judge_ref}
+    scores = {name: torch.as_tensor(each) for name, each in scores.items()}
     _validate(scores, procedure, n)
     select, judge, select_ref, judge_ref = (each.double() for each in scores.values())
     weight, weight_ref = weights(select, select_ref, procedure, int(n))
@@ -76,10 +77,10 @@ def beaten(judge: Tensor, judge_ref: Tensor, weight_ref: Tensor) -> Tensor:
 def _validate(scores: dict[str, Tensor], procedure: str, n: int) -> None:
     for name, each in scores.items():
         same_responses = each.shape == scores[name.replace("judge", "select")].shape
-        if each.ndim != 2 or not same_responses or len(each) != len(scores["select"]):
+        if each.ndim != 2 or not same_responses or not 0 < len(each) == len(scores["select"]):
             shapes = ", ".join(f"{name} {tuple(each.shape)}" for name, each in scores.items())
             raise ValueError(
-                f"{shapes}: must be (P, M), select as judge, with one P; "
+                f"{shapes}: must be (P, M), select as judge, with one P of at least 1; "
                 "score the same responses twice"
             )
         if not each.isfinite().all():

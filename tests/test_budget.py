@@ -16,6 +16,8 @@ def test_raw_rewards_get_the_beta_of_their_own_tilt():
     assert empirical_beta(r_ref, 0.5) == pytest.approx(3.0, rel=0.03)
     with pytest.raises(ValueError, match="use a smaller KL"):
         empirical_beta(r_ref[:, :5], 4.0)
+    with pytest.raises(ValueError, match="kl -1: must be positive"):
+        empirical_beta(r_ref, -1.0)
 
 
 @pytest.mark.parametrize("transform, share", [("identity", 0.8), ("exp10", 0.5), ("exp-10", 2.0)])

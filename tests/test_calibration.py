@@ -50,6 +50,7 @@ def test_callers_tensors_stay_and_integers_are_fine():
     before = r_ref.clone()
     assert calibrated_reward(r, r_ref).tolist() == pytest.approx([0.5, 0.0])
     assert torch.equal(r_ref, before)
+    assert torch.equal(calibrated_reward(r.tolist(), r_ref.tolist()), calibrated_reward(r, r_ref))
 
 
 @pytest.mark.parametrize(
@@ -57,6 +58,7 @@ def test_callers_tensors_stay_and_integers_are_fine():
     [
         (torch.zeros(3), torch.zeros(2, 5), r"r \(3,\) and r_ref \(2, 5\)"),
         (torch.zeros(2), torch.zeros(2, 0), "K at least 1"),
+        (torch.zeros(0), torch.zeros(0, 5), "B and K at least 1"),
         (torch.zeros(2), torch.zeros(2), "own row"),
         (torch.tensor([0.0, torch.nan]), torch.zeros(2, 5), "r has 1 rewards that are not finite"),
         (torch.zeros(2), torch.full((2, 5), torch.inf), "r_ref has 10 rewards"),

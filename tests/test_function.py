@@ -73,6 +73,8 @@ def test_a_function_gets_the_columns_that_it_names_or_all(file):
         for name in ("right", "checks")
     ]
     assert digests[0][0] == digests[0][1] and digests[1][0] != digests[1][1]
+    with pytest.raises(ValueError, match="which function of it.*reward.py:NAME"):
+        load_scorer(str(file), "reward")
     with pytest.raises(ValueError, match="takes answer, which no prompt's row has"):
         load_scorer(f"{file}:right", "reward")
 

@@ -134,6 +134,8 @@ def test_evaluate_refuses_what_is_no_finished_run(content, tmp_path):
         ("train.py", ["--transform", "exp0"]),
         ("train.py", ["--colour", "red"]),
         ("evaluate.py", ["nowhere"]),
+        ("evaluate.py", ["nowhere", "--report", "."]),
+        ("evaluate.py", ["nowhere", "--judge", ""]),
     ],
 )
 def test_the_exit_status_is_2_with_one_line_and_no_traceback(script, flags):

@@ -11,6 +11,8 @@ from minictrl.procedures import PROCEDURES, get_procedure
 from minictrl.procedures.rewind import threshold_of
 from minictrl.winrate import kept_scores, win_rate
 
+SCORES = ("select", "judge", "select_ref", "judge_ref")
+
 
 def scores(*shape, seed=0, levels=4):
     return torch.randint(levels, shape, generator=torch.Generator().manual_seed(seed)).float()
@@ -142,6 +144,7 @@ def test_selection_and_judge_may_disagree():
         ({}, "beam", 2, "unknown procedure 'beam'; known: standard, bon, won, rewind"),
         ({}, "won", 0, "n 0"),
         ({"judge": torch.zeros(3, 5)}, "bon", 2, r"judge \(3, 5\)"),
+        (dict.fromkeys(SCORES, torch.zeros(0, 4)), "bon", 2, "with one P of at least 1"),
         (
             {"select_ref": torch.zeros(2, 6), "judge_ref": torch.zeros(2, 6)},
             "bon",
@@ -157,9 +160,7 @@ def test_selection_and_judge_may_disagree():
     ],
 )
 def test_bad_scores_are_named(change, procedure, n, message):
-    given = {
-        name: torch.zeros(3, 6) for name in ("select", "judge", "select_ref", "judge_ref")
-    } | change
+    given = dict.fromkeys(SCORES, torch.zeros(3, 6)) | change
     with pytest.raises(ValueError, match=message):
         win_rate(*given.values(), procedure, n)
 

@@ -21,7 +21,7 @@ from minictrl.bench.roofline import decode_roofline
 from minictrl.bench.sampling import sample_vs_generate
 from minictrl.bench.step import ppo_step_vs_trl
 from minictrl.bench.timing import LeftOut
-from minictrl.cli import Parser, run_script
+from minictrl.cli import Parser, check_file, run_script
 from minictrl.files import write_json
 from minictrl.lm.device import resolve_device
 
@@ -50,6 +50,7 @@ def main(argv: list[str] | None = None) -> None:
     listed = f"which of {', '.join(ROWS)} (default all but growth)"
     add("--rows", nargs="+", choices=ROWS, default=usual, metavar="ROW", help=listed)
     args = parser.parse_args(argv)
+    check_file(parser, "--json", args.json)
 
     device, rows = resolve_device(args.device), []
 

@@ -32,7 +32,7 @@ SHARPEST = 0.01  # temperature; below it the quadrature of soft.py needs too man
 
 def parse_procedure(name: str) -> tuple[str, list[float]]:
     """(file, arguments) of a procedure's name. Raises ValueError on one that is unknown."""
-    soft = re.fullmatch(r"soft(\d+\.?\d*|\.\d+)", name)
+    soft = re.fullmatch(r"soft(\d+\.?\d*|\.\d+)", str(name))
     if soft and float(soft[1]) < SHARPEST:
         raise ValueError(f"procedure {name!r}: use a temperature of at least {SHARPEST}, or bon")
     if not soft and name not in PROCEDURES:

@@ -95,8 +95,8 @@ def tilt_to_kl(
     most = largest_kl(Phi, ref)
     if kl >= most:
         raise ValueError(
-            f"kl {kl:g} is out of reach: the largest of this transform is {most:.4g} nats; ask for "
-            "less"
+            f"kl {kl:g} is out of reach: the largest of this transform is {abs(most):.4g} nats; "
+            "ask for less, or of a fixed point for a smaller n"
         )
     shifted = Phi - Phi.max()  # not by the mean: e^{-50 u} would lose its top to rounding
     if scale is None:  # KL = scale^2 Var[Phi] / 2 where both are small

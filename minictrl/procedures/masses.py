@@ -40,8 +40,16 @@ def at_least_1(name: str, n: int) -> int:
     return index(n)
 
 
+def number(name: str, x: float) -> float:
+    """x as a float. Raises ValueError on what is no number."""
+    try:
+        return float(x)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name} {x!r}: must be a number; try 1") from None
+
+
 def positive(name: str, x: float) -> float:
     """x as a float. Raises ValueError unless it is positive and finite."""
-    if not 0 < float(x) < math.inf:
+    if not 0 < number(name, x) < math.inf:
         raise ValueError(f"{name} {float(x):g}: must be positive and finite; try 1")
     return float(x)
