@@ -171,6 +171,8 @@ def install(monkeypatch):
     )
     monkeypatch.setattr(torch.cuda, "set_stream", lambda _: None)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)
+    for name in ("_accelerator_graph_capture_health_check", "_cuda_graph_capture_health_check"):
+        monkeypatch.setattr(torch.optim.Optimizer, name, lambda _: None, raising=False)
     new, copy = torch.nn.Parameter.__new__, torch.nn.Parameter.__deepcopy__
     monkeypatch.setattr(
         torch.nn.Parameter,

@@ -69,7 +69,7 @@ def test_rebuilding_makes_teachers_then_students_then_prompts(tmp_path, monkeypa
     both, step = ["--teachers", str(t), "--students", str(s)], {"only": "policy", "seed": 0}
     all_of = {"only": None, "seed": 0}
     pretrain.main(both)
-    assert done == [(t, all_of | {"shards": 150}), (t, s, all_of)]
+    assert done == [(t, all_of | {"shards": 24}), (t, s, all_of)]
     assert json.loads((s / "prompts.json").read_text()) == pretrain.make_prompts(reviews)
     pretrain.main([*both, "--only", "policy"])
     pretrain.main([*both[:2], "--only", "policy", "--shards", "3"])
