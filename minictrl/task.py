@@ -112,17 +112,25 @@ def read_prompts(
         raise ValueError(
             f"--max-prompt-tokens {limit}: every prompt of {config.task} is longer; use more"
         )
+    warn_of(config, split, tokenizer, prompts, longer)
+    check_ids(model, tokenizer, encoded)
+    check_lengths(model, texts, encoded, config.max_new_tokens)
+    return prompts, texts, encoded
+
+
+def warn_of(config: Config, split: str, tokenizer, prompts: list, longer: int) -> None:
+    """What is odd about a run's prompts. longer: how many were too long."""
     if longer and config.own_prompts:
         warnings.warn(
-            f"--max-prompt-tokens {limit}: {longer} longer prompts of {config.task} are left out; "
-            "use more to keep them",
-            stacklevel=2,
+            f"--max-prompt-tokens {config.max_prompt_tokens}: {longer} longer prompts of "
+            f"{config.task} are left out; use more to keep them",
+            stacklevel=3,
         )
     if len(prompts) < (config.prompts or 0):
         warnings.warn(
             f"--prompts {config.prompts}: {config.task} has {len(prompts)} for {split}, all are "
             "taken",
-            stacklevel=2,
+            stacklevel=3,
         )
     held = [prompt for prompt in prompts if as_text(tokenizer, prompt) != prompt]
     if held:
@@ -130,17 +138,14 @@ def read_prompts(
             f"{len(held)} of {len(prompts)} prompts hold control tokens of {config.policy}, the "
             f"first {str(held[0])[:60]!r}: they are read as text; for turns, give "
             '{"messages": …}',
-            stacklevel=2,
+            stacklevel=3,
         )
     if tokenizer.chat_template and isinstance(prompts[0], str):
         warnings.warn(
             f"{config.policy} answers chats, and these prompts are texts: it continues each as it "
             'stands; give {"messages": …} for answers',
-            stacklevel=2,
+            stacklevel=3,
         )
-    check_ids(model, tokenizer, encoded)
-    check_lengths(model, texts, encoded, config.max_new_tokens)
-    return prompts, texts, encoded
 
 
 def try_scorers(scorers: list[Callable | None], prompts: list) -> None:
