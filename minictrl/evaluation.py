@@ -82,6 +82,7 @@ def evaluate(
         run, config, runs.digests_of(config, task, judge), but={*second, "reference"}
     )
     try_scorers([task.reward, judge], task.prompts)
+    cases = procedures(config, sizes, M)
     policy, _ = load_policy(str(run / "policy"))
     policy.to(task.ids.device)
     reward_ref, texts_ref = draw_reference(task, config, M)
@@ -95,7 +96,7 @@ def evaluate(
             each.scores["judge"] = score(judge, task.prompts, each.texts)
     kls = kl_by_prompt(policy, task, samples, config.micro_batch).double()
 
-    table, wins = table_of(config, pi, pi_ref, kls, curve_of(config), sizes)
+    table, wins = table_of(config, pi, pi_ref, kls, curve_of(config), cases)
     name = suffix(split, second)
     models = {role: getattr(config, role) for role in pi.scores}
     levels = C_hats(pi, pi_ref)
@@ -152,13 +153,13 @@ def table_of(
     pi_ref: Scored,
     kls: Tensor,
     curve: Transform,
-    sizes: tuple[int, ...],
+    cases: list[tuple[str, int]],
 ) -> tuple[list[dict], dict[str, Tensor]]:
     """The rows of eval.json; and by its name each row's win rates by prompt (P,).
 
-    kls: (P,) nats. Where rewards tie, theory is that of their levels, and the optimum is not known.
-    Where all are 0 or 1, `pass` and `pass_ref` are how often pi and pi_ref are right after the
-    procedure: pass@N for Best-of-N.
+    kls: (P,) nats. cases: (procedure, N) of each row. Where rewards tie, theory is that of their
+    levels, and the optimum is not known. Where all are 0 or 1, `pass` and `pass_ref` are how often
+    pi and pi_ref are right after the procedure: pass@N for Best-of-N.
     """
     table, wins = [], {}
     kl, kl_stderr = mean_stderr(kls)
@@ -174,7 +175,7 @@ def table_of(
             stacklevel=2,
         )
     verified = all(r in (0.0, 1.0) for r in torch.cat([select, select_ref], 1).unique().tolist())
-    for procedure, n in procedures(config, sizes, M):
+    for procedure, n in cases:
         at = (kl, procedure, n)
         shared = {
             "kl": kl,
