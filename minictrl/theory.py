@@ -173,17 +173,10 @@ def policy_at_kl(
     on the values of C_hat, has is that of one that has the best of them alone.
     """
     T, n, kl = mass_map(procedure), at_least_1("n", n), min(number("kl", kl), MAX_KL)
-    if math.isnan(kl):
-        raise ValueError(f"kl {kl}: must be a number of nats")
     if kl < 1e-9:
         return cells.grid(COARSE), cells.grid(COARSE)
     best = frontier(solved_for(transform, T), n, kl) if transform in FIXED_POINTS else None
-    if K is None and levels is None:
-        return _policy(transform, best, None, kl=kl).masses()
-    Phi, ref = _on_cells(transform if best is None else interpolated(best), K, levels)
-    kl = min(kl, (1 - 1e-9) * cells.largest_kl(Phi, ref))
-    log_ratio = cells.tilt_to_kl(Phi, kl, ref)[0] if kl >= 1e-9 else torch.zeros_like(ref)
-    return _Policy(log_ratio, ref, K).masses()
+    return _policy(transform, best, K, levels, kl=kl).masses()
 
 
 def levels_of(r_ref: Tensor) -> Tensor:
@@ -255,15 +248,21 @@ def _policy(
     transform: Transform,
     best: Optimum | None,
     K: int | None,
+    levels: Tensor | None = None,
     *,
     scale: float | None = None,
     kl: float | None = None,
 ) -> _Policy:
     """The policy of a transform, or of a fixed point's solution `best`, at 1/beta or at a KL."""
-    if best is not None and K is None:
+    continuous = K is None and levels is None
+    if best is not None and continuous:
         return _Policy(best.log_ratio, cells.grid(COARSE), None)
-    Phi, ref = _on_cells(transform if best is None else interpolated(best), K)
-    log_ratio = cells.tilt(Phi, scale, ref) if kl is None else cells.tilt_to_kl(Phi, kl, ref)[0]
+    Phi, ref = _on_cells(transform if best is None else interpolated(best), K, levels)
+    if kl is None:
+        return _Policy(cells.tilt(Phi, scale, ref), ref, K)
+    if not continuous:  # a few values of the reward have a largest KL
+        kl = min(kl, (1 - 1e-9) * cells.largest_kl(Phi, ref))
+    log_ratio = cells.tilt_to_kl(Phi, kl, ref)[0] if kl >= 1e-9 else torch.zeros_like(ref)
     return _Policy(log_ratio, ref, K)
 
 

@@ -47,8 +47,9 @@ def standardised(r: Tensor, r_ref: Tensor) -> Tensor:
     """(r - mean) / standard deviation of the prompt's r_ref; where they are equal, r - mean. In
     float64: float32's mean of equal rewards is not always their value.
     """
-    std = r_ref.std(1, keepdim=True)
-    return (r - r_ref.mean(1, keepdim=True)) / torch.where(std > 1e-6, std, 1.0)
+    exact = r_ref.double()
+    std = exact.std(1, keepdim=True)
+    return ((r - exact.mean(1, keepdim=True)) / torch.where(std > 1e-6, std, 1.0)).to(r)
 
 
 # Uncalibrated RLHF and what lies between it and CTRL: (r (B, M), r_ref (B, K)) -> reward (B, M).
@@ -56,7 +57,7 @@ def standardised(r: Tensor, r_ref: Tensor) -> Tensor:
 RAW = {
     "none": lambda r, r_ref: r,
     "median": lambda r, r_ref: r - r_ref.median(1, keepdim=True).values,
-    "standardised": lambda r, r_ref: standardised(r.double(), r_ref.double()).to(r),
+    "standardised": standardised,
 }
 
 

@@ -33,7 +33,7 @@ def draw(logits: Iterable[Tensor], u: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def whole_blocks(logits: Tensor) -> Tensor:
-    """(r, V) logits, V filled up to a multiple of BLOCK by tokens of probability 0."""
+    """Logits (…, V), V filled up to a multiple of BLOCK by tokens of probability 0."""
     missing = -logits.shape[-1] % BLOCK
     return F.pad(logits, (0, missing), value=-torch.inf) if missing else logits
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, Cache, DynamicCache
 
 from minictrl.lm.device import free_memory
-from minictrl.lm.draw import BLOCK
+from minictrl.lm.draw import BLOCK, whole_blocks
 
 # Families whose attention is softmax(q k / sqrt(d)) v through transformers' attention interface,
 # and whose logits are the output embedding of the last hidden state, with nothing in between (no
@@ -58,12 +58,11 @@ def padded_head(model) -> Callable[[Tensor], Tensor]:
     6,208 columns is faster than one of 6,145.
     """
     head = model.get_output_embeddings()
-    missing = -len(head.weight) % BLOCK
-    if type(head) is not nn.Linear or not missing:
+    if type(head) is not nn.Linear or head.out_features % BLOCK == 0:
         return functools.partial(head_logits, model)
-    bias = head.weight.new_zeros(len(head.weight)) if head.bias is None else head.bias
-    weight = F.pad(head.weight, (0, 0, 0, missing))
-    bias = F.pad(bias, (0, missing), value=-torch.inf)
+    V = head.out_features
+    bias = whole_blocks(head.weight.new_zeros(V) if head.bias is None else head.bias)
+    weight = F.pad(head.weight, (0, 0, 0, len(bias) - V))
     return lambda hidden: at_least_float32(F.linear(hidden, weight, bias))
 
 

@@ -41,11 +41,14 @@ def at_least_1(name: str, n: int) -> int:
 
 
 def number(name: str, x: float) -> float:
-    """x as a float. Raises ValueError on what is no number."""
+    """x as a float. Raises ValueError on what is no number, NaN too."""
     try:
-        return float(x)
+        value = float(x)
     except (TypeError, ValueError):
-        raise ValueError(f"{name} {x!r}: must be a number; try 1") from None
+        value = math.nan
+    if math.isnan(value):
+        raise ValueError(f"{name} {x!r}: must be a number; try 1")
+    return value
 
 
 def positive(name: str, x: float) -> float:

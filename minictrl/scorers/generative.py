@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from minictrl.data import Prompt
 from minictrl.lm.hub import from_hub
-from minictrl.lm.kvcache import is_plain
+from minictrl.lm.kvcache import SHARED_PREFIX
 from minictrl.scorers.text import in_batches, plain, render, scorer_tokenizer
 
 QUESTION = """Below are a prompt and a response to it.
@@ -79,7 +79,7 @@ def log_odds(
     def read(inputs: dict[str, Tensor]) -> Tensor:
         last = inputs["attention_mask"].sum(1) - 1  # (B,), padded on the right
         row = torch.arange(len(last), device=last.device)
-        if is_plain(model):  # it may cap or scale its logits
+        if model.config.model_type not in SHARED_PREFIX:  # it may cap or scale its logits
             kept, at = last.unique(return_inverse=True)
             logits = model(**inputs, logits_to_keep=kept).logits[row, at][:, [this, other]].float()
         else:

@@ -174,8 +174,8 @@ def scorer_tokenizer(model: nn.Module, name: str, role: str):
     tokenizer.model_max_length = longest_text(model, tokenizer)
     if tokenizer.pad_token is None:
         given = getattr(model.config, "pad_token_id", None)
-        known = given is not None and 0 <= given < len(tokenizer)
-        pad = tokenizer.convert_ids_to_tokens(given) if known else tokenizer.unk_token
+        in_text = given is not None and 0 <= given < len(tokenizer)
+        pad = tokenizer.convert_ids_to_tokens(given) if in_text else tokenizer.unk_token
         tokenizer.pad_token = pad or tokenizer.eos_token
     known = model.get_input_embeddings().num_embeddings
     if tokenizer.pad_token is None or tokenizer.pad_token_id >= known:
