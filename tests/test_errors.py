@@ -125,7 +125,8 @@ def test_intervals_at_equal_kl_hold_the_truth_with_the_error_of_the_kl(monkeypat
     optimum = lambda kl, procedure, n: 1 - math.exp(-1.6 * kl**0.6) / 2  # noqa: E731
     monkeypatch.setattr(theory, "optimal_win_rate", optimum)
     curve = lambda kl: 0.5 + (optimum(kl, "bon", 4) - 0.5) * (0.85 + 0.06 * math.log(kl))  # noqa: E731
-    rng, found, case = np.random.default_rng(7), [], {"procedure": "bon", "n": 4}
+    rng, found = np.random.default_rng(7), []
+    case = {"method": "m", "procedure": "bon", "n": 4}
     for _ in range(400):
         luck = rng.standard_normal(P)
         rows = []

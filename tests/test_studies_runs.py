@@ -141,6 +141,17 @@ def test_at_equal_kl_runs_are_carried_along_their_share_of_the_optimum():
     assert np.allclose(moved, -0.01 * steep * np.sign(prompts), atol=1e-12)
 
 
+def test_a_method_with_one_run_is_carried_as_far_as_one_with_many():
+    """The same share of the optimum's gain at 0.9 nats, and the same at 1."""
+    share, prompts = lambda kl: 0.8 + 0.1 * math.log(kl / 0.9), np.zeros(50)
+    rows = runs_of("many", {0.5: 0.5, 1.0: 0.9, 2.0: 1.8}, share, {0: 0.0}, prompts)
+    rows += runs_of("one", {1.0: 0.9}, share, {0: 0.0}, prompts)
+    case = {"procedure": "bon", "n": 4, "scorer": "judge"}
+    many, one = (tables.wins_at(rows, 1.0, method, **case)[0] for method in ("many", "one"))
+    gain = theory.optimal_win_rate(1.0, "bon", 4) - 0.5
+    assert np.allclose(many, 0.5 + gain * share(1.0), atol=1e-12) and np.allclose(one, many)
+
+
 def test_two_methods_are_compared_by_seed_and_prompt():
     share, prompts = lambda kl: 0.8, np.linspace(-0.1, 0.1, 50)
     luck = {0: -0.02, 1: 0.01, 2: 0.03}

@@ -98,23 +98,37 @@ def comparable(rows: Rows, kl: float, **case) -> Rows:
     return []
 
 
-def wins_at(rows: Rows, kl: float, **case) -> dict[int, np.ndarray]:
+def common_slope(rows: Rows, kl: float, **case) -> float:
+    """How the share of the optimum's gain over 0.5 rises with log KL around a KL in nats.
+
+    case: procedure, n, scorer. One slope for all methods, so that none is carried further than
+    another because it has more runs: regressed within each method whose comparable runs are more
+    than a fifth apart; 0 if none has such runs.
+    """
+    rise = spread = 0.0
+    for runs in grouped(where(rows, **case), "method").values():
+        mine = comparable(runs, kl)
+        log_kl = np.log(column(mine, "kl"))
+        if not mine or np.ptp(log_kl) <= 0.2:
+            continue
+        gain, best = (np.array(column(mine, name)) - 0.5 for name in ("win_rate", "optimal"))
+        away = log_kl - log_kl.mean()
+        rise += away @ (gain / best)
+        spread += away @ away
+    return rise / spread if spread else 0.0
+
+
+def wins_at(rows: Rows, kl: float, method: str, **case) -> dict[int, np.ndarray]:
     """seed -> (P,) win rates of a method at a KL in nats; none more than a fifth beyond its runs.
 
-    case: method, procedure, n, scorer. They are those of the budget nearest to the KL, carried to
-    it: the gain over 0.5, as a share of the optimum's at the same KL, changes slowly, so it is
-    regressed on log KL over the comparable runs (a constant where their KLs are within a fifth of
-    each other). The KL is measured on these prompts, so each prompt's KL is taken
-    off as well. The slope's own error is left out: the way to the KL is short.
+    case: procedure, n, scorer. They are those of the budget nearest to the KL, carried to it along
+    `common_slope`. The KL is measured on these prompts, so each prompt's KL is taken off as well.
+    The slope's own error is left out: the way to the KL is short.
     """
-    mine = comparable(rows, kl, **case)
+    mine = comparable(rows, kl, method=method, **case)
     if not mine:
         return {}
-    optimal = np.array(column(mine, "optimal"))
-    share = (np.array(column(mine, "win_rate")) - 0.5) / (optimal - 0.5)
-    x = np.log(column(mine, "kl")) - math.log(kl)  # 0 at the KL asked for
-    dx = x - x.mean()
-    slope = dx @ share / (dx @ dx) if np.ptp(x) > 0.2 else 0.0
+    slope = common_slope(rows, kl, **case)
     below, at, above = (
         theory.optimal_win_rate(kl * by, case["procedure"], case["n"]) - 0.5
         for by in (1 / 1.1, 1, 1.1)
