@@ -5,10 +5,11 @@
     python evaluate.py runs/a --judge NAME            # another judge's opinion
     python evaluate.py runs/a runs/b --report a.html  # a page to look at
 
-Draws M responses a prompt from pi and from pi_ref. The reward model selects (Best-of-N, Worst-of-N,
-…), reward model and judge score; every N <= M comes from one draw by the exact U-statistic of
-`winrate.py`. Writes eval.json, samples.jsonl, tradeoff.png and training.png into the run, and its
-policy's model card; with --split, --reward or --judge their names say so.
+Draws M responses per prompt from pi and from pi_ref. The reward model selects (Best-of-N,
+Worst-of-N, …), reward model and judge score; every N <= M comes from one draw by the exact
+U-statistic of `winrate.py`. Writes into the run eval.json, win rates by prompt, samples.jsonl,
+tradeoff.png, training.png and its policy's model card (docs/metrics.md). With --split, --reward or
+--judge the files have names of their own, and there is no new card.
 """
 
 import argparse
@@ -62,8 +63,8 @@ def main(argv=None):
     # all are checked before anything is drawn
     configs = [runs.load_finished(run) for run in args.runs]
     given = {"reward": args.reward, "judge": args.judge}
-    second = {role: model for role, model in given.items() if model}
-    suffix = evaluation.suffix(args.split, second)
+    other_models = {role: model for role, model in given.items() if model}
+    suffix = evaluation.file_suffix(args.split, other_models)
     for run, config in zip(args.runs, configs, strict=True):
         table = evaluation.evaluate(
             run,
@@ -73,7 +74,7 @@ def main(argv=None):
             M=args.samples,
             sizes=SIZES,
             device=args.device or config.device,
-            second=second,
+            other_models=other_models,
         )
         first = table[0]
         print(
@@ -81,7 +82,7 @@ def main(argv=None):
             f"KL {first['kl']:.3f} ± {first['kl_stderr']:.3f} "
             f"nats\n\n{evaluation.markdown(table)}\n"
         )
-        print(evaluation.behind(config, second))
+        print(evaluation.behind(config, other_models))
         print(figures.draw(run, suffix, table))
         if not suffix:
             report.write_card(run, config, table)

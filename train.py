@@ -12,18 +12,20 @@ Where it departs from the paper:
    optimum is the same, and one learning rate fits every transform (`minictrl/ppo.py`).
 2. beta is not tuned by hand. It starts at the theory's for the KL that is asked for, and follows
    the KL that is measured (`minictrl/budget.py`).
-3. R is bounded below, 10 nats under log Z, where the optimum keeps e^-10 of pi_ref's probability;
-   `log` is that of C_hat = 1/(2K) below there (`minictrl/transforms.py`).
-4. There is no value network by default. A token's baseline comes from the calibrated reward of the
-   response so far, or is the mean return of other samples, of all prompts where rewards are
-   calibrated (`minictrl/baselines.py`). GAE's lambda = 0.9 halves the gradient's noise and moves
-   the optimum a little, as another beta would; 1 does not, and is a value head's default, because
-   a head that has learned nothing would leave early tokens without a reward.
+3. R is at least log Z - 10 nats: there the optimum gives a response e^-10 of pi_ref's probability,
+   and less would change nothing. `log` is not finite at C_hat = 0, and takes 1/(2K) for C_hat there
+   (`minictrl/transforms.py`).
+4. There is no value network by default. The baseline of a token is a cubic in the calibrated reward
+   of the response so far, or the mean return of the step's other responses, if rewards are raw of
+   the prompt's alone (`minictrl/baselines.py`). GAE's lambda is 0.9: half of the gradient's noise,
+   and an optimum that is moved a little, as by another beta. A value head has 1, which moves
+   nothing: with less, a head that has learned nothing would hide the reward from early tokens.
 5. Only the top --layers transformer blocks are trained, and never the embeddings
    (`minictrl/update.py`).
-6. One pass over each rollout, so that the ratio is clipped within it only. The learning rate warms
-   up and falls to 0; Adam has betas 0.9 and 0.95, an eps that keeps small gradients small, and
-   clipped gradients (`minictrl/update.py`).
+6. One pass over each rollout, in minibatches: the ratio differs from 1, and can be clipped, from
+   the second minibatch on. The learning rate warms up over 5 steps and falls to 0; Adam has betas
+   0.9 and 0.95, an eps that keeps small gradients small, and clipped gradients
+   (`minictrl/update.py`).
 7. Best-of-N is not sampled N at a time: every N up to M comes from one draw of M
    (`minictrl/winrate.py`). bon_fp, won_fp and optimal come from mirror ascent, because the paper's
    plain iteration oscillates for small beta or large N (`minictrl/procedures/optimum.py`).
@@ -38,6 +40,8 @@ from pathlib import Path
 
 from minictrl.cli import Parser, run_script
 from minictrl.config import CALIBRATION, Config
+
+# What imports torch is imported inside functions: --help and a mistyped flag answer at once.
 
 WARMUP = 5  # steps
 
@@ -58,8 +62,7 @@ def read_arguments(argv=None) -> tuple[dict, bool, bool]:
 
 def main(argv=None):
     settings, resume, overwrite = read_arguments(argv)
-    config = Config(**settings)  # --help and a mistyped value cost no import of torch
-
+    config = Config(**settings)
     from minictrl import runs
 
     config = config.resolved()
@@ -77,7 +80,7 @@ def train(config: Config, resume: bool):
     from minictrl.update import freeze, make_learner
 
     start, out = time.monotonic(), Path(config.out)
-    method, task, given, made_from = checked(config)
+    method, task, given, made_from = load_and_check(config)
     freeze(task.policy, config.layers)
     if resume:
         runs.check_made_from(out, config, made_from)
@@ -122,7 +125,7 @@ def train(config: Config, resume: bool):
     )
 
 
-def checked(config: Config):
+def load_and_check(config: Config):
     """(method, task, given reference samples or None, digests) of a run.
 
     Whatever can be wrong with the input is found here, before the first sample is drawn.
@@ -167,18 +170,18 @@ def online(training, config, task, method, reference, pi_ref):
     """PPO: G responses per prompt from the current policy, then an update on them."""
     from minictrl.baselines import with_advantages
     from minictrl.ppo import explained_variance
-    from minictrl.rollout import prompts_of, responses
+    from minictrl.rollout import items_of_step, responses
     from minictrl.track import EVERY
 
     learner, budget = training.learner, training.budget
     for step in training.steps():
-        index = prompts_of(step, len(task.prompts), config.batch, config.seed)  # (P,) prompts x
+        index = items_of_step(step, len(task.prompts), config.batch, config.seed)  # (P,) prompts x
         r_ref = reference.r_ref[index]  # (P, K)
-        batch, r, stats = drawn(task, pi_ref, index, r_ref, step, config)
+        batch, r, stats = draw_rollout(task, pi_ref, index, r_ref, step, config)
         if training.tracker and step % EVERY == 0:
             training.tracker.table(responses(task, batch, r), step + 1)
         beta = budget.follow(stats["kl_ref"]) if step >= WARMUP else budget.beta
-        Phi_C = method.Phi.of(r, r_ref)  # (P, G) Phi(C_hat)
+        Phi_C = method.Phi.of_rewards(r, r_ref)  # (P, G) Phi(C_hat)
         stats["Phi"] = Phi_C.mean().item()
         R = method.reward(r, r_ref, Phi_C, beta)  # Phi(C_hat) / beta
         batch.R = R.flatten().to(batch.mask)
@@ -188,10 +191,10 @@ def online(training, config, task, method, reference, pi_ref):
             explained = explained_variance(batch.values, batch.returns, batch.mask)
             stats["explained_variance"] = explained.item()
         batch = method.extended(batch, reference[index], beta)
-        training.log(batch, stats | updated(learner, batch, method, step, config))
+        training.log(batch, stats | run_update(learner, batch, method, step, config))
 
 
-def drawn(task, pi_ref, index, r_ref, step: int, config: Config):
+def draw_rollout(task, pi_ref, index, r_ref, step: int, config: Config):
     """(batch, r, statistics) of G responses of the policy to each prompt of the index.
 
     The batch has pi_ref's log-probabilities; r (P, G): rewards, calibrated against r_ref (P, K).
@@ -207,23 +210,28 @@ def drawn(task, pi_ref, index, r_ref, step: int, config: Config):
 
 
 def offline(training, config, task, method, reference, pi_ref):
-    """Epochs over the reference samples of the calibration; the last step says what has come out,
-    because these methods keep the theory's beta and may end at another KL."""
-    from minictrl.rollout import prompts_of, with_prompts
+    """Epochs over the reference samples of the calibration.
+
+    These methods keep the theory's beta and may end at another KL than its own. So the last step
+    also draws responses, and its metrics say which KL came out.
+    """
+    from minictrl.rollout import items_of_step, with_prompts
 
     rows = method.rows(reference, training.budget.beta)
     for step in training.steps():
-        index = prompts_of(step, len(rows), method.rows_per_step, config.seed)
+        index = items_of_step(step, len(rows), method.rows_per_step, config.seed)
         batch = with_prompts(task, rows[index])
-        stats = updated(training.learner, batch, method, step, config)
+        stats = run_update(training.learner, batch, method, step, config)
         if step + 1 == config.steps:
-            index = prompts_of(0, len(task.prompts), config.batch, config.seed)
-            *_, ended = drawn(task, pi_ref, index, reference.r_ref[index], config.steps, config)
-            stats |= ended
+            index = items_of_step(0, len(task.prompts), config.batch, config.seed)
+            *_, end = draw_rollout(
+                task, pi_ref, index, reference.r_ref[index], config.steps, config
+            )
+            stats |= end
         training.log(batch, stats)
 
 
-def updated(learner, batch, method, step: int, config: Config) -> dict[str, float]:
+def run_update(learner, batch, method, step: int, config: Config) -> dict[str, float]:
     """An update on a batch; returns its statistics."""
     from minictrl.update import update
 
@@ -240,8 +248,9 @@ def updated(learner, batch, method, step: int, config: Config) -> dict[str, floa
 
 
 def schedule(step: int, steps: int) -> float:
-    """Share of the learning rate: up in WARMUP steps, then linearly down to 0, where the noise of
-    the gradient fades."""
+    """Share of the learning rate: up in WARMUP steps, then linearly down to 0, so that the noise of
+    the gradient fades.
+    """
     return min(1, (step + 1) / WARMUP) * (1 - step / steps)
 
 

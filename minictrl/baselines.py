@@ -30,7 +30,7 @@ def with_advantages(
 
 
 def value(batch: Batch, task: Task, r_ref: Tensor, learner: Learner, config: Config) -> Batch:
-    """GAE on the values of a value head, which learns R without its mean from where it starts."""
+    """GAE with a value head, which starts at 0: so R is taken without the batch's mean."""
     _, values = forward_all(learner.policy, learner.value_head, batch, config.micro_batch)
     centred = replace(batch, R=batch.R - batch.R.mean())
     return _gae(batch, token_rewards(centred), values, config.lam)
@@ -59,9 +59,9 @@ def loo(batch: Batch, task: Task, r_ref: Tensor, learner: Learner, config: Confi
     rewards = token_rewards(batch)
     group = config.G if config.transform in RAW else len(batch)
     returns = rewards.sum(1).view(-1, group)
-    mean_of_others = (returns - ppo.loo_advantages(returns)).view(-1, 1)
+    mean_of_others = (returns.sum(1, keepdim=True) - returns) / (group - 1)
     # to go: a token isn't blamed for the KL of those before it
-    return replace(batch, advantages=(to_go(rewards) - mean_of_others) * batch.mask)
+    return replace(batch, advantages=(to_go(rewards) - mean_of_others.view(-1, 1)) * batch.mask)
 
 
 BASELINES = {"value": value, "prefix": prefix, "loo": loo}

@@ -17,18 +17,18 @@ from torch import Tensor
 class Batch:
     """B rows, each a prompt with a response. A field that a method has no use for is None.
 
-    Where a row has several responses to its prompt (a preference pair), there is an axis more:
-    (B, 2, T) in place of (B, T), (B, 2) in place of R's (B,).
+    Where a row has n responses to its prompt (a preference pair, a group of TPO), there is an axis
+    more: (B, n, T) in place of (B, T), (B, n) in place of R's (B,).
     """
 
-    of: Tensor  # (B,) number of the row's prompt
+    prompt_index: Tensor  # (B,) which of the task's prompts the row answers
     tokens: Tensor  # (B, T) int64, right-padded
     mask: Tensor  # (B, T) float32
     prompt: Tensor | None = None  # (B, L) int64, left-padded
     prompt_mask: Tensor | None = None  # (B, L) int64
     old_logprobs: Tensor | None = None  # (B, T) nats, under the policy that drew the response
     ref_logprobs: Tensor | None = None  # (B, T) nats, under pi_ref
-    R: Tensor | None = None  # (B,) the objective without its KL, in nats: Phi(C_hat) / beta
+    R: Tensor | None = None  # (B,) nats: what the response is worth before its KL
     log_Z: Tensor | None = None  # (B,) nats, of the row's prompt
     values: Tensor | None = None  # (B, T) expected reward to go, before each token
     returns: Tensor | None = None  # (B, T) what a value head learns
@@ -54,7 +54,7 @@ class Batch:
         def narrow(name: str, x: Tensor) -> Tensor:
             if x.dim() == 1 or name == "R":
                 return x
-            return x[:, -L:] if name.startswith("prompt") else x[..., :T]
+            return x[:, -L:] if name in ("prompt", "prompt_mask") else x[..., :T]
 
         return self._map(narrow)
 

@@ -8,6 +8,15 @@ from torch import Tensor
 from minictrl import theory
 from minictrl.procedures.masses import positive
 
+WIDE = 12.0  # in log beta, either side of the rewards' scale
+BISECTIONS = 60
+
+# of the controller: the share of an error that the target takes over, bounds of the error in log
+# KL, and of the target in budgets
+DRIFT = 0.1
+ERROR = (-0.5, 1.5)
+TARGET = (1 / 20, 4)
+
 
 def beta_for(transform: str, kl: float, *, procedure: str, n: int, K: int) -> float:
     """beta at which the optimum of this transform is `kl` nats from pi_ref (Theorem 3).
@@ -25,8 +34,9 @@ def beta_for(transform: str, kl: float, *, procedure: str, n: int, K: int) -> fl
 def empirical_beta(r_ref: Tensor, kl: float) -> float:
     """beta at which pi_ref e^{r / beta} / Z is `kl` nats from pi_ref, on average over prompts.
 
-    r_ref: (P, K) rewards, raw or Phi(C_hat), as far as K samples can tell. Raises ValueError on a
-    KL that they don't reach.
+    The KL is that of pi_ref's own K samples with weights e^{r / beta} / Z from equal weights; beta
+    by bisection. r_ref: (P, K) rewards, raw or Phi(C_hat). Raises ValueError on a KL that K samples
+    don't reach.
     """
     positive("kl", kl)
     r = r_ref.double() - r_ref.double().mean(1, keepdim=True)
@@ -38,26 +48,29 @@ def empirical_beta(r_ref: Tensor, kl: float) -> float:
         return float((mean - R.logsumexp(1) + math.log(K)).mean())
 
     spread = math.log(float(r.std()) + 1e-12)
-    low, high = spread - 12, spread + 12
+    low, high = spread - WIDE, spread + WIDE
     if kl_at(low) < kl:
         raise ValueError(
             f"--kl {kl}: these rewards reach {kl_at(low):.2f} nats with {K} samples; use a smaller "
             "KL, more samples (--K), or rewards that differ more"
         )
-    for _ in range(60):
+    for _ in range(BISECTIONS):
         middle = (low + high) / 2
         low, high = (middle, high) if kl_at(middle) > kl else (low, middle)
     return math.exp((low + high) / 2)
 
 
 class Budget:
-    """beta of each step: fixed, or what keeps the measured KL to a budget of `kl` nats.
+    """The beta of each step: fixed, or steered so that the measured KL ends at `kl` nats.
 
-    beta is the multiplier of the constraint KL = budget. The theory's holds for the best policy
-    there is. One that doesn't get there has another: with the theory's, exp10 ends at half of its
-    budget. So beta is the theory's for another KL, which makes the steps alike for all transforms:
-    target * kl / kl_ref, where `target` starts at the budget and moves slowly against
-    log(kl_ref / kl) (a proportional-integral controller, in logarithms).
+    The theory's beta holds for a policy that reaches the optimum. A trained one lags behind it:
+    with that beta exp10 ends at half of its budget. So a step uses the theory's beta of another KL,
+
+        beta = beta_at(target * kl / kl_ref),  kl_ref the KL of the step's rollout.
+
+    kl / kl_ref reacts at once; `target` starts at `kl` and drifts by (kl / kl_ref)^DRIFT a step (a
+    proportional-integral controller, in logarithms). Steering a KL and not beta makes a step mean
+    the same for every transform. log(kl_ref / kl) and target / kl are kept within ERROR and TARGET.
 
     beta_at: KL -> beta, by the theory of the run's method. beta: fixed, where kl is None.
     """
@@ -70,14 +83,23 @@ class Budget:
         self.beta = beta or beta_at(kl)
 
     def follow(self, kl_ref: float) -> float:
-        """The beta for an update, from the KL that its rollout has; what is out of reach starts
-        anew at the budget."""
+        """The beta of an update, from the KL of its rollout in nats.
+
+        Where the KL that it would need is out of reach, of the theory or of K samples, target and
+        beta go back to the budget's.
+        """
         if self.kl is None:
             return self.beta
-        off = min(1.5, max(-0.5, math.log(max(kl_ref, 1e-9) / self.kl)))
-        self.target = min(4 * self.kl, max(self.kl / 20, self.target * math.exp(-0.1 * off)))
+        error = bounded(math.log(max(kl_ref, 1e-9) / self.kl), ERROR)
+        least, most = (self.kl * each for each in TARGET)
+        self.target = bounded(self.target * math.exp(-DRIFT * error), (least, most))
         try:
-            self.beta = self.beta_at(self.target * math.exp(-off))
+            self.beta = self.beta_at(self.target * math.exp(-error))
         except ValueError:  # out of reach of the theory, or of K samples
             self.target, self.beta = self.kl, self.beta_at(self.kl)
         return self.beta
+
+
+def bounded(x: float, bounds: tuple[float, float]) -> float:
+    low, high = bounds
+    return min(high, max(low, x))

@@ -53,7 +53,7 @@ CHAT = LONG | dict(
 # A task is one entry: models (hub names, directories, or its own name where this package has
 # them), lengths in tokens, what differs from the embedded task's training, the baseline that its
 # own models allow (else loo), prompts (`data`) and preference pairs (`pairs`, where not `data`
-# too). GPU memory and time of the three tasks on the hub: not measured; their
+# too). The three tasks on the hub have not run with their own weights: their
 # learning rates are guesses, and all of their policies' blocks are trained.
 TASKS = {
     "reviews": dict(
@@ -343,7 +343,7 @@ class Config:
         return " ".join(["python train.py", *flags])
 
     def seed_for(self, draw: int) -> int:
-        """The seed of a draw: no two draws share one, and none is another --seed's.
+        """The seed of a draw of responses: no two share one, and none is another --seed's.
 
         So the scatter of seeds holds all the chance in a run. Runs of one --seed share their
         samples of pi_ref, which are cached: they are compared on the same luck.
@@ -352,8 +352,10 @@ class Config:
 
     @classmethod
     def of(cls, stored: dict) -> tuple[Config, dict]:
-        """A run's settings, and all that its config.json holds: there `beta` is also given where it
-        followed from `kl`.
+        """(settings, all that a run's config.json holds).
+
+        A stored run with a KL budget has kl and the beta that came of it; the settings have kl
+        alone. Raises ValueError on what is no run's, or has a field missing.
         """
         if not is_run(stored):
             raise ValueError("it is no train.py run's")

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import kl_div, log_softmax
 
 from minictrl import files, runs, theory
@@ -62,29 +63,48 @@ def evaluate(
     M: int,
     sizes: tuple[int, ...],
     device: str,
-    second: dict[str, str] | None = None,
+    other_models: dict[str, str] | None = None,
 ) -> list[dict]:
     """The table of a run, from M responses per prompt of pi and of pi_ref.
 
     Writes wins.safetensors, by_prompt.safetensors (kl (P,), C_hat and C_hat_reference (P, M)),
-    samples.jsonl and last eval.json into the run (`suffix` says which names others have). sizes:
-    the N of the table; those above M are left out. second: other models than the run's, by role
-    (reward, judge). The reward model selects, reward model and judge score; a run without a judge
-    has no such rows. Returns the rows of eval.json.
+    samples.jsonl and last eval.json into the run (`file_suffix` says which names others have).
+    sizes: the N of the table; those above M are left out. other_models: role (reward, judge) ->
+    another model than the run's. The reward model selects, reward model and judge score; a run
+    without a judge has no such rows. Returns the rows of eval.json.
     """
-    second = second or {}
+    other_models = other_models or {}
     if split == "train":
         prompts = min(prompts, config.prompts or prompts)  # those it was trained on
-    config = replace(config, prompts=prompts, device=device, **second)
+    config = replace(config, prompts=prompts, device=device, **other_models)
     task = load_task(config, split)
     judge = scorer_of(config, "judge")
     runs.check_made_from(
-        run, config, runs.digests_of(config, task, judge), but={*second, "reference"}
+        run, config, runs.digests_of(config, task, judge), but={*other_models, "reference"}
     )
     try_scorers([task.reward, judge], task.prompts)
     cases = procedures(config, sizes, M)
     policy, _ = load_policy(str(run / "policy"))
     policy.to(task.ids.device)
+    pi, pi_ref, kls = draw_both(task, policy, judge, config, M)
+
+    table, wins = table_of(config, pi, pi_ref, kls, curve_of(config), cases)
+    C_hat = C_hats(pi, pi_ref)
+    suffix = file_suffix(split, other_models)
+    parts = parts_of(run, suffix)
+    save_tensors(parts["wins"], wins, {})
+    save_tensors(parts["by_prompt"], {"kl": kls} | C_hat, {})
+    write_rows(parts["samples"], shown(task.prompts, pi, pi_ref, C_hat))
+    models = {role: getattr(config, role) for role in pi.scores}
+    sums = {part: sha256_of(path) for part, path in parts.items()}
+    write_sealed(run / f"eval{suffix}.json", {"rows": table, "models": models, "parts": sums})
+    return table
+
+
+def draw_both(
+    task: Task, policy: nn.Module, judge: Callable | None, config: Config, M: int
+) -> tuple[Scored, Scored, Tensor]:
+    """(pi, pi_ref, (P,) KL in nats): M responses of each to each prompt, with their scores."""
     reward_ref, texts_ref = draw_reference(task, config, M)
     samples, reward = sample_and_score(
         task, policy, range(len(task.prompts)), num_samples=M, seed=config.seed_for(TEST)
@@ -94,19 +114,7 @@ def evaluate(
     if judge:
         for each in (pi, pi_ref):
             each.scores["judge"] = score(judge, task.prompts, each.texts)
-    kls = kl_by_prompt(policy, task, samples, config.micro_batch).double()
-
-    table, wins = table_of(config, pi, pi_ref, kls, curve_of(config), cases)
-    name = suffix(split, second)
-    models = {role: getattr(config, role) for role in pi.scores}
-    levels = C_hats(pi, pi_ref)
-    parts = parts_of(run, name)
-    save_tensors(parts["wins"], wins, {})
-    save_tensors(parts["by_prompt"], {"kl": kls} | levels, {})
-    write_rows(parts["samples"], shown(task.prompts, pi, pi_ref, levels))
-    sums = {part: sha256_of(path) for part, path in parts.items()}
-    write_sealed(run / f"eval{name}.json", {"rows": table, "models": models, "parts": sums})
-    return table
+    return pi, pi_ref, kl_by_prompt(policy, task, samples, config.micro_batch).double()
 
 
 def parts_of(run: Path, suffix: str) -> dict[str, Path]:
@@ -188,8 +196,8 @@ def table_of(
         if verified:
             kept = kept_scores(select, select_ref, procedure, n)
             shared |= {"pass": kept[0].mean().item(), "pass_ref": kept[1].mean().item()}
-        for scorer, judge in pi.scores.items():
-            each = win_rates(select, judge, select_ref, pi_ref.scores[scorer], procedure, n)
+        for scorer, decides in pi.scores.items():
+            each = win_rates(select, decides, select_ref, pi_ref.scores[scorer], procedure, n)
             win, stderr = mean_stderr(each)
             row = {"procedure": procedure, "n": n, "scorer": scorer}
             table.append(row | {"win_rate": win, "stderr": stderr} | shared)
@@ -205,18 +213,19 @@ def draw_reference(task: Task, config: Config, M: int) -> tuple[Tensor, list[lis
     return drawn.r_ref, texts_of(task.tokenizer, task.ids.tolist(), drawn.tokens, drawn.mask)
 
 
-def shown(prompts: list, pi: Scored, pi_ref: Scored, levels: dict[str, Tensor]) -> list[dict]:
+def shown(prompts: list, pi: Scored, pi_ref: Scored, C_hat: dict[str, Tensor]) -> list[dict]:
     """Rows of samples.jsonl: the first response of each policy to each prompt, and the best of its
-    first four. levels: `C_hats` of both."""
+    first four. C_hat: `C_hats` of both.
+    """
     rows = []
     for i, prompt in enumerate(prompts):
         row = {"prompt": prompt, "reference": pi_ref.texts[i][0], "response": pi.texts[i][0]}
         for end, policy in (("_reference", pi_ref), ("", pi)):
             best = int(policy.scores["reward"][i, :4].argmax())
             row |= {f"{name}{end}": float(each[i, 0]) for name, each in policy.scores.items()}
-            row[f"C_hat{end}"] = float(levels[f"C_hat{end}"][i, 0])
+            row[f"C_hat{end}"] = float(C_hat[f"C_hat{end}"][i, 0])
             row[f"best{end}"] = policy.texts[i][best]
-            row[f"best_C_hat{end}"] = float(levels[f"C_hat{end}"][i, best])
+            row[f"best_C_hat{end}"] = float(C_hat[f"C_hat{end}"][i, best])
         rows.append(row)
     return rows
 
@@ -308,16 +317,16 @@ def markdown(table: list[dict]) -> str:
     return files.markdown(head, lines)
 
 
-def behind(config: Config, second: dict[str, str]) -> str:
+def behind(config: Config, other_models: dict[str, str]) -> str:
     """The models behind the table's columns."""
-    models = {role: second.get(role) or getattr(config, role) for role in ("reward", "judge")}
+    models = {role: other_models.get(role) or getattr(config, role) for role in ("reward", "judge")}
     none = "none; give evaluate.py a --judge"
     return f"reward model: {models['reward']}, judge: {models['judge'] or none}"
 
 
-def suffix(split: str, second: dict[str, str] | None = None) -> str:
+def file_suffix(split: str, other_models: dict[str, str] | None = None) -> str:
     """What the names of an evaluation's files end with: eval-train.json, eval-judge-NAME.json."""
     parts = [] if split == "test" else [split]
-    for role, model in (second or {}).items():
+    for role, model in (other_models or {}).items():
         parts.append(f"{role}-{re.sub(r'[^A-Za-z0-9.]+', '-', Path(model).name)}")
     return "".join(f"-{part}" for part in parts)

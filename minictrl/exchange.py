@@ -103,7 +103,9 @@ def encoded(task: Task, texts: list[list[str]], r_ref: Tensor, size: int) -> Ref
         mask, torch.cat(rows)
     )
     of = torch.arange(P).repeat_interleave(K)
-    batch = with_prompts(task, Batch(of=of, tokens=tokens, mask=mask.float()).to(task.ids.device))
+    batch = with_prompts(
+        task, Batch(prompt_index=of, tokens=tokens, mask=mask.float()).to(task.ids.device)
+    )
     logprobs, _ = forward_all(task.policy, None, batch, size)
     shaped = [x.cpu().view(P, K, -1) for x in (tokens.int(), logprobs, mask)]
     return Reference(r_ref, *shaped)

@@ -2,7 +2,7 @@
 tensors.
 
 The objective of one response y is R(x, y) - sum_t (log pi - log pi_ref), KL in nats per response.
-The *whole* objective is divided by beta: R is Phi(C_hat) / beta (`transforms.in_nats`) everywhere
+The *whole* objective is divided by beta: R is Phi(C_hat) / beta (`Transform.in_nats`) everywhere
 in this file. The optimum pi_ref e^R / Z (Eq. 5, Theorem 1) is the same and one learning rate fits
 every transform, though their beta spans seven decades.
 

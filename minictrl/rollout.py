@@ -21,13 +21,16 @@ from minictrl.task import Task
 from minictrl.track import SHOWN
 
 
-def prompts_of(step: int, P: int, size: int, seed: int) -> Tensor:
-    """The `size` items of a step, out of P: random passes over all, the same whenever it is run."""
+def items_of_step(step: int, count: int, size: int, seed: int) -> Tensor:
+    """(size,) which of `count` items a step works on: passes over all, each in a random order.
+
+    A function of seed and step alone, so that a resumed run goes on as it would have.
+    """
     first = step * size
-    epochs = range(first // P, (first + size - 1) // P + 1)
+    epochs = range(first // count, (first + size - 1) // count + 1)
     generators = [torch.Generator().manual_seed(seed * 1_000_003 + epoch) for epoch in epochs]
-    order = torch.cat([torch.randperm(P, generator=generator) for generator in generators])
-    return order[first - epochs[0] * P :][:size]
+    order = torch.cat([torch.randperm(count, generator=generator) for generator in generators])
+    return order[first - epochs[0] * count :][:size]
 
 
 def rollout(task: Task, index: Tensor, *, num_samples: int, seed: int) -> tuple[Batch, Tensor]:
@@ -39,7 +42,7 @@ def rollout(task: Task, index: Tensor, *, num_samples: int, seed: int) -> tuple[
 def batch_of(task: Task, index: Tensor, samples: Samples) -> Batch:
     """Samples (P, G, T) as B = P G rows with their prompts, those of an index (P,)."""
     batch = Batch(
-        of=index.repeat_interleave(samples.tokens.shape[1]).to(samples.tokens.device),
+        prompt_index=index.repeat_interleave(samples.tokens.shape[1]).to(samples.tokens.device),
         tokens=samples.tokens.flatten(0, 1),
         mask=samples.mask.flatten(0, 1),
         old_logprobs=samples.logprobs.flatten(0, 1),
@@ -49,7 +52,9 @@ def batch_of(task: Task, index: Tensor, samples: Samples) -> Batch:
 
 def with_prompts(task: Task, batch: Batch) -> Batch:
     """The batch with the tokens of its rows' prompts."""
-    return replace(batch, prompt=task.ids[batch.of], prompt_mask=task.mask[batch.of])
+    return replace(
+        batch, prompt=task.ids[batch.prompt_index], prompt_mask=task.mask[batch.prompt_index]
+    )
 
 
 def sample_and_score(
@@ -84,12 +89,13 @@ def score(scorer: Callable, prompts: list, texts: list[list[str]]) -> Tensor:
 
 
 def prefix_rewards(task: Task, batch: Batch, P: int) -> Tensor:
-    """(P, G T) rewards of the responses so far, before each token; behind their end, of none.
+    """(P, G T): at [p, g T + t] the reward of the first t tokens of response g to prompt p; after
+    the response's end, that of no token.
 
-    batch: G responses for each of P prompts, in a row. A causal classifier reads all prefixes of a
+    batch: P G rows, the G of a prompt together. A causal classifier reads all prefixes of a
     response at once; a function of the user's gets the text of each.
     """
-    prompts = [task.prompts[i] for i in batch.of.tolist()]  # (B,)
+    prompts = [task.prompts[i] for i in batch.prompt_index.tolist()]  # (B,)
     if task.reward.of_prefixes:
         return task.reward.of_prefixes(prompts, batch.tokens, batch.mask).view(P, -1)
     tokens, lengths = batch.tokens, batch.mask.sum(1).long().tolist()
@@ -126,7 +132,7 @@ def responses(task: Task, batch: Batch, r: Tensor, most: int = SHOWN) -> list[tu
     """(prompt, response, reward) of the first response to each of the first prompts."""
     first = torch.arange(len(r))[:most] * r.shape[1]
     tokens, mask = batch.tokens[first, None].cpu(), batch.mask[first, None].cpu()
-    of = batch.of[first].tolist()
+    of = batch.prompt_index[first].tolist()
     texts = texts_of(task.tokenizer, [task.ids[i].tolist() for i in of], tokens, mask)
     return [(task.texts[i], row[0], each) for i, row, each in zip(of, texts, r[:, 0].tolist())]
 
@@ -173,10 +179,11 @@ def reference_samples(task: Task, K: int, *, seed: int, cache: str, name: str) -
 
 
 def check_sampler(task: Task, reference: Reference, *, rows: int = 8, tolerance: float = 1e-3):
-    """Raises ValueError unless the log-probabilities of the longest samples are, to `tolerance`
-    nats a token, those of one forward over prompt and response.
+    """Raises ValueError unless one forward over prompt and response gives the sampler's
+    log-probabilities of the longest samples, to `tolerance` nats a token.
 
-    Training compares the two. They differ where a model reads a text otherwise once it is longer.
+    Training takes ratios of the two. They differ in models that read long texts in another way
+    (Phi-3 scales its positions there).
     """
     K = reference.r_ref.shape[1]
     lengths = task.mask.sum(1).cpu()[:, None] + reference.mask.sum(-1)  # (P, K)
@@ -198,5 +205,7 @@ def check_sampler(task: Task, reference: Reference, *, rows: int = 8, tolerance:
 
 
 def reference_key(task: Task, seed: int, *prompts: list) -> str:
-    """Digest of what reference samples depend on, beside the prompts or with them."""
+    """Digest of all that reference samples depend on but the prompts, which `cached` adds chunk by
+    chunk; of those too, where they are given.
+    """
     return digest(SAMPLER, task.digest, task.reward.digest, task.max_new_tokens, seed, *prompts)

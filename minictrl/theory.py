@@ -42,7 +42,7 @@ Transform = str | Callable[[Tensor], Tensor]
 FINE = 32_000  # cells for a Phi in closed form: KL and win rate to 1e-7
 # midpoints of optimal_transform: for large N the optimum has a spike at u = 1, 1e-4 wide and less
 POINTS = 400_000
-TIED = 0.05
+TIED = 0.05  # share of pairs of equal rewards, beyond which a reward is no continuous one
 MAX_KL = 16.0  # nats; a policy beyond it lives on the last 1e-7 of [0, 1], where the cells end
 
 
@@ -169,8 +169,9 @@ def policy_at_kl(
     """(mass, ref): the mass of each cell under this transform's policy at this KL, and pi_ref's.
 
     (G,) each, or (prompts, G) with K or levels. ref is also the cells' width. procedure, n: what a
-    fixed point is solved for. Other arguments as in `at_kl`. A KL that no policy on the levels, or
-    on the values of C_hat, has is that of one that has the best of them alone.
+    fixed point is solved for. Other arguments as in `at_kl`. With K or levels the reward takes few
+    values, and the largest KL is that of a policy on the best value alone: a larger kl gives that
+    policy.
     """
     T, n, kl = mass_map(procedure), at_least_1("n", n), min(number("kl", kl), MAX_KL)
     if kl < 1e-9:
@@ -193,8 +194,9 @@ def levels_of(r_ref: Tensor) -> Tensor:
 
 
 def tied(r_ref: Tensor) -> bool:
-    """Whether a reward's levels tell more than the theory of a continuous one: more than TIED of
-    the pairs of pi_ref's samples for one prompt have one reward. r_ref: (P, M)."""
+    """Whether more than TIED of the pairs of pi_ref's samples for one prompt have one reward, so
+    that its levels tell more than the theory of a continuous reward. r_ref: (P, M).
+    """
     M = r_ref.shape[1]
     same = (levels_of(r_ref) * M).square().sum(1) - M
     return same.mean().item() > TIED * M * (M - 1)
@@ -271,8 +273,8 @@ def _on_cells(
 ) -> tuple[Tensor, Tensor]:
     """(Phi, ref): Phi of each cell and its mass under pi_ref.
 
-    (G,) both; with K samples C_hat is k / K, so Phi is (K + 1,) and ref (prompts, K + 1). Of
-    levels (prompts, G) both are so, and ref is they.
+    Continuous: both (G,). K: Phi (K + 1,), one for each C_hat = k / K; ref (prompts, K + 1).
+    levels: both (prompts, G), and ref is `levels`.
     """
     if K is None:
         ref = cells.grid(FINE) if levels is None else levels

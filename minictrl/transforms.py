@@ -1,8 +1,8 @@
 """Transforms Phi of the calibrated reward (Sec. 4): a name of the command line -> a `Transform`.
 
 A new transform is one function in CLOSED_FORMS, on tensors in [0, 1]; one of the raw reward is one
-function in RAW. Chosen where the paper leaves it open: `log` bounds u below by 1/(2K), half of the
-smallest positive C_hat, because an empirical C_hat of 0 has no logarithm.
+function in RAW. Chosen where the paper leaves it open: `log` bounds u below by 1/(2K), the smallest
+C_hat above 0 (half a tie), because an empirical C_hat of 0 has no logarithm.
 """
 
 import math
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from minictrl.calibration import calibrated_reward
+from minictrl.procedures.cells import midpoints
 from minictrl.procedures.masses import MassMap, at_least_1
 from minictrl.procedures.optimum import FIXED_POINTS, fixed_point
 
@@ -72,20 +73,20 @@ class Transform:
     def __call__(self, u: Tensor) -> Tensor:
         return self.Phi(u)
 
-    def of(self, r: Tensor, r_ref: Tensor) -> Tensor:
+    def of_rewards(self, r: Tensor, r_ref: Tensor) -> Tensor:
         """Phi(C_hat) (B, M) of rewards r (B, M) against r_ref (B, K), in float64."""
         return self.Phi(calibrated_reward(r.double(), r_ref.double()))
 
     def in_nats(self, Phi_C: Tensor, beta: float, Phi_ref: Tensor | None = None) -> Tensor:
-        """R = Phi(C_hat) / beta, the objective in units of the KL, at most FLOOR below log Z.
+        """R = Phi(C_hat) / beta in nats, raised to log Z - FLOOR where it is lower.
 
-        There the optimum pi_ref e^R / Z keeps e^-FLOOR of pi_ref's probability, and it doesn't
-        matter how much less it would keep. Without it R is -1,043 at C_hat = 0 for exp-10 at 1
-        nat, and a few samples there are all of the gradient. Z is the mean over each prompt's
-        Phi_ref (P, K), Phi(C_hat) of pi_ref's samples; without them over C_hat's uniform law.
+        At that floor the optimum pi_ref e^R / Z keeps e^-FLOOR of pi_ref's probability; less would
+        change nothing. Without a floor exp-10 at 1 nat has R = -1,043 at C_hat = 0, and a few such
+        samples make up the whole gradient. Phi_ref: (P, K) Phi(C_hat) of pi_ref's samples, whose
+        mean e^R is a prompt's Z; None: C_hat is uniform on [0, 1].
         """
         if Phi_ref is None:
-            Phi_ref = self.Phi((torch.arange(GRID, dtype=torch.float64) + 0.5) / GRID)
+            Phi_ref = self.Phi(midpoints(GRID))
         R = Phi_ref.double() / beta
         log_Z = R.logsumexp(-1, keepdim=True) - math.log(R.shape[-1])
         return (Phi_C / beta).clamp(min=(log_Z - FLOOR).to(Phi_C))
@@ -102,7 +103,7 @@ class RawReward(Transform):
             f"transform {self.name!r} has no theory: its KL depends on the reward; name another"
         )
 
-    def of(self, r: Tensor, r_ref: Tensor) -> Tensor:
+    def of_rewards(self, r: Tensor, r_ref: Tensor) -> Tensor:
         return self.Phi(r, r_ref)
 
     def in_nats(self, Phi_C: Tensor, beta: float, Phi_ref: Tensor | None = None) -> Tensor:
@@ -120,8 +121,9 @@ def get_transform(
     """The transform of a name, an increasing function on tensors in [0, 1].
 
     bon_fp, won_fp and optimal are the fixed points of Corollary 2 and Theorem 1, solved at this n
-    and beta (optimal: for this procedure). K: samples of the calibration, for log's bound at
-    1/(2K); None, where u is C itself, for no bound. Raises ValueError on bad input.
+    and beta. procedure: what optimal is solved for, a name of `procedures/` or a function that maps
+    probabilities of cells of [0, 1] (`procedures/masses.py`). K: samples of the calibration, for
+    log's bound at 1/(2K); None, where u is C itself, for no bound. Raises ValueError on bad input.
     """
     if K is not None:
         at_least_1("K", K)

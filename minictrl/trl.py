@@ -83,7 +83,7 @@ def ctrl_reward(
         texts = [y if isinstance(y, str) else y[-1]["content"] for y in completions]
         r = task.reward(prompts, texts)[:, None]  # (B, 1)
         r_ref = torch.stack([known[key(prompt)] for prompt in prompts])
-        return method.in_nats(method.Phi.of(r, r_ref), beta, r_ref)[:, 0].tolist()
+        return method.in_nats(method.Phi.of_rewards(r, r_ref), beta, r_ref)[:, 0].tolist()
 
     reward.__name__ = f"ctrl_{config.transform}"  # what TRL logs it under
     return reward

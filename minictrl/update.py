@@ -18,12 +18,12 @@ from minictrl.sampling import NotFinite
 class BadStep(NotFinite):
     """A loss or a gradient that isn't finite, before it has touched a weight.
 
-    of: the numbers of the prompts that it may come from.
+    prompts: which of the task's prompts it may come from.
     """
 
-    def __init__(self, what: str, of: list[int]):
+    def __init__(self, what: str, prompts: list[int]):
         super().__init__(f"{what} is not finite on the prompt")
-        self.of = of
+        self.prompts = prompts
 
 
 # (logprobs, values, batch) -> loss, its statistics
@@ -100,13 +100,13 @@ def freeze(policy: nn.Module, layers: int | None) -> None:
 
 
 def make_learner(policy: nn.Module, *, value_head: bool, lr: float = HEAD_LR) -> Learner:
-    """Policy, value head and their optimizer. lr: the policy's.
+    """Policy, value head and their optimizer.
 
-    The value head starts at 0, whatever the state, because R comes without its mean. It learns at
-    HEAD_LR where the policy's rate is lower: at 1e-6 it would learn nothing in a run. Gradients are
-    clipped to a norm of 1 over all n parameters, 1 / sqrt(n) for each if they are alike. Adam's
-    eps, about a quarter of that, keeps smaller ones, which are noise, from being blown up to a
-    full step.
+    lr: the policy's; `update` sets it, here it says how much faster the head learns: at HEAD_LR
+    where lr is lower, because at 1e-6 a head learns nothing in a run. The head starts at 0, because
+    R comes without its mean. Gradients are clipped to a norm of 1, so a typical one of n parameters
+    is 1 / sqrt(n). Adam's eps is 0.23 of that: a much smaller gradient, which is noise, makes a
+    small step instead of a full one.
     """
     head = None
     if value_head:
@@ -175,10 +175,11 @@ def update(
 ) -> dict[str, float]:
     """`epochs` passes over the batch in random minibatches, an optimizer step each.
 
-    A minibatch is computed in micro-batches of similar length, whose gradients add up to that of
-    its mean loss (of the value head's, a mean over tokens, but for their lengths). Returns the
-    means of the loss's statistics over all rows. Raises BadStep, before an optimizer step, where
-    loss or gradient is not finite.
+    A minibatch is computed in micro-batches of similar length; their gradients, weighted by their
+    rows, add up to the minibatch's. (The value head's loss, a mean over tokens, comes out a little
+    different: half of the rows don't have half of the tokens.) Returns the means of the loss's
+    statistics over all rows. Raises BadStep, before an optimizer step, where loss or gradient is
+    not finite.
     """
     batch = batch.to(learner.policy.device)
     generator = torch.Generator().manual_seed(seed)
@@ -224,9 +225,9 @@ def bad_step(learner: Learner, batch: Batch, loss: Loss, index: Tensor) -> BadSt
     for row in index.split(1):
         what = _not_finite(learner, _gradients(learner, batch, loss, row, 1)["loss"])
         if what:
-            return BadStep(what, batch.of[row].tolist())
+            return BadStep(what, batch.prompt_index[row].tolist())
     whole = _not_finite(learner, _gradients(learner, batch, loss, index, len(index))["loss"])
-    return BadStep(whole or "loss or gradient", batch.of[index].unique().tolist())
+    return BadStep(whole or "loss or gradient", batch.prompt_index[index].unique().tolist())
 
 
 def _not_finite(learner: Learner, loss: Tensor) -> str | None:

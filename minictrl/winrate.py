@@ -17,14 +17,15 @@ from minictrl.procedures.masses import at_least_1
 def win_rate(
     select: Tensor, judge: Tensor, select_ref: Tensor, judge_ref: Tensor, procedure: str, n: int
 ) -> tuple[float, float]:
-    """(win rate, standard error) of T(pi) over T(pi_ref), N draws each, over all N-subsets.
+    """(win rate of T(pi) over T(pi_ref), N draws each; its standard error).
 
-    select, judge: (P, M) what T selects by and what decides the win, of M responses of pi to each
-    of P prompts; *_ref: (P, M') of pi_ref. A U-statistic for every N up to M, from one draw;
-    unbiased but for soft and rewind, whose weights and threshold come from the same M samples
-    (docs/results.md). Tied scores share the selection, and count half a win. The standard error is
-    that of a mean over prompts, nan for one prompt. Raises ValueError on shapes that do not match,
-    scores that are not finite, an unknown procedure, or M < N.
+    select, judge: (P, M) scores of M responses of pi to each of P prompts; *_ref: (P, M') of
+    pi_ref's. T keeps a response by `select`; of the two that are kept, the one with the higher
+    `judge` wins. A U-statistic, over all N-subsets: every N up to M from one draw. Unbiased but for
+    soft and rewind, whose weights and threshold come from the same M samples (docs/results.md), and
+    poisson, which counts more than M draws as M. Tied scores share the selection, and count half a
+    win. The standard error is that of a mean over prompts, nan for one prompt. Raises ValueError on
+    shapes that do not match, scores that are not finite, an unknown procedure, or M < N.
     """
     return mean_stderr(win_rates(select, judge, select_ref, judge_ref, procedure, n))
 
@@ -75,9 +76,10 @@ def beaten(judge: Tensor, judge_ref: Tensor, weight_ref: Tensor) -> Tensor:
 
 
 def _validate(scores: dict[str, Tensor], procedure: str, n: int) -> None:
+    P = len(scores["select"])
     for name, each in scores.items():
-        same_responses = each.shape == scores[name.replace("judge", "select")].shape
-        if each.ndim != 2 or not same_responses or not 0 < len(each) == len(scores["select"]):
+        selected = scores["select_ref" if name.endswith("_ref") else "select"]
+        if each.ndim != 2 or each.shape != selected.shape or not 0 < len(each) == P:
             shapes = ", ".join(f"{name} {tuple(each.shape)}" for name, each in scores.items())
             raise ValueError(
                 f"{shapes}: must be (P, M), select as judge, with one P of at least 1; "

@@ -198,7 +198,7 @@ def test_out_of_memory_halves_the_updates_rows_and_not_the_gradient(sizes):
     padded = left_pad(encode_prompts(tokenizer, texts), tokenizer.pad_token_id, DEVICE)
     ids, mask = (x.repeat_interleave(100, 0) for x in padded)
     batch = Batch(
-        of=torch.arange(800, device=DEVICE),
+        prompt_index=torch.arange(800, device=DEVICE),
         prompt=ids,
         prompt_mask=mask,
         tokens=samples.tokens.flatten(0, 1),

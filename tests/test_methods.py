@@ -25,7 +25,7 @@ def rollout(P=6, G=4, T=5, seed=0):
     lengths = torch.randint(1, T + 1, (P * G,), generator=g)
     mask = (torch.arange(T) < lengths[:, None]).float()
     return Batch(
-        of=torch.arange(P).repeat_interleave(G),
+        prompt_index=torch.arange(P).repeat_interleave(G),
         mask=mask,
         tokens=torch.randint(9, (P * G, T), generator=g),
         R=3 * torch.rand(P * G, generator=g),
@@ -184,7 +184,7 @@ def test_each_response_weighs_the_same_in_grpo_on_fixed_rollouts():
 def test_the_standard_error_of_the_kl_is_that_over_prompts():
     of_prompt = torch.tensor([0.1, 0.5, 0.9])
     batch = Batch(
-        of=torch.arange(3).repeat_interleave(4),
+        prompt_index=torch.arange(3).repeat_interleave(4),
         tokens=torch.zeros(12, 1),
         mask=torch.ones(12, 1),
         old_logprobs=of_prompt.repeat_interleave(4)[:, None],

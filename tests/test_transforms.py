@@ -91,7 +91,7 @@ def test_the_floor_costs_nothing_far_from_pi_ref_either(name, procedure):
 def test_none_is_the_raw_reward_and_no_function_of_the_calibrated_one():
     r = torch.tensor([[3.0, -1e4]])
     none = get_transform("none")
-    assert torch.equal(none.of(r, torch.zeros(1, 5)), r) and not none.calibrated
+    assert torch.equal(none.of_rewards(r, torch.zeros(1, 5)), r) and not none.calibrated
     with pytest.raises(ValueError, match="has no theory"):
         none(torch.rand(3))
 
@@ -99,7 +99,7 @@ def test_none_is_the_raw_reward_and_no_function_of_the_calibrated_one():
 def test_equal_reference_rewards_are_not_blown_up():
     """The mean of 100 times 0.1 is not 0.1 in float32."""
     r_ref = torch.full((1, 100), 0.1)
-    standardised = get_transform("standardised").of(torch.tensor([[0.1, 0.3]]), r_ref)
+    standardised = get_transform("standardised").of_rewards(torch.tensor([[0.1, 0.3]]), r_ref)
     torch.testing.assert_close(standardised, torch.tensor([[0.0, 0.2]]))
 
 

@@ -76,7 +76,7 @@ def test_a_verifiers_beta_is_that_of_its_levels(small, tmp_path):
     method = get_method("ppo")(config)
     beta = method.beta_for(0.4, r_ref)
     assert beta != method.beta
-    expected = method.in_nats(method.Phi.of(torch.ones(8, 1), r_ref), beta, r_ref)[0, 0]
+    expected = method.in_nats(method.Phi.of_rewards(torch.ones(8, 1), r_ref), beta, r_ref)[0, 0]
     [got] = reward(task.prompts[:1], ["abc"])
     assert got == pytest.approx(expected.item(), rel=1e-5)
 

@@ -35,7 +35,7 @@ def rows(model):
     )
     mask = (torch.arange(8) < lengths[:, None]).float()
     rows = Batch(
-        of=torch.arange(24),
+        prompt_index=torch.arange(24),
         prompt=torch.randint(31, (24, 5), generator=generator),
         prompt_mask=(torch.arange(5) >= 5 - prompts[:, None]).long(),
         tokens=torch.randint(31, (24, 8), generator=generator),
@@ -82,7 +82,7 @@ def test_padding_and_order_do_not_change_log_probabilities(model, rows):
 
 def test_a_pair_of_responses_in_a_row_is_two_rows(model, rows):
     pairs = Batch(
-        of=torch.arange(12),
+        prompt_index=torch.arange(12),
         prompt=rows.prompt[:12],
         prompt_mask=rows.prompt_mask[:12],
         tokens=torch.stack([rows.tokens[:12], rows.tokens[12:]], 1),

@@ -26,8 +26,9 @@ from minictrl.cli import first_line
 ADAPTER = "adapter_config.json"  # peft's
 KERNEL = r'(attn|experts)_implementation\w*": [^,}]*/'  # in a config.json: of the hub
 WEIGHTS = "model.safetensors"
-# Of a config.json: sizes, each at most the bytes of the weights, and how many there are of what has
-# at least LEAST bytes of them; MOST without weights.
+# Bounds on the numbers in a config.json. A size is at most the bytes of the weights; a count at
+# most a LEAST-th of them, because each thing that is counted takes as many bytes or more. Where
+# there are no weights, MOST stands for their bytes.
 SIZES = ("vocab_size", "hidden_size", "n_embd", "intermediate_size", "n_inner", "head_dim")
 SIZES += ("num_attention_heads", "n_head", "num_key_value_heads", "type_vocab_size", "d_model")
 SIZES += ("dim", "hidden_dim", "d_ff", "n_heads", "num_heads", "embedding_size")

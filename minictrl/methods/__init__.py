@@ -1,4 +1,4 @@
-"""Methods, one file each: a method's advantages or its rows, its loss, its transform, its beta.
+"""Methods, one file each: what its responses or rows are worth, its loss, its transform, its beta.
 
 A new method is one file with a class `Method`, of a parent in `base.py`, and its name in METHODS.
 

@@ -30,7 +30,8 @@ class Method:
 
     def __init__(self, config: Config):
         self.config = config
-        self.beta = config.beta or self.beta_for(config.kl)  # None: raw rewards, see `beta_for`
+        # at which a fixed point is solved, once; a step's beta is the `Budget`'s. None: raw rewards
+        self.beta = config.beta or self.beta_for(config.kl)
         self.Phi = get_transform(
             config.transform, procedure=config.procedure, n=config.n, beta=self.beta, K=config.K
         )
@@ -53,19 +54,20 @@ class Method:
     def beta_for(self, kl: float, r_ref: Tensor | None = None) -> float | None:
         """beta for a KL in nats, by the theory of what the method converges to.
 
-        Raw rewards have no theory: theirs is that of r_ref (P, K), None without. So is that of
-        rewards that tie. Raises ValueError on a KL out of reach.
+        Raw rewards have no theory, and calibrated ones that tie have another: given r_ref (P, K),
+        theirs is the beta that puts pi_ref's own samples at that KL (`budget.empirical_beta`).
+        None for raw rewards without r_ref. Raises ValueError on a KL out of reach.
         """
         c = self.config
         if c.transform in RAW and r_ref is None:
             return None
         if r_ref is not None and (c.transform in RAW or theory.tied(r_ref)):
-            return budget.empirical_beta(self.Phi.of(r_ref, r_ref), kl)
+            return budget.empirical_beta(self.Phi.of_rewards(r_ref, r_ref), kl)
         return budget.beta_for(c.transform, kl, procedure=c.procedure, n=c.n, K=c.K)
 
     def in_nats(self, Phi_C: Tensor, beta: float, r_ref: Tensor) -> Tensor:
         """R (P, G) = Phi(C_hat) / beta with its floor (`Transform.in_nats`). r_ref: (P, K)."""
-        return self.Phi.in_nats(Phi_C, beta, self.Phi.of(r_ref, r_ref))
+        return self.Phi.in_nats(Phi_C, beta, self.Phi.of_rewards(r_ref, r_ref))
 
     def loss(
         self, logprobs: Tensor, values: Tensor | None, batch: Batch
@@ -99,7 +101,8 @@ class Online(Method):
             )
 
     def reward(self, r: Tensor, r_ref: Tensor, Phi_C: Tensor, beta: float) -> Tensor:
-        """R (P, G), the objective in nats.
+        """R (P, G): what each response is worth before its KL, in nats: Phi(C_hat) / beta here,
+        another score / beta in other methods. A baseline and the KL are taken off later.
 
         r: (P, G) rewards. r_ref: (P, K) those of pi_ref. Phi_C: (P, G) Phi(C_hat).
         """
@@ -150,7 +153,7 @@ def responses(reference: Reference) -> Batch:
     """All P K reference samples, a row each."""
     P, K = reference.r_ref.shape
     return Batch(
-        of=torch.arange(P).repeat_interleave(K),
+        prompt_index=torch.arange(P).repeat_interleave(K),
         tokens=reference.tokens.flatten(0, 1).long(),
         mask=reference.mask.flatten(0, 1).float(),
         ref_logprobs=reference.logprobs.flatten(0, 1),
@@ -171,7 +174,7 @@ def side_by_side(reference: Reference, index: Tensor) -> Batch:
     of = torch.arange(len(index)).repeat_interleave(index.shape[1])
     index = index.flatten(0, 1)  # (B, n)
     return Batch(
-        of=of,
+        prompt_index=of,
         tokens=reference.tokens[of[:, None], index].long(),
         mask=reference.mask[of[:, None], index].float(),
         ref_logprobs=reference.logprobs[of[:, None], index],

@@ -44,7 +44,7 @@ class Method(BestOf, Online):
         P, G = len(reference.r_ref), self.config.G
         best, _ = best_and_worst(reference.r_ref, self.best_of(beta))  # (P, K // n)
         best = best[:, :G]
-        best = best.repeat(1, -(-G // best.shape[1]))[:, :G]  # (P, G)
+        best = best.repeat(1, -(-G // best.shape[1]))[:, :G]  # (P, G): again from the first if few
         of = torch.arange(P)[:, None]
 
         def beside(own: Tensor, reference: Tensor) -> Tensor:

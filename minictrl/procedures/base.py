@@ -41,9 +41,9 @@ class Procedure:
 class ByRank(Procedure):
     """Keeps the draw of rank j of N, 1 the lowest, with probability `rank_weights(N)[j - 1]`.
 
-    What lies in the lowest share F of a distribution is kept with probability E[W_k]: k of the N
-    draws are among the lowest, W_k the weights of ranks 1..k. Then k is binomial(N, F) for a
-    density, and hypergeometric for N of M samples.
+    The draw that is kept lies in the lowest share F of a distribution with probability E[W_k]: k is
+    how many of the N draws lie there, W_k the sum of the weights of ranks 1..k. k is binomial(N, F)
+    for a density, hypergeometric for N of M samples.
     """
 
     def rank_weights(self, n: int) -> list[float]:
@@ -57,7 +57,9 @@ class ByRank(Procedure):
 
     def mass_after(self, mass: Tensor, edges: Tensor, n: int) -> Tensor:
         F, W = cdf(mass), self.lowest(n)
-        constant = max((0, 1), key=W.count)  # differences don't see it, and it saves terms
+        # Most W_k are 0, or 1. That constant is taken off all of them, and its terms are left out:
+        # `kept` moves as a whole, which its differences don't see.
+        constant = 0 if W.count(0) >= W.count(1) else 1
         kept = torch.zeros_like(F)
         for k, each in enumerate(W):
             if each != constant:

@@ -57,7 +57,8 @@ class _State(NamedTuple):
         gain = trial.win_rate - self.win_rate - more_kl / trial.scale
         if abs(gain) >= 1e-9:
             return gain
-        # lost in rounding; the trapezoid rule along the step is exact there
+        # a difference that rounding drowns: the gradient is integrated along the step instead, by
+        # the trapezoid rule
         slope = self.Phi + trial.Phi - (self.log_ratio + trial.log_ratio) / trial.scale
         slope = slope - (self.mass * slope).sum()
         return ((trial.mass - self.mass) * slope).sum().item() / 2
@@ -94,7 +95,7 @@ def ascend(
             scale /= eta
         trial = _evaluate(T, n, ref, log_ratio, scale)
         if state.gain(trial, ref) >= 0:
-            # the share of the gap that is left says which step would have left nothing
+            # a secant: a step of eta left this share of the gap, eta / (1 - left) would leave none
             left = (weight * gap * (scale * trial.Phi - log_ratio)).sum().item() / residual**2
             eta = min(1.0, eta / max(0.1, 1 - left))
             state = trial

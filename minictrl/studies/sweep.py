@@ -173,7 +173,7 @@ def script(name: str):
 
 
 def table_of(folder: Path, split: str) -> Path:
-    return folder / f"eval{evaluation.suffix(split)}.json"
+    return folder / f"eval{evaluation.file_suffix(split)}.json"
 
 
 def table(folder: Path, settings: dict, split: str) -> Rows:
@@ -185,7 +185,7 @@ def table(folder: Path, settings: dict, split: str) -> Rows:
                 f"{folder}: holds a run with {name} {getattr(stored, name)}, not {value}; "
                 "give another --out, or delete it"
             )
-    suffix = evaluation.suffix(split)
+    suffix = evaluation.file_suffix(split)
     rows = evaluation.read(folder, suffix)
     wins, by_prompt = (
         evaluation.read_tensors(folder, name, suffix) for name in ("wins", "by_prompt")
