@@ -128,9 +128,9 @@ def check_prefix_rewards(task: Task):
         )
 
 
-def responses(task: Task, batch: Batch, r: Tensor, most: int = SHOWN) -> list[tuple]:
-    """(prompt, response, reward) of the first response to each of the first prompts."""
-    first = torch.arange(len(r))[:most] * r.shape[1]
+def responses(task: Task, batch: Batch, r: Tensor) -> list[tuple]:
+    """(prompt, response, reward) of the first response to each of the first SHOWN prompts."""
+    first = torch.arange(len(r))[:SHOWN] * r.shape[1]
     tokens, mask = batch.tokens[first, None].cpu(), batch.mask[first, None].cpu()
     of = batch.prompt_index[first].tolist()
     texts = texts_of(task.tokenizer, [task.ids[i].tolist() for i in of], tokens, mask)
