@@ -55,7 +55,7 @@ PAUSE = 20  # seconds between checkpoints, at least; 20 times what one takes, if
 
 # The columns of metrics.jsonl; None where a method has no such number.
 METRICS = (
-    "step", "tokens", "seconds", "reward", "C_hat", "Phi", "kl_ref", "kl_ref_stderr", "kl_target",
+    "step", "tokens", "seconds", "reward", "C_hat", "Phi", "kl_ref", "kl_ref_stderr", "kl_asked",
     "beta", "approx_kl", "clipfrac", "entropy", "value_loss", "explained_variance", "grad_norm",
     "lr", "tok_per_s",
 )  # fmt: skip
@@ -327,7 +327,7 @@ class Training:
         self.seconds += seconds
         row = dict.fromkeys(METRICS) | stats
         row |= {"step": self.step + 1, "tokens": self.tokens, "seconds": round(self.seconds, 2)}
-        row |= {"kl_target": self.budget.target, "beta": self.budget.beta}
+        row |= {"kl_asked": self.budget.target, "beta": self.budget.beta}
         row = finite(row | {"tok_per_s": round(tokens / seconds)})
         with writing(self.out / "metrics.jsonl"):
             self.metrics.write(json.dumps(row) + "\n")
@@ -385,7 +385,7 @@ class Training:
         if self.rows:
             last = self.rows[-1]
             self.step, self.tokens, self.seconds = last["step"], last["tokens"], last["seconds"]
-            self.budget.target = last["kl_target"]
+            self.budget.target = last["kl_asked"]
         sweep(path)
         write_rows(self.out / "metrics.jsonl", self.rows)
 

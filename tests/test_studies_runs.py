@@ -256,6 +256,18 @@ def test_the_leaderboard_is_sorted_and_a_new_method_enters_alone(tmp_path, scrip
     assert studies[0].startswith("fig4") and "fig4.png" in studies[0] and "fig5" not in page
     with pytest.raises(SystemExit):
         leaderboard.main([str(tmp_path), "qrpo exp11", *flags])
+    # the same page from the new method's runs and those that were kept
+    kept_runs = tmp_path / "leaderboard.safetensors"
+    beside = ["--beside", str(kept_runs)]
+    leaderboard.main([str(tmp_path / "mine"), "qrpo exp10", *flags, *beside])
+    assert (tmp_path / "mine" / "leaderboard.md").read_text() == page[: page.index("\n## fig4")]
+    trainings = len(scripts)
+    with pytest.raises(ValueError, match="on 24 prompts with 32 samples, yours are on 400 with 32"):
+        leaderboard.main([str(tmp_path / "full"), "qrpo exp10", *beside])
+    kept_runs.write_bytes(kept_runs.read_bytes()[:-1])
+    with pytest.raises(ValueError, match="leaderboard.safetensors: is damaged .* the one in docs/"):
+        leaderboard.main([str(tmp_path / "other"), "qrpo exp10", *flags, *beside])
+    assert len(scripts) == trainings  # said before anything is trained
 
 
 def test_fig3_on_the_command_line(tmp_path):

@@ -2,28 +2,45 @@
 runs of the sweep in DIR, after it has trained and evaluated those that are missing.
 
 One row a method, sorted, with the command that makes it; the paper's claims; and each study that
-lies in DIR, with the paper's answer beside its picture. A new method is a file in `methods/`, with
-its name in METHODS there, then `python -m minictrl.studies.leaderboard DIR NAME`.
+lies in DIR, with the paper's answer beside its picture. The runs' win rates are kept beside it, in
+DIR/leaderboard.safetensors. A new method is a file in `methods/`, with its name in METHODS there;
+then this trains it alone and compares it with the runs that docs/ keeps:
+
+    python -m minictrl.studies.leaderboard DIR NAME --beside docs/leaderboard.safetensors
 """
 
 from __future__ import annotations
 
 import inspect
+import json
 import math
 from pathlib import Path
 from statistics import fmean, median
+
+import numpy as np
+import torch
 
 from minictrl import theory
 from minictrl.cli import Parser, run_script
 from minictrl.config import Config
 from minictrl.figures import title
-from minictrl.files import in_one_step, markdown
+from minictrl.files import in_one_step, load_tensors, markdown, reading, save_tensors
 from minictrl.reproduce import STUDIES
 from minictrl.studies import sweep
 from minictrl.studies.beyond import cost
 from minictrl.studies.errors import DETECTABLE, Estimate, crossed
 from minictrl.studies.sweep import METHODS, OTHERS
-from minictrl.studies.tables import SCORERS, Rows, ahead, below_optimum, column, where, wins_at
+from minictrl.studies.tables import (
+    SCORERS,
+    Rows,
+    ahead,
+    below_optimum,
+    column,
+    grouped,
+    plain,
+    where,
+    wins_at,
+)
 
 CASES = (("bon", 4), ("won", 4), ("standard", 1))
 KLS = (0.5, 1.0, 2.0)  # nats
@@ -55,20 +72,73 @@ def main(argv: list[str] | None = None):
     add("folder", type=Path, metavar="DIR", help="the --out of minictrl.reproduce")
     add("methods", nargs="*", metavar="METHOD", help="train these alone (default: all)")
     sweep.add_scale(parser)
+    add("--beside", type=Path, metavar="FILE", help="another DIR's leaderboard.safetensors")
     args = parser.parse_args(argv)
     for name in args.methods:
         if name not in METHODS:
             parser.error(f"unknown method {name!r}; known: {', '.join(METHODS)}")
     sweep.resize(args)
     scale = sweep.SCALES[args.quick]
+    beside = load_runs(args.beside, scale) if args.beside else []
     chosen = {name: METHODS[name] for name in args.methods or METHODS}
     sweep.sweep(args.folder, args.quick, chosen)
     scale["done"] = True  # the other methods have the runs that are there
-    rows = sweep.sweep(args.folder, args.quick, METHODS)
+    rows = of_the_page(sweep.sweep(args.folder, args.quick, METHODS))
+    mine = set(column(rows, "run"))
+    rows += [row for row in beside if row["run"] not in mine]
+    save_runs(rows, args.folder / "leaderboard.safetensors")
     page = args.folder / "leaderboard.md"
     with in_one_step(page) as path:
         path.write_text(page_of(rows, args.folder, args.quick))
     print(f"{page}: {len(set(column(rows, 'method')))} methods")
+
+
+# --- runs, as they are kept ---
+
+
+def of_the_page(rows: Rows) -> Rows:
+    """The rows of the page's procedures, each with its run's name, reward calls and seconds."""
+    spent = {run: cost(Path(run)) for run in set(column(rows, "run"))}
+    return [
+        row | spent[row["run"]] | {"run": Path(row["run"]).name}
+        for row in rows
+        if (row["procedure"], row["n"]) in CASES
+    ]
+
+
+def save_runs(rows: Rows, path: Path):
+    """Of each run its KLs and the win rates of its rows, by prompt: (1 + rows, P) float32."""
+    runs = {name: group for (name,), group in grouped(rows, "run").items()}
+    by_prompt = {
+        name: torch.tensor(np.stack([group[0]["kls"], *column(group, "wins")])).float()
+        for name, group in runs.items()
+    }
+    metadata = {name: json.dumps(plain(group)) for name, group in runs.items()}
+    save_tensors(path, by_prompt, metadata)
+
+
+def load_runs(path: Path, scale: dict) -> Rows:
+    """The rows that `save_runs` wrote. Raises ValueError if the file is damaged or missing, or if
+    its runs were not evaluated at the size of this scale.
+    """
+    with reading(path, "give a leaderboard.safetensors, such as the one in docs/"):
+        by_prompt, metadata = load_tensors(path)
+        found = [
+            row | {"run": name, "kls": by_prompt[name][0].numpy(), "wins": wins.numpy()}
+            for name, rows in metadata.items()
+            for row, wins in zip(json.loads(rows), by_prompt[name][1:], strict=True)
+        ]
+    for row in found:
+        if (row["prompts"], row["samples"]) != (scale["prompts"], scale["samples"]):
+            raise ValueError(
+                f"--beside {path}: its runs were evaluated on {row['prompts']} prompts with "
+                f"{row['samples']} samples, yours are on {scale['prompts']} with "
+                f"{scale['samples']}: with or without --quick, as those were made"
+            )
+    return found
+
+
+# --- the page ---
 
 
 def page_of(rows: Rows, folder: Path, quick: bool) -> str:
@@ -145,8 +215,7 @@ class Board:
         mine = self.wins(name, self.kl, procedure, n, "reward")
         win_rate = crossed(list(mine.values())).mean
         below = f"{below_optimum(win_rate, self.kl, procedure, n):.1f}" if mine else "–"
-        runs = sorted(set(column(self.rows, "run", method=name)))
-        spent = [cost(Path(run)) for run in runs]
+        spent = {row["run"]: row for row in where(self.rows, method=name)}.values()
         calls = fmean(each["calls"] for each in spent) / 1000
         minutes = fmean(each["seconds"] for each in spent) / 60
         return [
