@@ -31,14 +31,14 @@ def not_finite(world: World, count: int, seed: int):
         rng = random.Random(f"{seed} finite {i}")
         what = rng.choice(("loss", "gradient", "reward"))
         step, value = rng.randrange(4), rng.choice((float("nan"), float("inf"), -float("inf")))
-        prompt = int(rollout.prompts_of(step, 4, 2, 0)[rng.randrange(2)])
+        prompt = int(rollout.items_of_step(step, 4, 2, 0)[rng.randrange(2)])
         seen = Counter()
 
         def prepare(what=what, step=step, value=value, prompt=prompt, seen=seen):
             real, score = update.update, rollout.score
 
             def broken(loss, logprobs, values, batch):
-                hit = (batch.of == prompt)[:, None]
+                hit = (batch.prompt_index == prompt)[:, None]
                 if what == "gradient" and hit.any():
                     logprobs.register_hook(lambda g: g.masked_fill(hit, value))
                 total, stats = loss(logprobs, values, batch)
