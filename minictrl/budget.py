@@ -8,7 +8,7 @@ from torch import Tensor
 from minictrl import theory
 from minictrl.procedures.masses import positive
 
-WIDE = 12.0  # in log beta, either side of the rewards' scale
+WIDE = 12.0  # in log beta, steps from the rewards' scale to where the KL lies between the two
 BISECTIONS = 60
 
 # of the controller: the share of an error that the target takes over, bounds of the error in log
@@ -39,21 +39,25 @@ def empirical_beta(r_ref: Tensor, kl: float) -> float:
     don't reach.
     """
     positive("kl", kl)
-    r = r_ref.double() - r_ref.double().mean(1, keepdim=True)
+    r = r_ref.double() - r_ref.double().amax(1, keepdim=True)  # so that the best keep their digits
     K = r.shape[1]
 
     def kl_at(log_beta: float) -> float:
-        R = r / math.exp(log_beta)
+        R = (r / math.exp(log_beta)).clamp(min=-1e30)
         mean = (R.softmax(1) * R).sum(1)
         return float((mean - R.logsumexp(1) + math.log(K)).mean())
 
-    spread = math.log(float(r.std()) + 1e-12)
-    low, high = spread - WIDE, spread + WIDE
-    if kl_at(low) < kl:
+    largest = float((K / (r == 0).sum(1)).log().mean())  # of a policy on the best samples alone
+    if kl > (1 - 1e-6) * largest:
         raise ValueError(
-            f"--kl {kl}: these rewards reach {kl_at(low):.2f} nats with {K} samples; use a smaller "
+            f"--kl {kl}: these rewards reach {largest:.2f} nats with {K} samples; use a smaller "
             "KL, more samples (--K), or rewards that differ more"
         )
+    low = high = math.log(float(r.std()))
+    while kl_at(low) < kl:
+        low -= WIDE
+    while kl_at(high) > kl:
+        high += WIDE
     for _ in range(BISECTIONS):
         middle = (low + high) / 2
         low, high = (middle, high) if kl_at(middle) > kl else (low, middle)

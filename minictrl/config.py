@@ -210,9 +210,9 @@ class Config:
     )
     batch: int = setting(32, "prompts per step", least=1)
     G: int = setting(8, "samples per prompt in a step", least=1)
-    minibatch: int = setting(128, "responses per optimizer step", least=1)
+    minibatch: int = setting(128, "rows (responses; pairs, groups) per optimizer step", least=1)
     micro_batch: int = setting(
-        64, "responses per forward and backward pass; halved when a GPU runs out of memory", least=1
+        64, "rows per forward and backward pass; halved when a GPU runs out of memory", least=1
     )
     ppo_epochs: int = setting(1, "passes over a rollout", least=1)
     lr: float | None = setting(

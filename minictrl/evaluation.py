@@ -5,6 +5,7 @@ Beside each measured win rate stands the theory's at the measured KL.
 
 from __future__ import annotations
 
+import math
 import re
 import warnings
 from collections.abc import Callable
@@ -84,13 +85,16 @@ def evaluate(
     )
     try_scorers([task.reward, judge], task.prompts)
     cases = procedures(config, sizes, M)
+    suffix = file_suffix(split, other_models)
+    check_kept(run / f"eval{suffix}.json", other_models)
     policy, _ = load_policy(str(run / "policy"))
     policy.to(task.ids.device)
     pi, pi_ref, kls = draw_both(task, policy, judge, config, M)
 
-    table, wins = table_of(config, pi, pi_ref, kls, curve_of(config), cases)
+    # the policy is no optimum of another reward model's
+    curve = None if "reward" in other_models else curve_of(config)
+    table, wins = table_of(config, pi, pi_ref, kls, curve, cases)
     C_hat = C_hats(pi, pi_ref)
-    suffix = file_suffix(split, other_models)
     parts = parts_of(run, suffix)
     save_tensors(parts["wins"], wins, {})
     save_tensors(parts["by_prompt"], {"kl": kls} | C_hat, {})
@@ -115,6 +119,21 @@ def draw_both(
         for each in (pi, pi_ref):
             each.scores["judge"] = score(judge, task.prompts, each.texts)
     return pi, pi_ref, kl_by_prompt(policy, task, samples, config.micro_batch).double()
+
+
+def check_kept(path: Path, other_models: dict[str, str]):
+    """Raises ValueError if there is an eval.json of this name from a model of the same name in
+    another directory.
+    """
+    if not other_models or not path.is_file():
+        return
+    with reading(path, f"delete {path}"):
+        kept = read_sealed(path).get("models", {})
+    for role, model in other_models.items():
+        if kept.get(role, model) != model:
+            raise ValueError(
+                f"--{role} {model}: {path} has the win rates by {kept[role]}; rename or delete it"
+            )
 
 
 def parts_of(run: Path, suffix: str) -> dict[str, Path]:
@@ -160,7 +179,7 @@ def table_of(
     pi: Scored,
     pi_ref: Scored,
     kls: Tensor,
-    curve: Transform,
+    curve: Transform | None,
     cases: list[tuple[str, int]],
 ) -> tuple[list[dict], dict[str, Tensor]]:
     """The rows of eval.json; and by its name each row's win rates by prompt (P,).
@@ -188,7 +207,7 @@ def table_of(
         shared = {
             "kl": kl,
             "kl_stderr": kl_stderr,
-            "theory": theory.at_kl(curve, *at, **law) if curve.calibrated else None,
+            "theory": theory.at_kl(curve, *at, **law) if curve and curve.calibrated else None,
             "optimal": None if tied else theory.optimal_win_rate(*at),
             "prompts": P,
             "samples": M,
@@ -306,7 +325,8 @@ def markdown(table: list[dict]) -> str:
     def percent(value: float | None, stderr: float | None = None) -> str:
         if value is None:
             return "–"
-        return f"{100 * value:.1f}" + (f" ± {100 * stderr:.1f}" if stderr is not None else "")
+        known = stderr is not None and math.isfinite(stderr)  # one prompt has no error
+        return f"{100 * value:.1f}" + (f" ± {100 * stderr:.1f}" if known else "")
 
     lines = []
     for i in range(0, len(table), len(scorers)):

@@ -32,7 +32,8 @@ from minictrl.task import Task, load_task
 from minictrl.update import forward_all
 
 FAR = 0.5  # nats a token that given samples may be more or less likely than the policy's own
-FEW = 64  # prompts, and texts, that the checks look at
+FEW = 64  # texts that the checks look at
+LARGEST = torch.finfo(torch.float32).max
 
 
 def read_reference(file: str, config: Config, task: Task) -> Reference:
@@ -42,7 +43,14 @@ def read_reference(file: str, config: Config, task: Task) -> Reference:
     Raises ValueError on a prompt that the file lacks or has fewer than K completions for, on
     rewards that are not the reward model's, and on completions that are not the policy's.
     """
-    rows = dict(convert(read_own(file), partial(completions_of, column=config.column)))
+    rows = {}
+    for name, found in convert(read_own(file), partial(completions_of, column=config.column)):
+        if name in rows:
+            raise ValueError(
+                f"--reference {file}: has two rows of the prompt {name[:60]}; join their "
+                "completions"
+            )
+        rows[name] = found
     missing = [prompt for prompt in task.prompts if key(prompt) not in rows]
     if missing:
         raise ValueError(
@@ -74,9 +82,11 @@ def completions_of(row, column: str | None) -> tuple[str, tuple[list[str], list[
     if rewards is not None and not (
         isinstance(rewards, list)
         and len(rewards) == len(texts)
-        and all(isinstance(r, (int, float)) and math.isfinite(r) for r in rewards)
+        and all(isinstance(r, (int, float)) and -LARGEST < r < LARGEST for r in rewards)
     ):
-        raise ValueError(f'give "rewards", {len(texts)} numbers, or leave them out')
+        raise ValueError(
+            f'give "rewards", {len(texts)} finite numbers (float32), or leave them out'
+        )
     return key(prompt), (texts, rewards)
 
 
@@ -121,10 +131,13 @@ def continuations(tokenizer, prompt: str, texts: list[str]) -> list[list[int]]:
 
 
 def check_rewards(file: str, task: Task, texts: list[list[str]], r_ref: Tensor):
-    """Raises ValueError unless the reward model gives a few texts the rewards that the file has."""
-    few = slice(0, FEW)
-    ours = task.reward(task.prompts[few], [row[0] for row in texts[few]])
-    off = (ours - r_ref[few, 0]).abs().max().item()
+    """Raises ValueError unless the reward model gives FEW texts, of all prompts and columns in
+    turn, the rewards that the file has.
+    """
+    P, K = r_ref.shape
+    few = [(i % P, (i % P + i // P) % K) for i in range(min(FEW, P * K))]
+    ours = task.reward([task.prompts[i] for i, _ in few], [texts[i][k] for i, k in few])
+    off = (ours - torch.stack([r_ref[i, k] for i, k in few])).abs().max().item()
     if off > 0.01 * max(1.0, r_ref.std().item()):
         raise ValueError(
             f"--reference {file}: its rewards are up to {off:.3g} from those of the run's reward "

@@ -63,9 +63,9 @@ def win_rates(run: Path, suffix: str, table: list[dict]):
     config, _ = runs.load_config(run)
     n = config.n if config.procedure in ("bon", "won") else 4
     curve = evaluation.curve_of(config)
-    cases = list(
-        dict.fromkeys([("standard", 1), ("bon", n), ("won", n), evaluation.aligned_for(config)])
-    )
+    made = {(row["procedure"], row["n"]) for row in table}
+    chosen = [("standard", 1), ("bon", n), ("won", n), evaluation.aligned_for(config)]
+    cases = [case for case in dict.fromkeys(chosen) if case in made]
     figure, axes = panels(1, len(cases), width=4.2)
     for axis, (procedure, n) in zip(axes, cases):
         rows = [
@@ -79,7 +79,7 @@ def win_rates(run: Path, suffix: str, table: list[dict]):
             procedure,
             n,
             by="scorer",
-            expected={"theory": curve} if curve.calibrated else {},
+            expected={} if table[0]["theory"] is None else {"theory": curve},
             K=config.K,
         )
         axis.legend(loc="lower right")

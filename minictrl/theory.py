@@ -271,11 +271,20 @@ def _policy(
 def _on_cells(
     transform: Transform, K: int | None = None, levels: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """(Phi, ref): Phi of each cell and its mass under pi_ref.
+    """(Phi, ref): Phi of each cell and its mass under pi_ref. Raises ValueError on K and levels at
+    once, and on levels that are no masses.
 
     Continuous: both (G,). K: Phi (K + 1,), one for each C_hat = k / K; ref (prompts, K + 1).
     levels: both (prompts, G), and ref is `levels`.
     """
+    if levels is not None:
+        levels = levels.double()
+        sums = levels.sum(-1)
+        if K is not None or levels.dim() != 2 or not torch.allclose(sums, torch.ones_like(sums)):
+            raise ValueError(
+                f"levels {tuple(levels.shape)}, K {K}: levels are (prompts, G) masses that sum to "
+                "1 per prompt (levels_of), and stand in place of K"
+            )
     if K is None:
         ref = cells.grid(FINE) if levels is None else levels
         # an empty level below the first is at 0, where log is not finite

@@ -98,9 +98,11 @@ def settings_of(task_or_run: str | Path, given: dict) -> Config:
     if unknown:
         known = ", ".join(Config.__dataclass_fields__)
         raise ValueError(f"{', '.join(sorted(unknown))}: no such setting; use one of {known}")
-    if task_or_run in TASKS or not Path(task_or_run).is_dir():
+    folder = Path(task_or_run)
+    data = not runs.holds_run(folder) and folder.is_dir() and any(folder.iterdir())
+    if task_or_run in TASKS or data or not folder.is_dir():
         return Config(task=str(task_or_run), **given).resolved()
-    stored, _ = runs.load_config(Path(task_or_run))
+    stored, _ = runs.load_config(folder)
     if "kl" in given or "beta" in given:
         stored = replace(stored, kl=None, beta=None)
     return replace(stored, **{"method": "ppo"} | given)

@@ -20,6 +20,22 @@ def test_raw_rewards_get_the_beta_of_their_own_tilt():
         empirical_beta(r_ref, -1.0)
 
 
+def test_a_beta_far_from_the_rewards_scale_is_found():
+    """One sample far below the others, and a reward of ten values whose Phi spans e^40."""
+    r_ref = torch.arange(32.0).expand(8, 32).clone()
+    beta = empirical_beta(r_ref, 1.0)
+    r_ref[:, 0] = -1e9
+    assert empirical_beta(r_ref, 1.0) == pytest.approx(beta, rel=0.05)
+    Phi = -torch.exp(-40 * torch.arange(10).double() / 10).repeat(4, 10)
+    beta = empirical_beta(Phi, 0.5)
+    shares = (Phi / beta).softmax(1)
+    assert torch.special.xlogy(shares, 100 * shares).sum(1).mean() == pytest.approx(0.5)
+    with pytest.raises(ValueError, match="reach 2.30 nats with 100 samples"):
+        empirical_beta(Phi, 2.31)
+    with pytest.raises(ValueError, match="reach 0.00 nats"):
+        empirical_beta(torch.ones(3, 5), 0.1)
+
+
 @pytest.mark.parametrize("transform, share", [("identity", 0.8), ("exp10", 0.5), ("exp-10", 2.0)])
 def test_a_policy_that_lags_behind_and_misses_the_theorys_kl_is_brought_to_its_budget(
     transform, share

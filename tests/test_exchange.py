@@ -76,6 +76,15 @@ def test_training_on_a_file_draws_nothing_and_scores_what_has_no_rewards(kind, r
         (lambda rows: rows[1:], "lacks 1 of 12 prompts"),
         (lambda rows: [rows[0] | {"completions": [" a"], "rewards": [0]}, *rows[1:]], "--K 1"),
         (lambda rows: [r | {"rewards": [9] * 8} for r in rows], "from those of the run's reward"),
+        (
+            lambda rows: [
+                r | {"rewards": [r["rewards"][0], *(x + 1 for x in r["rewards"][1:])]} for r in rows
+            ],
+            "up to 1 from those of the run's reward",
+        ),
+        (lambda rows: [*rows, rows[0]], "has two rows of the prompt"),
+        (lambda rows: [r | {"rewards": [10**400] * 8} for r in rows], 'give "rewards", 8'),
+        (lambda rows: [r | {"rewards": [1e39] * 8} for r in rows], 'give "rewards", 8'),
         (lambda rows: [r | {"rewards": [1, None]} for r in rows], 'line 1: give "rewards", 8'),
         (lambda rows: [r | {"rewards": 3} for r in rows], 'line 1: give "rewards", 8'),
         (lambda rows: [r | {"rewards": [math.nan] * 8} for r in rows], 'give "rewards", 8'),

@@ -94,6 +94,12 @@ def test_what_a_function_does_wrong_is_one_line(name, message, file):
         load_scorer(f"{file}:{name}", "reward")(["a", "b"], ["abcd", "abc"])
 
 
+def test_scores_that_float32_cannot_tell_apart_are_said(file):
+    file.write_text("def far(prompts, texts):\n    return [1e9 + len(text) for text in texts]\n")
+    with pytest.warns(UserWarning, match="scores that differ tie as float32"):
+        load_scorer(f"{file}:far", "reward")(["a"] * 3, ["x", "xy", "xyz"])
+
+
 def test_a_file_that_is_not_there_or_does_not_run_is_one_line(tmp_path):
     with pytest.raises(ValueError, match="there is no file"):
         load_scorer(f"{tmp_path}/none.py:f", "reward")

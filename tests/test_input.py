@@ -50,6 +50,8 @@ ROOT = Path(__file__).parent.parent
         (["--kl", "5"], "out of reach of 100 samples.*less than 4.62"),
         (["--method", "bonbon", "--kl", "4"], "Best-of-147"),
         (["--method", "bond", "--kl", "2", "--K", "15"], "Best-of-19"),
+        (["--method", "bonbon", "--beta", "0.001"], "--beta 0.001 is out of reach of 100"),
+        (["--procedure", "median", "--n", "2000"], "use at most 1000"),
         (["--method", "pkpo", "--n", "16"], "--n 16: pkpo"),
         (["--method", "maxpo", "--n", "8"], "at most 7"),
         (["--method", "tea", "--G", "1"], "--G 1: tea"),
@@ -269,6 +271,21 @@ def test_a_second_judge_leaves_the_first_ones_results(short_run, tmp_path, capsy
     assert rows[1]["scorer"] == theirs[1]["scorer"] == "judge"
     assert rows[1]["win_rate"] != theirs[1]["win_rate"]
     assert (run / "tradeoff-judge-judge.py-shorter.png").is_file()
+    (tmp_path / "other").mkdir()
+    other = shutil.copy(tmp_path / "judge.py", tmp_path / "other") + ":shorter"
+    with pytest.raises(
+        ValueError, match="has the win rates by .*judge.py:shorter; rename or delete"
+    ):
+        evaluate.main([str(run), "--prompts", "8", "--samples", "8", "--judge", other])
+
+
+def test_theory_is_that_of_the_runs_own_reward_model(short_run, tmp_path, capsys):
+    run = shutil.copytree(short_run, tmp_path / "run")
+    (tmp_path / "f.py").write_text("def length(prompts, texts):\n    return [*map(len, texts)]\n")
+    flags = ["--prompts", "8", "--samples", "8", "--reward", f"{tmp_path}/f.py:length"]
+    assert not evaluate.main([str(run), *flags])
+    rows = json.loads((run / "eval-reward-f.py-length.json").read_text())["rows"]
+    assert all(row["theory"] is None for row in rows) and rows[0]["optimal"] is not None
 
 
 def test_a_run_without_a_judge_has_no_judges_rows(short_run, tmp_path):

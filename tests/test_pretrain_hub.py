@@ -101,8 +101,22 @@ def test_an_encoder_is_the_base_of_a_reward_model(trained, tmp_path, capsys):
     before = (out / "reward" / "model.safetensors").read_bytes()
     assert train_pairs_task(task, out, **options) == result  # there already: nothing is trained
     assert (out / "reward" / "model.safetensors").read_bytes() == before
-    with pytest.raises(ValueError, match="holds something already; give a new directory"):
+    with pytest.raises(ValueError, match="holds something already, of .*; give a new"):
         train_pairs_task(task, out, **options | {"lr": 1e-4})
+    pairs = folder / "pairs.jsonl"
+    text = pairs.read_text()
+    pairs.write_text(
+        text.replace("chosen", "x").replace("rejected", "chosen").replace("x", "rejected")
+    )
+    try:
+        with pytest.raises(ValueError, match="of other settings or pairs; give a new"):
+            train_pairs_task(task, out, **options)
+    finally:
+        pairs.write_text(text)
+    for few, fault in ((dict(limit=1), "each needs one"), (dict(limit=0), "each needs one")):
+        with pytest.raises(ValueError, match=fault):
+            train_pairs_task(task, tmp_path / "few", **options | few)
+    assert not (tmp_path / "few").exists()
 
 
 def test_one_step_that_changed_nothing_claims_nothing(trained, tmp_path, capsys):

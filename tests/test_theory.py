@@ -274,6 +274,10 @@ def test_many_levels_are_the_continuous_theory_and_prompts_share_their_beta():
         found = theory.at_kl("exp10", 1.0, procedure, n, levels=uniform)
         assert found == pytest.approx(expected, abs=1e-4)
     levels = torch.tensor([[0.5, 0.0, 0.5], [0.2, 0.3, 0.5]], dtype=torch.float64)
+    with pytest.raises(ValueError, match="stand in place of K"):
+        theory.at_kl("identity", 0.2, "bon", 4, K=10, levels=levels)
+    with pytest.raises(ValueError, match="sum to 1 per prompt"):
+        theory.at_kl("identity", 0.2, "bon", 4, levels=levels / 2)
     mass, _ = theory.policy_at_kl("identity", 0.2, "bon", 4, levels=levels)
     u = torch.tensor([[0.25, 0.5, 0.75], [0.1, 0.35, 0.75]], dtype=torch.float64)
     R = (mass[:, [0, 2]] / levels[:, [0, 2]]).log().diff() / u[:, [0, 2]].diff()

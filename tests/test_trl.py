@@ -148,6 +148,15 @@ def test_a_run_brings_its_settings_and_its_reference_rewards(small, tmp_path):
     assert not (tmp_path / "unused").exists() and again.__name__ == "ctrl_exp10"
 
 
+def test_a_directory_of_datasets_is_a_task(small, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    rows = [{"prompt": f"Film {i} is"} for i in range(12)]
+    datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "data")
+    models = dict(policy="reviews", reward="reviews", cache=str(tmp_path / "cache"))
+    reward = ctrl_reward(str(tmp_path / "data"), "exp10", **models, **SMALL | {"prompts": None})
+    assert len(reward(["Film 0 is"], [" a joy."])) == 1
+
+
 def test_bad_settings_are_named(tmp_path):
     for arguments, settings, fault in (
         ((str(tmp_path),), {}, "is no run directory"),

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from minictrl.batch import Batch
+from minictrl.config import Config
 from minictrl.methods.base import Method as Base
 from minictrl.methods.base import Online, best_and_worst, with_value_loss
 from minictrl.reference import Reference
@@ -21,19 +22,30 @@ class BestOf(Base):
 
     transform = "log"
 
+    @classmethod
+    def check(cls, config: Config) -> None:
+        super().check(config)
+        if config.beta:
+            cls.check_n(f"--beta {config.beta:g}", config.beta, config.K)
+
+    @classmethod
+    def check_n(cls, asked: str, beta: float, K: int) -> None:
+        """Raises ValueError unless K samples have a best of the n for this beta."""
+        n = cls.best_of(beta)
+        if n > K:
+            raise ValueError(
+                f"{asked} is out of reach of {K} samples: it is Best-of-{n}'s; use a smaller KL, a "
+                "larger beta, or more samples (--K)"
+            )
+
     @staticmethod
     def best_of(beta: float) -> int:
         """The n whose Best-of-n is nearest to the log transform at beta = 1/(n - 1)."""
         return max(2, round(1 / beta) + 1)
 
     def beta_for(self, kl: float, r_ref: Tensor | None = None) -> float:
-        beta, K = super().beta_for(kl), self.config.K
-        if self.best_of(beta) > K:
-            raise ValueError(
-                f"--kl {kl:g} is out of reach of {K} samples: it is "
-                f"Best-of-{self.best_of(beta)}'s; "
-                "use a smaller KL, or more samples (--K)"
-            )
+        beta = super().beta_for(kl)
+        self.check_n(f"--kl {kl:g}", beta, self.config.K)
         return beta
 
 

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification
 
 from minictrl.config import TASKS
-from minictrl.files import load_tensors, reading, save_tensors, write_json
+from minictrl.files import digest, load_tensors, reading, save_tensors, write_json
 from minictrl.lm.device import halving, resolve_device
 from minictrl.lm.hub import from_hub
 from minictrl.lm.logprobs import sequence_logprobs
@@ -61,9 +61,10 @@ def train_pairs_task(
     an encoder or a causal model (default: the trained policy); without a policy, they are all that
     is made. limit: the most pairs, of training and of test. Pairs with more than max_tokens tokens
     on a side are counted and left out. The same call again goes on where an interrupted one
-    stopped. Returns sft_nll (nats a token of the chosen answers), reward and judge (pair
-    accuracies, ties half), and their 95 % intervals (`wilson`). Raises ValueError as `load_pairs`
-    and `load_policy` do, and if `out` holds anything else.
+    stopped. Returns sft_nll (nats a token of the chosen answers; not of a policy that was there
+    already), reward and judge (pair accuracies, ties half), and their 95 % intervals (`wilson`).
+    Raises ValueError as `load_pairs` and `load_policy` do, on too few pairs, and if `out` holds
+    anything else.
     """
     name = policy or TASKS.get(task, {}).get("policy")
     if name is None and base is None:
@@ -79,8 +80,16 @@ def train_pairs_task(
     for pairs in (train, test):
         random.Random(seed).shuffle(pairs)
     train, test = train[:limit], test[:limit]
+    halves = [[pair for pair in train if half_of(pair) == half] for half in (0, 1)]
+    if not all((*halves, test)):
+        raise ValueError(
+            f"--task {task}: {len(halves[0])} pairs for the reward model, {len(halves[1])} for the "
+            f"judge, {len(test)} held out (every tenth prompt): each needs one; give more pairs, "
+            "of more prompts, or a larger --limit"
+        )
     options = dict(epochs=epochs, batch=batch, micro_batch=micro_batch, lr=lr, seed=seed)
     settings = dict(options, task=task, policy=policy, base=base, limit=limit, tokens=max_tokens)
+    settings["pairs"] = digest(train, test)
     if name is not None:
         model, tokenizer = load_policy(name)
         rows = [short(sft_rows(tokenizer, pairs), max_tokens) for pairs in (train, test)]
@@ -90,8 +99,7 @@ def train_pairs_task(
         result["sft_nll"] = sft(model.to(place), tokenizer, *rows, out / "policy", **options)
         save_fitted(model.cpu(), tokenizer, out / "policy")
     start = base or str(out / "policy")
-    for half, role in enumerate(("reward", "judge")):
-        part = [pair for pair in train if crc32(json.dumps(pair[0]).encode()) % 2 == half]
+    for part, role in zip(halves, ("reward", "judge")):
         if not (out / role / "config.json").is_file():
             bradley_terry(start, out / role, part, test, max_tokens, place, **options)
         share = pair_accuracy(load_scorer(str(out / role), role, device=device), test)
@@ -106,15 +114,25 @@ def train_pairs_task(
     return result
 
 
+def half_of(pair: Pair) -> int:
+    """0: the reward model learns from it, 1: the judge. By prompt."""
+    return crc32(json.dumps(pair[0]).encode()) % 2
+
+
 def claim(out: Path, settings: dict):
-    """Makes `out`, and notes the settings there. Raises ValueError if it holds anything else."""
+    """Makes `out`, and notes the settings there. Raises ValueError if it holds anything else, such
+    as what was made with other settings or of other pairs.
+    """
     file = out / "pretrain.json"
     if file.is_file():
         with reading(file, "give a new directory"):
             if json.loads(file.read_bytes()) == settings:
                 return
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"--out {out}: holds something already; give a new directory")
+        raise ValueError(
+            f"--out {out}: holds something already, of other settings or pairs; give a new "
+            "directory"
+        )
     out.mkdir(parents=True, exist_ok=True)
     write_json(file, settings)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import warnings
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
@@ -44,14 +45,21 @@ def load_function(
 
     def evaluate(prompts: list[Prompt], texts: list[str]) -> Tensor:
         try:
-            scores = torch.as_tensor(call(prompts, texts), dtype=torch.float32).detach()
+            exact = torch.as_tensor(call(prompts, texts), dtype=torch.float64).detach()
         except (Exception, SystemExit) as error:  # whatever the user's function does
             at = culprit(call, prompts, texts)
             raise ValueError(f"{role} {spec} fails with {describe(error)}{at}") from error
-        if scores.shape != (len(texts),):
+        if exact.shape != (len(texts),):
             raise ValueError(
-                f"{role} {spec} gave {tuple(scores.shape)} for {len(texts)} texts: return one "
+                f"{role} {spec} gave {tuple(exact.shape)} for {len(texts)} texts: return one "
                 "number per text"
+            )
+        scores = exact.float()
+        if len(scores.unique()) <= len(exact.unique()) / 2:
+            warnings.warn(
+                f"{role} {spec}: scores that differ tie as float32, which has 7 digits; return "
+                "smaller ones, without their common part",
+                stacklevel=2,
             )
         return scores
 
