@@ -103,6 +103,18 @@ def test_intervals_hold_whatever_the_shares_of_seeds_and_prompts(seeds, prompts,
     assert variances.mean() == pytest.approx(true, abs=5 * variances.std() / 1000**0.5)
 
 
+@pytest.mark.parametrize("S", [2, 3])
+@pytest.mark.parametrize("seeds", [0, 0.02])
+def test_intervals_of_few_seeds_hold_without_being_endless(S, seeds):
+    """Prompts alike, as in a difference of two methods: the seeds' part has S - 1 degrees of
+    freedom, and the whole no fewer.
+    """
+    rng = np.random.default_rng(1)
+    values = 0.3 * rng.standard_normal((1000, S, P)) + seeds * rng.standard_normal((1000, S, 1))
+    assert 0.93 <= held(values, 0.0) <= 0.99
+    assert min(crossed(each).df for each in values) >= S - 1
+
+
 def test_one_seed_has_the_error_over_prompts_and_none_has_no_number():
     each = torch.rand(1, 50, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     found = crossed(each.numpy())

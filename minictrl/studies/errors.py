@@ -55,7 +55,8 @@ def crossed(values) -> Estimate:
     rest = (rest**2).sum() / ((S - 1) * (P - 1)) / (S * P)  # which is in both of the others
     total = seeds + max(prompts - rest, 0)
     spread = seeds**2 / (S - 1) + prompts**2 / (P - 1)
-    return Estimate(mean.item(), total**0.5, total**2 / spread if spread else P - 1)
+    df = max(S - 1, total**2 / spread) if spread else P - 1  # S - 1 are those of the seeds alone
+    return Estimate(mean.item(), total**0.5, df)
 
 
 def variance(values: np.ndarray) -> float:
