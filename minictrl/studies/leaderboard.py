@@ -55,7 +55,7 @@ Win rates over pi_ref in per cent, after the procedure, by reward / by judge, on
 prompts with {samples} responses each. Runs are brought to each KL, in nats (`tables.wins_at`).
 
 - ± is one standard error, of what new prompts and new seeds would do (`errors.py`); with one seed
-  it is over prompts alone.
+  it is over prompts alone, with few it is itself uncertain: the claims' intervals count that in.
 - *Behind the first*: a paired difference, prompt by prompt and seed by seed, at KL {kl:g}.
 - *Below the optimum*: the points by reward that are left to the best policy there is, at KL {kl:g}.
 - *Reward calls* are all of a run's, with the calibration's; *minutes* those of its updates.
