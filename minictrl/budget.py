@@ -18,12 +18,12 @@ ERROR = (-0.5, 1.5)
 TARGET = (1 / 20, 4)
 
 
-def beta_for(transform: str, kl: float, *, procedure: str, n: int, K: int) -> float:
+def beta_for(transform: str, kl: float, *, procedure: str, n: int, K: int | None) -> float:
     """beta at which the optimum of this transform is `kl` nats from pi_ref (Theorem 3).
 
-    Raises ValueError on a KL out of reach of the theory or of K samples.
+    Raises ValueError on a KL out of reach of the theory or of K samples (None: of none).
     """
-    if kl >= math.log(K + 1):
+    if K is not None and kl >= math.log(K + 1):
         raise ValueError(
             f"--kl {kl:g} is out of reach of {K} samples, whose C_hat takes {K + 1} values: ask "
             f"for less than {math.log(K + 1):.2f}, or take more samples (--K)"

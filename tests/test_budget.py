@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 
@@ -48,6 +50,19 @@ def test_a_policy_that_lags_behind_and_misses_the_theorys_kl_is_brought_to_its_b
         kl += 0.3 * (share * theory.tradeoff(transform, "bon", 4, [beta])[0].item() - kl)
     assert kl == pytest.approx(1.0, rel=0.01)
     assert budget.target == pytest.approx(1 / share, rel=0.01)
+
+
+def test_a_step_may_ask_for_more_than_the_samples_reach_so_that_a_policy_that_lags_is_pulled():
+    """A budget of 4 nats is in reach of 100 samples (4.62), the 6.6 that a lagging step asks for
+    are not: without them bon_fp ends at 1.2 nats.
+    """
+    method = get_method("ppo")(Config(transform="bon_fp", kl=4.0).resolved())
+    budget = Budget(4.0, method.beta_for)
+    start = budget.beta
+    assert budget.follow(1.0) == pytest.approx(method.beta_for(budget.target * math.exp(0.5)))
+    assert budget.target > 4.0 and budget.beta < start / 10
+    with pytest.raises(ValueError, match="out of reach of 100 samples"):
+        get_method("ppo")(Config(transform="bon_fp", kl=5.0).resolved())
 
 
 def test_what_is_out_of_reach_of_the_samples_is_not_asked_for():

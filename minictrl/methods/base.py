@@ -68,7 +68,10 @@ class Method:
             return None
         if r_ref is not None and (c.transform in RAW or theory.tied(r_ref)):
             return budget.empirical_beta(self.Phi.of_rewards(r_ref, r_ref), kl)
-        return budget.beta_for(c.transform, kl, procedure=c.procedure, n=c.n, K=c.K)
+        K = c.K
+        if c.kl is not None and kl > c.kl:  # a step's, to bring a policy that lags to the budget
+            K, kl = None, min(kl, theory.MAX_KL)
+        return budget.beta_for(c.transform, kl, procedure=c.procedure, n=c.n, K=K)
 
     def in_nats(self, Phi_C: Tensor, beta: float, r_ref: Tensor) -> Tensor:
         """R (P, G) = Phi(C_hat) / beta with its floor (`Transform.in_nats`). r_ref: (P, K)."""
