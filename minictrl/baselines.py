@@ -59,7 +59,7 @@ def loo(batch: Batch, task: Task, r_ref: Tensor, learner: Learner, config: Confi
     rewards = token_rewards(batch)
     group = config.G if config.transform in RAW else len(batch)
     returns = rewards.sum(1).view(-1, group)
-    mean_of_others = (returns.sum(1, keepdim=True) - returns) / (group - 1)
+    mean_of_others = returns - ppo.loo_advantages(returns)
     # to go: a token isn't blamed for the KL of those before it
     return replace(batch, advantages=(to_go(rewards) - mean_of_others.view(-1, 1)) * batch.mask)
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from minictrl import theory
 from minictrl.procedures.masses import positive
 
-WIDE = 12.0  # in log beta, steps from the rewards' scale to where the KL lies between the two
+WIDE = 12.0  # in log beta: a step from the rewards' scale, until the KL lies between the ends
 BISECTIONS = 60
 
 # of the controller: the share of an error that the target takes over, bounds of the error in log

@@ -44,13 +44,13 @@ def read_reference(file: str, config: Config, task: Task) -> Reference:
     rewards that are not the reward model's, and on completions that are not the policy's.
     """
     rows = {}
-    for name, found in convert(read_own(file), partial(completions_of, column=config.column)):
+    for name, row in convert(read_own(file), partial(completions_of, column=config.column)):
         if name in rows:
             raise ValueError(
                 f"--reference {file}: has two rows of the prompt {name[:60]}; join their "
                 "completions"
             )
-        rows[name] = found
+        rows[name] = row
     missing = [prompt for prompt in task.prompts if key(prompt) not in rows]
     if missing:
         raise ValueError(

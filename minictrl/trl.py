@@ -99,8 +99,8 @@ def settings_of(task_or_run: str | Path, given: dict) -> Config:
         known = ", ".join(Config.__dataclass_fields__)
         raise ValueError(f"{', '.join(sorted(unknown))}: no such setting; use one of {known}")
     folder = Path(task_or_run)
-    data = not runs.holds_run(folder) and folder.is_dir() and any(folder.iterdir())
-    if task_or_run in TASKS or data or not folder.is_dir():
+    empty = folder.is_dir() and not any(folder.iterdir())
+    if task_or_run in TASKS or not (runs.holds_run(folder) or empty):
         return Config(task=str(task_or_run), **given).resolved()
     stored, _ = runs.load_config(folder)
     if "kl" in given or "beta" in given:

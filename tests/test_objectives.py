@@ -224,11 +224,9 @@ def test_tpos_rows_are_groups_of_a_prompts_samples_with_their_own_R():
     R = reference_R(tpo, ref.r_ref, 5000.0).float()
     for row in range(12):
         for j in range(8):
-            same = (ref.logprobs[rows.prompt_index[row]] == rows.ref_logprobs[row, j]).all(1)
-            assert (
-                same.sum() == 1
-                and rows.R[row, j] == R[rows.prompt_index[row], same.nonzero()[0, 0]]
-            )
+            prompt = rows.prompt_index[row]
+            same = (ref.logprobs[prompt] == rows.ref_logprobs[row, j]).all(1)
+            assert same.sum() == 1 and rows.R[row, j] == R[prompt, same.nonzero()[0, 0]]
     batch = replace(rows, prompt=torch.zeros(12, 3), prompt_mask=torch.ones(12, 3))
     batch = replace(batch, mask=batch.mask * (torch.arange(5) < 2))
     assert batch.cut().tokens.shape == (12, 8, 2) and batch.cut().R.shape == (12, 8)

@@ -10,7 +10,7 @@ from torch import Tensor
 from minictrl import budget, ppo, theory
 from minictrl.batch import Batch
 from minictrl.config import Config
-from minictrl.procedures import get_procedure
+from minictrl.procedures.masses import mass_win_rate
 from minictrl.procedures.optimum import FIXED_POINTS
 from minictrl.reference import Reference
 from minictrl.transforms import RAW, get_transform
@@ -42,10 +42,8 @@ class Method:
         """Raises ValueError on settings that the method or the procedure can't have; warns of a Phi
         for another procedure.
         """
-        halves, edges = torch.tensor([0.5, 0.5]).double(), torch.tensor([0.0, 0.5, 1.0]).double()
-        get_procedure(config.procedure).mass_after(
-            halves, edges, config.n
-        )  # an n that is too large
+        halves = torch.tensor([0.5, 0.5], dtype=torch.float64)
+        mass_win_rate(halves, halves, config.procedure, config.n)  # raises if n is too large
         solved_for = FIXED_POINTS.get(config.transform) or config.procedure
         if solved_for != config.procedure:
             warnings.warn(

@@ -80,16 +80,10 @@ def train_pairs_task(
     for pairs in (train, test):
         random.Random(seed).shuffle(pairs)
     train, test = train[:limit], test[:limit]
-    halves = [[pair for pair in train if half_of(pair) == half] for half in (0, 1)]
-    if not all((*halves, test)):
-        raise ValueError(
-            f"--task {task}: {len(halves[0])} pairs for the reward model, {len(halves[1])} for the "
-            f"judge, {len(test)} held out (every tenth prompt): each needs one; give more pairs, "
-            "of more prompts, or a larger --limit"
-        )
+    halves = halved(task, train, test)
     options = dict(epochs=epochs, batch=batch, micro_batch=micro_batch, lr=lr, seed=seed)
     settings = dict(options, task=task, policy=policy, base=base, limit=limit, tokens=max_tokens)
-    settings["pairs"] = digest(train, test)
+    settings["pairs"] = digest(train, test)  # other pairs under the same name are another job
     if name is not None:
         model, tokenizer = load_policy(name)
         rows = [short(sft_rows(tokenizer, pairs), max_tokens) for pairs in (train, test)]
@@ -114,9 +108,20 @@ def train_pairs_task(
     return result
 
 
-def half_of(pair: Pair) -> int:
-    """0: the reward model learns from it, 1: the judge. By prompt."""
-    return crc32(json.dumps(pair[0]).encode()) % 2
+def halved(task: str, train: list[Pair], test: list[Pair]) -> tuple[list[Pair], list[Pair]]:
+    """The pairs that the reward model learns from, and the judge's, by prompt. Raises ValueError if
+    a half or the test has none.
+    """
+    halves = [], []
+    for pair in train:
+        halves[crc32(json.dumps(pair[0]).encode()) % 2].append(pair)
+    if not all((*halves, test)):
+        raise ValueError(
+            f"--task {task}: {len(halves[0])} pairs for the reward model, {len(halves[1])} for the "
+            f"judge, {len(test)} held out (every tenth prompt): each needs one; give more pairs, "
+            "of more prompts, or a larger --limit"
+        )
+    return halves
 
 
 def claim(out: Path, settings: dict):

@@ -54,18 +54,23 @@ def load_function(
                 f"{role} {spec} gave {tuple(exact.shape)} for {len(texts)} texts: return one "
                 "number per text"
             )
-        scores = exact.float()
-        if len(scores.unique()) <= len(exact.unique()) / 2:
-            warnings.warn(
-                f"{role} {spec}: scores that differ tie as float32, which has 7 digits; return "
-                "smaller ones, without their common part",
-                stacklevel=2,
-            )
-        return scores
+        return as_float32(exact, f"{role} {spec}")
 
     used = {prompt: [row.get(name) for name in wanted] for prompt, row in columns.items()}
     file, _, name = spec.rpartition(":")
     return [name, Path(file).read_text(), used if wanted else None], evaluate
+
+
+def as_float32(exact: Tensor, name: str) -> Tensor:
+    """The scores (B,) as float32; warns if half of those that differ then tie."""
+    scores = exact.float()
+    if len(scores.unique()) <= len(exact.unique()) / 2:
+        warnings.warn(
+            f"{name}: scores that differ tie as float32, which has 7 digits; return smaller ones, "
+            "without their common part",
+            stacklevel=2,
+        )
+    return scores
 
 
 def find_function(spec: str, role: str) -> Callable:

@@ -82,8 +82,8 @@ def fig7(out: Path, quick: bool):
     axes[0].set(title="pair accuracy of reward model, reward, test", xlim=(0, 1))
     axes[0].legend(title="pairs of")
     for axis, reward in zip(axes[1:], REWARDS.values()):
-        order = lambda row: (row["model"], row["scorer"] == "judge", row["kl"])  # noqa: E731
-        mine = sorted(where(trained, reward=reward), key=order)
+        mine = where(trained, reward=reward)
+        mine.sort(key=lambda row: (row["model"], row["scorer"] == "judge", row["kl"]))
         drawn = [row | {"line": f"{row['model']} model, by {row['scorer']}"} for row in mine]
         errorbars(axis, drawn, "kl", "win_rate", by="line", yerr="stderr")
         axis.set(title=f"policies, {reward} reward", xlabel=KL, ylabel=WIN_RATE)
