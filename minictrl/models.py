@@ -26,7 +26,7 @@ from minictrl.lm.prompts import known_ends
 from minictrl.scorers.classifier import load_classifier
 from minictrl.scorers.function import load_function
 from minictrl.scorers.generative import QUESTION, load_generative
-from minictrl.scorers.text import render
+from minictrl.scorers.text import render, set_precision
 
 __all__ = ["load_policy", "load_scorer", "render", "save_policy"]
 
@@ -180,7 +180,9 @@ def load_scorer(
     def score_prefixes(prompts: list[Prompt], tokens: Tensor, mask: Tensor) -> Tensor:
         return finite(of_prefixes(prompts, tokens, mask), name_or_path, role, prompts)
 
-    score.digest = digest(model, *options)  # of all that a score depends on
+    score.digest = digest(model, *options)  # of all that a score depends on but the device
+    if tokenizer is not None:
+        set_precision(model, device)
     score.tokenizer = tokenizer
     score.of_prefixes = of_prefixes and score_prefixes
     return score

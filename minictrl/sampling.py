@@ -55,15 +55,15 @@ def sample_plainly(
 ) -> Samples:
     """`sample`, without a cache: a whole forward for each token. To read, and to test `sample`."""
     B, M, T = len(prompts), num_samples, max_new_tokens
-    pad, eos = tokenizer.pad_token_id, eos_ids(model, tokenizer)
-    prompt_ids = encode_prompts(tokenizer, prompts)
-    ids, attention = left_pad(prompt_ids, pad)
+    pad, eos = tokenizer.pad_token_id, eos_ids(model, tokenizer).to(model.device)
+    prompt_ids, device = encode_prompts(tokenizer, prompts), model.device
+    ids, attention = left_pad(prompt_ids, pad, device)
     ids, attention = ids.repeat_interleave(M, 0), attention.repeat_interleave(M, 0)  # (B M, L)
     u = torch.from_numpy(
         uniforms(seed, prompt_keys(prompts).repeat(M), np.tile(np.arange(M), B), T)
-    )
+    ).to(device)
     tokens, logprobs, mask = [], [], []  # T of (B M,)
-    alive = torch.ones(B * M, dtype=torch.bool)
+    alive = torch.ones(B * M, dtype=torch.bool, device=device)
     for t in range(T):
         position_ids = (attention.cumsum(1) - 1).clamp(min=0)
         logits = model(ids, attention_mask=attention, position_ids=position_ids).logits[:, -1]
@@ -132,7 +132,8 @@ def sample(
             decode(wave)
 
     with torch.inference_mode(), decoding(model):
-        halving(min(B * M, batch_size or fitting_rows(model, T)), in_waves)
+        fitting = batch_size or fitting_rows(model, max(map(len, ids)), T)
+        halving(min(B * M, fitting), in_waves)
     bad = (~logprobs.isfinite().all(1)).nonzero().flatten().tolist()
     if bad:
         raise NotFinite(

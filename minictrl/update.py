@@ -195,7 +195,7 @@ def update(
             )
             stats["grad_norm"] = nn.utils.clip_grad_norm_(parameters, 1.0)
             if not (stats["grad_norm"] + stats.pop("loss")).isfinite():
-                raise bad_step(learner, batch, loss, index)
+                raise bad_step(learner, batch, loss, index, micro_batch)
             learner.optimizer.step()
             learner.updates += 1
             for name, stat in stats.items():
@@ -220,13 +220,15 @@ def _gradients(
     return totals
 
 
-def bad_step(learner: Learner, batch: Batch, loss: Loss, index: Tensor) -> BadStep:
+def bad_step(
+    learner: Learner, batch: Batch, loss: Loss, index: Tensor, micro_batch: int
+) -> BadStep:
     """What is not finite, and on which prompt: the first row of an index that shows it alone."""
     for row in index.split(1):
         what = _not_finite(learner, _gradients(learner, batch, loss, row, 1)["loss"])
         if what:
             return BadStep(what, batch.prompt_index[row].tolist())
-    whole = _not_finite(learner, _gradients(learner, batch, loss, index, len(index))["loss"])
+    whole = _not_finite(learner, _gradients(learner, batch, loss, index, micro_batch)["loss"])
     return BadStep(whole or "loss or gradient", batch.prompt_index[index].unique().tolist())
 
 

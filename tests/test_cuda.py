@@ -222,7 +222,7 @@ def test_a_scorer_visits_the_card_and_leaves_it_if_it_is_full(role, stays, tmp_p
         if role == "reward"
         else (GPT2LMHeadModel, load_generative)
     )
-    scorer, _, evaluate = load(save(tmp_path / role, kind(GPT2)), role, "", DEVICE)
+    scorer, _, evaluate, *_ = load(save(tmp_path / role, kind(GPT2)), role, "", DEVICE)
     visited = []
     scorer.base_model.register_forward_pre_hook(  # what both kinds call
         lambda module, _: visited.append(module.device.type)
@@ -240,7 +240,8 @@ def test_scores_are_the_cpus():
     for role in ("reward", "judge"):
         on_card, on_cpu = (load_scorer("reviews", role, device=name) for name in ("cuda", "cpu"))
         score = on_card(["The film is"] * 2, texts)
-        assert torch.allclose(score.cpu(), on_cpu(["The film is"] * 2, texts), atol=1e-4)
+        exact = 1e-4 if role == "judge" else 2e-2  # a causal classifier is in bfloat16 there
+        assert torch.allclose(score.cpu(), on_cpu(["The film is"] * 2, texts), atol=exact)
 
 
 def test_an_interrupted_run_resumes_bit_close_and_is_evaluated(tmp_path, stopped_after):

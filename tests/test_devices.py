@@ -3,20 +3,31 @@ on a fake one.
 """
 
 import warnings
+from contextlib import contextmanager
 
 import pytest
 import torch
-from fake_cuda import FakeCuda, FakeGraph, install
+from fake_cuda import GPU, FakeCuda, FakeGraph, install
 from test_models import SIZE, save
-from test_sampling import draw, make_model
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from test_sampling import PROMPTS, TOKENIZER, draw, make_model
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 import evaluate
 import train
+from minictrl import models as models_by_name
 from minictrl.lm import decode
 from minictrl.lm.device import resident
 from minictrl.lm.kvcache import SHARED_PREFIX
-from minictrl.models import load_policy
+from minictrl.models import load_policy, load_scorer
+from minictrl.sampling import sample_plainly
+from minictrl.scorers.text import set_precision
 
 SMALL = (
     "--device cuda --prompts 12 --K 8 --steps 7 --batch 6 --G 4 --minibatch 12 --max-new-tokens 8"
@@ -117,6 +128,65 @@ def test_a_step_that_cannot_be_recorded_is_launched(monkeypatch):
     with pytest.warns(UserWarning, match="can't be recorded"):
         decode._repeat(step, 5, recorded=True)
     assert steps == 5
+
+
+def test_a_step_is_recorded_on_the_models_gpu(monkeypatch):
+    """torch records on the current GPU, which need not be that of --device cuda:1."""
+    model, current = make_model("gpt2", torch.float64), []
+
+    @contextmanager
+    def device_of(tensor):
+        current.append(tensor.device)
+        yield
+        current.pop()
+
+    install(monkeypatch)
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    recorded = []
+    monkeypatch.setattr(
+        FakeGraph,
+        "__init__",
+        lambda self: recorded.append(list(current)) or setattr(self, "calls", []),
+    )
+    with FakeCuda():
+        draw(model.to("cuda"), num_samples=30, max_new_tokens=40)
+    assert recorded and all(each == [GPU] for each in recorded)
+
+
+def test_the_plain_sampler_runs_on_a_gpu(monkeypatch):
+    model = make_model("gpt2", torch.float64)
+    options = dict(num_samples=3, max_new_tokens=6, seed=0)
+    there = sample_plainly(model, TOKENIZER, PROMPTS, **options)
+    install(monkeypatch)
+    with FakeCuda():
+        here = sample_plainly(model.to("cuda"), TOKENIZER, PROMPTS, **options)
+        assert here.tokens.is_cuda and torch.equal(here.tokens.cpu(), there.tokens)
+
+
+CLASSIFIER = LlamaForSequenceClassification, LlamaConfig(**SIZE, num_labels=1)
+CAPPED = Gemma2ForCausalLM, Gemma2Config(**SIZE, head_dim=8, final_logit_softcapping=2.0)
+
+
+@pytest.mark.parametrize("kind, config", [CLASSIFIER, CAPPED])
+def test_bfloat16_on_a_gpu_makes_no_other_scorer_and_no_ties(kind, config, tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    path = save(tmp_path, kind(config))
+    prompts, texts = ["The film is"] * 40, [f" {'so ' * i}good" for i in range(40)]
+    there = load_scorer(path, "reward", device="cpu")
+    install(monkeypatch)
+    models = []
+    monkeypatch.setattr(
+        models_by_name, "set_precision", lambda *x: models.append(x[0]) or set_precision(*x)
+    )
+    with FakeCuda():
+        here = load_scorer(path, "reward", device="cuda")
+        scores = here(prompts, texts)
+    assert here.digest == there.digest  # a run goes on, and is evaluated, on the other device
+    assert torch.unique(scores).numel() == 40
+    assert (scores - there(prompts, texts)).abs().max() < 0.02 * scores.abs().max() + 0.01
+    kept = [b.dtype for name, b in models[0].named_buffers() if name.endswith("inv_freq")]
+    assert kept and set(kept) == {torch.float32}
+    assert torch.bfloat16 in {p.dtype for p in models[0].parameters()}
 
 
 @pytest.mark.parametrize("free, stays", [(3, False), (4, True)])

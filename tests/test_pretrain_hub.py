@@ -10,7 +10,7 @@ from test_models import GPT2, SIZE, save
 from transformers import BertConfig, BertModel, GPT2LMHeadModel
 
 from minictrl.models import load_policy, load_scorer
-from minictrl.pretrain.hub import pair_accuracy, train_pairs_task, wilson
+from minictrl.pretrain.hub import fit, mean, pair_accuracy, train_pairs_task, wilson
 
 WORDS = {"chosen": ("kind", "good", "nice"), "rejected": ("rude", "poor", "dull")}
 
@@ -73,6 +73,29 @@ def test_on_a_gpu_no_devices_are_mixed(trained, tmp_path, monkeypatch):
             device="cuda",
         )
     assert (tmp_path / "reward" / "config.json").is_file()
+
+
+def test_a_gradient_that_is_not_finite_changes_no_weight(tmp_path):
+    model = GPT2LMHeadModel(GPT2)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    rows = [([1, 2], [3])] * 4
+    nan = lambda part: model.get_input_embeddings().weight.sum() * float("nan")  # noqa: E731
+    with pytest.raises(ValueError, match="the gradient of step 1 of 2 is not finite"):
+        fit(model, rows, nan, tmp_path / "a", epochs=1, batch=2, micro_batch=2, lr=1e-3, seed=0)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_a_held_out_loss_that_does_not_fit_is_taken_in_smaller_batches():
+    sizes = []
+
+    def loss(part):
+        sizes.append(len(part))
+        if len(part) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return torch.tensor(float(len(part)))
+
+    assert mean(loss, [([1], [2])] * 7, 8) == 1.0
+    assert sizes == [7, 4, 2, 2, 2, 1]
 
 
 def test_pair_accuracy_counts_ties_half():

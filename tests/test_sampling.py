@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from minictrl.lm.draw import draw as draw_tokens
 from minictrl.lm.draw import uniforms
-from minictrl.lm.kvcache import SHARED_PREFIX, PrefixCache
+from minictrl.lm.kvcache import SHARED_PREFIX, PrefixCache, fitting_rows
 from minictrl.lm.logprobs import sequence_logprobs
 from minictrl.lm.prompts import encode_prompts, left_pad
 from minictrl.sampling import sample, sample_plainly
@@ -249,6 +249,20 @@ def test_training_can_follow_and_the_model_is_left_as_it_was():
     )
     logprobs.sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("family", ["gemma2", "mistral-window"])
+def test_the_plain_path_makes_logits_only_where_they_are_read(family):
+    model, positions = make_model(family), []
+    head = model.get_output_embeddings()
+    head.register_forward_hook(lambda _, inputs, out: positions.append(inputs[0].shape[1]))
+    s = draw(model, num_samples=3)
+    assert set(positions) == {1}
+    prompts = (x.repeat_interleave(3, 0) for x in left_pad(encode_prompts(TOKENIZER, PROMPTS), 2))
+    sequence_logprobs(model, *prompts, s.tokens.flatten(0, 1), s.mask.flatten(0, 1))
+    assert positions[-1] == s.tokens.shape[2] + 1
+    rows = fitting_rows(model, L=10**6, T=12)
+    assert rows < fitting_rows(model, L=10, T=12) <= 2048
 
 
 def test_dropout_is_off_while_sampling():

@@ -87,12 +87,13 @@ def decode(wave: Wave) -> None:
     """
     T, on_gpu = wave.u.shape[1], wave.row.is_cuda
     look = LOOK if on_gpu else 1
-    for t in range(0, T - 1, look):
-        if not wave.compact():
-            return
-        count = min(look, T - 1 - t)
-        wave.cache.widen(t + count)
-        _repeat(wave.step, count, recorded=on_gpu and isinstance(wave.cache, PrefixCache))
+    with torch.cuda.device_of(wave.row):  # a graph is recorded on the current GPU
+        for t in range(0, T - 1, look):
+            if not wave.compact():
+                return
+            count = min(look, T - 1 - t)
+            wave.cache.widen(t + count)
+            _repeat(wave.step, count, recorded=on_gpu and isinstance(wave.cache, PrefixCache))
 
 
 def _repeat(step: Callable[[], None], count: int, *, recorded: bool) -> None:

@@ -17,6 +17,10 @@ TOKEN = 16  # bytes of a sampled token: itself, its log-probability, its place i
 def resolve_device(name: str) -> torch.device:
     """auto (CUDA if there is one), cpu, or cuda[:INDEX]. Raises ValueError if there is no such
     device. auto is the GPU of its own for each process of a launcher, which sets LOCAL_RANK.
+
+    On a GPU it makes float32 products exact, whatever the environment asks for, because draws and
+    training are compared to 1e-3 nats; and it leaves cuDNN's attention out, whose gradients have
+    been NaN in bfloat16 (pytorch issue 196678).
     """
     if name == "auto":
         rank = os.environ.get("LOCAL_RANK")
@@ -28,6 +32,9 @@ def resolve_device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         count = torch.cuda.device_count()
         raise ValueError(f"--device {name}: there are {count} GPUs; use cuda:0 to cuda:{count - 1}")
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.cuda.enable_cudnn_sdp(False)
     return device
 
 

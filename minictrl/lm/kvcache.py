@@ -66,12 +66,15 @@ def padded_head(model) -> Callable[[Tensor], Tensor]:
     return lambda hidden: at_least_float32(F.linear(hidden, weight, bias))
 
 
-def forward(model, ids: Tensor, cache=None, **kwargs):
+def forward(model, ids: Tensor, cache=None, *, last: int = 0, **kwargs):
     """transformers' output for ids (N, L): of the model without its head, or of the whole in the
-    plain path.
+    plain path. last: positions whose logits are read there, from the end (0: all).
     """
-    model = model if is_plain(model) else model.base_model
+    plain = is_plain(model)
+    model = model if plain else model.base_model
     names = _arguments(type(model))
+    if plain and "logits_to_keep" in names:
+        kwargs["logits_to_keep"] = last
     if cache is not None:
         # renamed in 5.24
         kwargs |= {"cache" if "cache" in names else "past_key_values": cache, "use_cache": True}
@@ -262,7 +265,7 @@ class RepeatedCache:
 
     def _forward(self, ids: Tensor, position_ids: Tensor) -> Tensor:
         return forward(
-            self.model, ids, self.cache, attention_mask=self.mask, position_ids=position_ids
+            self.model, ids, self.cache, last=1, attention_mask=self.mask, position_ids=position_ids
         ).logits[:, -1]
 
     def compact(self, index: Tensor) -> None:
@@ -286,13 +289,14 @@ def decoding(model):
         model.train(training)
 
 
-def fitting_rows(model, T: int) -> int:
-    """Rows whose keys and values of T tokens take 1/2 GB on a CPU, a third of what is free on a
-    GPU; 2,048 at most.
+def fitting_rows(model, L: int, T: int) -> int:
+    """Rows whose keys and values take 1/2 GB on a CPU, a third of what is free on a GPU; 2,048 at
+    most. L, T: tokens of the prompt, which the plain path repeats, and of the response.
     """
     c, weight = model.config, model.get_input_embeddings().weight
     heads = getattr(c, "num_key_value_heads", None) or c.num_attention_heads
     width = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
-    row = 2 * c.num_hidden_layers * heads * width * columns(T) * weight.element_size()
+    tokens = L + T if is_plain(model) else columns(T)
+    row = 2 * c.num_hidden_layers * heads * width * tokens * weight.element_size()
     memory = free_memory(weight.device) // 3 if weight.is_cuda else 2**29
     return min(2048, max(32, memory // row))

@@ -49,19 +49,20 @@ def response_logits(
     """The logits (mask.sum(), V) float32 that each token that counts was drawn from, row by row,
     and the (N, T, D) last hidden states. Arguments as those of `sequence_logprobs`, which checks
     them."""
-    first, kept = prompt_ids.shape[1] - 1, mask.bool()
+    before, kept = slice(-tokens.shape[1] - 1, -1), mask.bool()  # states before a token
     attention_mask = torch.cat([prompt_mask, mask.to(prompt_mask.dtype)], 1)
     extra = {"output_hidden_states": True} if is_plain(model) else {}
     out = forward(
         model,
         torch.cat([prompt_ids, tokens], 1),
+        last=tokens.shape[1] + 1,
         attention_mask=attention_mask,
         position_ids=(attention_mask.cumsum(1) - 1).clamp(min=0),
         **extra,
     )
     if is_plain(model):
-        hidden, logits = out.hidden_states[-1][:, first:-1], out.logits[:, first:-1][kept].float()
+        hidden, logits = out.hidden_states[-1][:, before], out.logits[:, before][kept].float()
     else:  # the head only where a token counts
-        hidden = out.last_hidden_state[:, first:-1]
+        hidden = out.last_hidden_state[:, before]
         logits = head_logits(model, hidden[kept])
     return logits, hidden

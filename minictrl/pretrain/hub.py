@@ -305,7 +305,12 @@ def fit(
             return total
 
         total, micro_batch = halving(micro_batch, gradients)
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        if not norm.isfinite():
+            raise ValueError(
+                f"{out.name}: the gradient of step {step + 1} of {len(schedule)} is not finite, "
+                f"and has changed no weight; use a lower --lr than {lr:g}, or --device cpu"
+            )
         optimizer.step()
         bar.set_postfix_str(f"loss {total:.3f}")
     model.eval()
@@ -372,9 +377,12 @@ def short(rows: list, max_tokens: int) -> list:
 @torch.no_grad()
 def mean(loss: Callable[[list], Tensor], rows: list, micro_batch: int) -> float:
     rows = sorted(rows, key=size)
-    return sum(
-        float(loss(rows[i : i + micro_batch])) for i in range(0, len(rows), micro_batch)
-    ) / len(rows)
+
+    def total(micro_batch: int) -> float:
+        parts = (rows[i : i + micro_batch] for i in range(0, len(rows), micro_batch))
+        return sum(float(loss(part)) for part in parts)
+
+    return halving(micro_batch, total)[0] / len(rows)
 
 
 def pair_accuracy(score: Callable, pairs: list[Pair]) -> float:

@@ -38,12 +38,8 @@ def load_classifier(name: str, role: str, label: str, device: torch.device):
             f"{role} model {name}: has {len(labels)} labels ({', '.join(labels)}), not one score; "
             f"give {name}#{labels[-1]} for the log-odds of a label, or another model"
         )
-    if device.type == "cuda" and head is not None:
-        model.bfloat16()
-        # bfloat16 scores would be tied
-        head.float().register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
-    else:
-        model.float()
+    if head is not None:  # in float32 where the model isn't: `set_precision`
+        head.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
 
     def of_logits(logits: Tensor) -> Tensor:  # (…, labels) -> (…)
         logits = logits.float()

@@ -13,7 +13,6 @@ from transformers import AutoModelForCausalLM
 
 from minictrl.data import Prompt
 from minictrl.lm.hub import from_hub
-from minictrl.lm.kvcache import SHARED_PREFIX
 from minictrl.scorers.text import in_batches, plain, render, scorer_tokenizer
 
 QUESTION = """Below are a prompt and a response to it.
@@ -37,8 +36,7 @@ def load_generative(name: str, role: str, label: str, device: torch.device):
             f"{role} model {name}#{label}: is a causal language model, without labels; leave "
             f"#{label} out"
         )
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    model = from_hub(AutoModelForCausalLM, f"{role} model", name, dtype=dtype).eval()
+    model = from_hub(AutoModelForCausalLM, f"{role} model", name, dtype="auto").eval()
     tokenizer = scorer_tokenizer(model, name, role)
 
     def evaluate(prompts: list[Prompt], texts: list[str]) -> Tensor:
@@ -79,13 +77,17 @@ def log_odds(
     def read(inputs: dict[str, Tensor]) -> Tensor:
         last = inputs["attention_mask"].sum(1) - 1  # (B,), padded on the right
         row = torch.arange(len(last), device=last.device)
-        if model.config.model_type not in SHARED_PREFIX:  # it may cap or scale its logits
-            kept, at = last.unique(return_inverse=True)
-            logits = model(**inputs, logits_to_keep=kept).logits[row, at][:, [this, other]].float()
-        else:
-            state = model.base_model(**inputs).last_hidden_state[row, last].float()  # (B, D)
+
+        def answer(hidden: Tensor) -> Tensor:  # (B, L, D) -> (B, 1, 2), in float32
+            state = hidden[row, last][:, None].float()
             bias = None if head.bias is None else head.bias[[this, other]].float()
-            logits = F.linear(state, head.weight[[this, other]].float(), bias)
+            return F.linear(state, head.weight[[this, other]].float(), bias)
+
+        head.forward = answer  # the family may still cap or scale it
+        try:
+            logits = model(**inputs).logits[:, 0]  # (B, 2)
+        finally:
+            del head.forward
         return logits[:, 0] - logits[:, 1]  # the rest of the vocabulary cancels
 
     return in_batches(model, tokenizer, device, asked, read)

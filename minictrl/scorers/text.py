@@ -188,6 +188,19 @@ def scorer_tokenizer(model: nn.Module, name: str, role: str):
     return tokenizer
 
 
+def set_precision(model: nn.Module, device: torch.device) -> None:
+    """float32; bfloat16 of a causal model on a GPU, but for a score head, whose scores would be
+    tied, and for what is no parameter, such as rotary frequencies.
+    """
+    score = getattr(model, "score", None)
+    if device.type != "cuda" or score is None and model.get_output_embeddings() is None:
+        model.float()
+        return
+    head = [] if score is None else [id(p) for p in score.parameters()]
+    for p in model.parameters():
+        p.data = p.data.float() if id(p) in head else p.data.bfloat16()
+
+
 def in_batches(
     model: nn.Module, tokenizer, device: torch.device, texts: list, read: Callable
 ) -> Tensor:
