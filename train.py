@@ -160,7 +160,8 @@ def load_and_check(config: Config):
 def summary(last: dict, config: Config) -> str:
     """Where a run has ended. last: its last row of metrics.jsonl."""
     asked = f" of {config.kl:g}" if config.kl else ""
-    kl = f"KL {last['kl_ref']:.3f} ± {last['kl_ref_stderr']:.3f}{asked} nats"
+    error = "" if last["kl_ref_stderr"] is None else f" ± {last['kl_ref_stderr']:.3f}"
+    kl = f"KL {last['kl_ref']:.3f}{error}{asked} nats"
     if config.kl and last["kl_ref"] > 2 * config.kl:
         kl += f", which is not held: try a lower --lr than {config.lr:g}"
     return f"{config.out}: {config.steps} steps, {kl}, C_hat {last['C_hat']:.3f}"
@@ -177,7 +178,7 @@ def online(training, config, task, method, reference, pi_ref):
     for step in training.steps():
         index = items_of_step(step, len(task.prompts), config.batch, config.seed)  # (P,) prompts x
         r_ref = reference.r_ref[index]  # (P, K)
-        batch, r, stats = draw_rollout(task, pi_ref, index, r_ref, step, config)
+        batch, r, stats = draw_rollout(task, pi_ref, index, reference, step, config)
         if training.tracker and step % EVERY == 0:
             training.tracker.table(responses(task, batch, r), step + 1)
         beta = budget.follow(stats["kl_ref"]) if step >= WARMUP else budget.beta
@@ -194,18 +195,20 @@ def online(training, config, task, method, reference, pi_ref):
         training.log(batch, stats | run_update(learner, batch, method, step, config))
 
 
-def draw_rollout(task, pi_ref, index, r_ref, step: int, config: Config):
+def draw_rollout(task, pi_ref, index, reference, step: int, config: Config):
     """(batch, r, statistics) of G responses of the policy to each prompt of the index.
 
-    The batch has pi_ref's log-probabilities; r (P, G): rewards, calibrated against r_ref (P, K).
+    The batch has pi_ref's log-probabilities; r (P, G): rewards. reference: of all prompts.
     """
     from minictrl.calibration import calibrated_reward
     from minictrl.rollout import rollout, rollout_stats
     from minictrl.update import forward_all
 
-    batch, r = rollout(task, index, num_samples=config.G, seed=config.seed_for(step + 1))
+    reference, seed = reference[index], config.seed_for(step + 1)
+    batch, r = rollout(task, index, num_samples=config.G, seed=seed)
+    r = reference.kept(r, *(x.view(*r.shape, -1) for x in (batch.tokens, batch.mask)))
     batch.ref_logprobs, _ = forward_all(pi_ref, None, batch, config.micro_batch)
-    C_hat = calibrated_reward(r, r_ref)  # (P, G), Eq. 12
+    C_hat = calibrated_reward(r, reference.r_ref)  # (P, G), Eq. 12
     return batch, r, rollout_stats(batch, r, C_hat)
 
 
@@ -224,9 +227,7 @@ def offline(training, config, task, method, reference, pi_ref):
         stats = run_update(training.learner, batch, method, step, config)
         if step + 1 == config.steps:
             index = items_of_step(0, len(task.prompts), config.batch, config.seed)
-            *_, end = draw_rollout(
-                task, pi_ref, index, reference.r_ref[index], config.steps, config
-            )
+            *_, end = draw_rollout(task, pi_ref, index, reference, config.steps, config)
             stats |= end
         training.log(batch, stats)
 

@@ -30,9 +30,9 @@ def with_advantages(
 
 
 def value(batch: Batch, task: Task, r_ref: Tensor, learner: Learner, config: Config) -> Batch:
-    """GAE with a value head, which starts at 0: so R is taken without the batch's mean."""
+    """GAE with a value head, which starts at 0: so R is taken without the mean of the others'."""
     _, values = forward_all(learner.policy, learner.value_head, batch, config.micro_batch)
-    centred = replace(batch, R=batch.R - batch.R.mean())
+    centred = replace(batch, R=ppo.loo_advantages(batch.R[None])[0])
     return _gae(batch, token_rewards(centred), values, config.lam)
 
 

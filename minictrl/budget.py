@@ -39,6 +39,8 @@ def empirical_beta(r_ref: Tensor, kl: float) -> float:
     don't reach.
     """
     positive("kl", kl)
+    if not r_ref.isfinite().all():
+        raise ValueError("r_ref holds rewards that are not finite: no beta makes a policy of them")
     r = r_ref.double() - r_ref.double().amax(1, keepdim=True)  # so that the best keep their digits
     K = r.shape[1]
 

@@ -38,6 +38,7 @@ from minictrl.lm.logprobs import response_logits
 from minictrl.methods import get_method
 from minictrl.models import load_policy
 from minictrl.procedures import get_procedure
+from minictrl.reference import Reference
 from minictrl.rollout import batch_of, reference_samples, sample_and_score, score
 from minictrl.sampling import Samples, texts_of
 from minictrl.task import Task, load_task, scorer_of, try_scorers
@@ -89,7 +90,8 @@ def evaluate(
     check_kept(run / f"eval{suffix}.json", other_models)
     policy, _ = load_policy(str(run / "policy"))
     policy.to(task.ids.device)
-    pi, pi_ref, kls = draw_both(task, policy, judge, config, M)
+    pi, pi_ref, samples = draw_both(task, policy, judge, config, M)
+    kls = kl_by_prompt(policy, task, samples, config.micro_batch).double()
 
     # the policy is no optimum of another reward model's
     curve = None if "reward" in other_models else curve_of(config)
@@ -107,18 +109,20 @@ def evaluate(
 
 def draw_both(
     task: Task, policy: nn.Module, judge: Callable | None, config: Config, M: int
-) -> tuple[Scored, Scored, Tensor]:
-    """(pi, pi_ref, (P,) KL in nats): M responses of each to each prompt, with their scores."""
-    reward_ref, texts_ref = draw_reference(task, config, M)
+) -> tuple[Scored, Scored, Samples]:
+    """(pi, pi_ref, pi's samples): M responses of each to each prompt, with their scores."""
+    drawn, texts_ref = draw_reference(task, config, M)
     samples, reward = sample_and_score(
         task, policy, range(len(task.prompts)), num_samples=M, seed=config.seed_for(TEST)
     )
+    reward = drawn.kept(reward, samples.tokens, samples.mask)
     pi = Scored(samples.texts, {"reward": reward})
-    pi_ref = Scored(texts_ref, {"reward": reward_ref})
-    if judge:
-        for each in (pi, pi_ref):
-            each.scores["judge"] = score(judge, task.prompts, each.texts)
-    return pi, pi_ref, kl_by_prompt(policy, task, samples, config.micro_batch).double()
+    pi_ref = Scored(texts_ref, {"reward": drawn.r_ref})
+    if judge:  # all in one call, so that equal responses tie
+        both = [[*x, *y] for x, y in zip(pi.texts, pi_ref.texts, strict=True)]
+        scores = score(judge, task.prompts, both).split(M, 1)
+        pi.scores["judge"], pi_ref.scores["judge"] = scores
+    return pi, pi_ref, samples
 
 
 def check_kept(path: Path, other_models: dict[str, str]):
@@ -224,12 +228,12 @@ def table_of(
     return table, wins
 
 
-def draw_reference(task: Task, config: Config, M: int) -> tuple[Tensor, list[list[str]]]:
-    """M fresh samples of pi_ref for each of the P prompts: their rewards and texts, (P, M) each."""
+def draw_reference(task: Task, config: Config, M: int) -> tuple[Reference, list[list[str]]]:
+    """M fresh samples of pi_ref for each of the P prompts, and their texts (P, M)."""
     seed = config.seed_for(TEST_REF)
     drawn = reference_samples(task, M, seed=seed, cache=config.cache, name="pi_ref")
     # texts aren't cached
-    return drawn.r_ref, texts_of(task.tokenizer, task.ids.tolist(), drawn.tokens, drawn.mask)
+    return drawn, texts_of(task.tokenizer, task.ids.tolist(), drawn.tokens, drawn.mask)
 
 
 def shown(prompts: list, pi: Scored, pi_ref: Scored, C_hat: dict[str, Tensor]) -> list[dict]:

@@ -33,6 +33,8 @@ def _check(mask: Tensor, **tensors: Tensor) -> Tensor:
                 f"{name} is {tuple(x.shape)}, mask is {tuple(mask.shape)}: both must be (B, T)"
             )
     mask = mask.bool()
+    if not mask.numel():
+        raise ValueError(f"mask is {tuple(mask.shape)}: there must be a response and a token")
     if not mask[:, 0].all() or (mask[:, 1:] & ~mask[:, :-1]).any():
         raise ValueError(
             "mask must be 1 on every response's first tokens, 0 after (right-padded, none empty): "
@@ -79,7 +81,8 @@ def gae(
         if not 0 <= value <= 1:
             raise ValueError(f"{name} is {value}: must be between 0 and 1")
     mask = _check(mask, token_rewards=token_rewards, values=values)
-    token_rewards, values = token_rewards.masked_fill(~mask, 0), values.masked_fill(~mask, 0)
+    token_rewards = token_rewards.masked_fill(~mask, 0)
+    values = values.masked_fill(~mask, 0).to(token_rewards)
     advantages = torch.zeros_like(values)
     next_value = next_advantage = torch.zeros_like(values[:, 0])
     # behind the mask all terms are 0, so each response starts from 0
@@ -148,7 +151,7 @@ def loo_advantages(returns: Tensor) -> Tensor:
         raise ValueError(
             f"returns is {tuple(returns.shape)}: must be (P, G) with G >= 2 samples of each prompt"
         )
-    G = returns.shape[1]
+    returns, G = returns.to(torch.promote_types(returns.dtype, torch.float32)), returns.shape[1]
     return (returns - returns.mean(1, keepdim=True)) * (G / (G - 1))
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from minictrl.files import digest, load_tensors, lock, save_tensors, sweep
@@ -32,6 +33,23 @@ class Reference:
 
     def __getitem__(self, index) -> Reference:
         return Reference(*(getattr(self, f.name)[index] for f in fields(self)))
+
+    def kept(self, r: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
+        """Rewards r (P, G) of responses (P, G, T) to the same prompts, but the one that is kept
+        here where a response is one of the samples.
+
+        A model's score of a text moves by a rounding with the texts beside it. Between equal
+        responses that would make a tie a win or a loss.
+        """
+        ours, theirs = marked(tokens, mask), marked(self.tokens, self.mask)
+        width = max(ours.shape[2], theirs.shape[2])
+        ours, theirs = (F.pad(x, (0, width - x.shape[2]), value=-1) for x in (ours, theirs))
+        r = r.clone()
+        for p in range(len(r)):  # by prompt: (G, K, T) at a time
+            same = (ours[p, :, None] == theirs[p]).all(2)  # (G, K)
+            known = self.r_ref[p][same.int().argmax(1)].to(r)
+            r[p] = torch.where(same.any(1).to(r.device), known, r[p])
+        return r
 
     def save(self, path: Path, digest: str):
         """Writes all tensors with a digest of what they depend on."""
@@ -52,6 +70,11 @@ class Reference:
             warnings.warn(f"{path} is damaged ({error}); its samples are drawn again", stacklevel=2)
             return None
         return cls(**tensors) if digest in (None, metadata["digest"]) else None
+
+
+def marked(tokens: Tensor, mask: Tensor) -> Tensor:
+    """Tokens on the CPU, -1 behind the end."""
+    return tokens.cpu().masked_fill(~mask.cpu().bool(), -1)
 
 
 def cached(

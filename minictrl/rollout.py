@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -141,7 +142,7 @@ def rollout_stats(batch: Batch, r: Tensor, C_hat: Tensor) -> dict[str, float]:
     """Means over a rollout: rewards, KL(pi || pi_ref) in nats per response, entropy per token.
 
     r, C_hat: (P, G). Responses to one prompt are not independent, so the KL's standard
-    error is that over prompts.
+    error is that over prompts; of one response alone it is NaN.
     """
     kl = batch.kl()  # (B,)
     independent = kl.view(r.shape).mean(1) if len(r) > 1 else kl
@@ -149,10 +150,14 @@ def rollout_stats(batch: Batch, r: Tensor, C_hat: Tensor) -> dict[str, float]:
         "reward": r.mean(),
         "C_hat": C_hat.mean(),
         "kl_ref": kl.mean(),
-        "kl_ref_stderr": independent.std() / len(independent) ** 0.5,
+        "kl_ref_stderr": standard_error(independent),
         "entropy": -batch.old_logprobs.sum() / batch.mask.sum(),
     }
     return {name: float(value) for name, value in means.items()}
+
+
+def standard_error(x: Tensor) -> float:
+    return float(x.std()) / len(x) ** 0.5 if len(x) > 1 else math.nan
 
 
 # --- reference samples ---

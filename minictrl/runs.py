@@ -90,6 +90,9 @@ def check(out: Path, settings: dict, config: Config, *, resume: bool, overwrite:
                     f"--{name.replace('_', '-')} {value}: {out} was started with "
                     f"{getattr(stored, name)}; leave it out to resume, or give another --out"
                 )
+        lr, done = settings.get("lr", stored.lr), (out / "policy" / "config.json").is_file()
+        if done and lr != stored.lr:
+            raise ValueError(f"--lr {lr}: {out} has no step left that could take it; leave it out")
         return replace(stored, **{name: settings[name] for name in FREE if name in settings})
     cache = Path(config.cache)
     if cache.exists() and not cache.is_dir():

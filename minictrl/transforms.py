@@ -147,4 +147,10 @@ def get_transform(
         raise ValueError(f"unknown transform {name!r}; known: exp<t> (exp5, exp-10, …), {known}")
     if name == "log" and K is not None:
         return Transform(name, lambda u: log(u.clamp(min=1 / (2 * K))))
+    top = CLOSED_FORMS[name](torch.ones(1))
+    if not top.isfinite().all():
+        raise ValueError(
+            f"transform {name!r}: Phi(1) is {top.item()}, and the best of K samples has C_hat = 1; "
+            "bound it near 1"
+        )
     return Transform(name, CLOSED_FORMS[name])

@@ -68,6 +68,8 @@ def ctrl_reward(
     known = dict(zip(map(key, task.prompts), r_ref, strict=True))  # prompt -> (K,)
 
     def reward(prompts: list[Prompt], completions: list, **_) -> list[float]:
+        if not prompts:
+            return []
         new = list({key(prompt): prompt for prompt in prompts if key(prompt) not in known}.values())
         if new:
             texts = [text_of(config, task.tokenizer, prompt) for prompt in new]

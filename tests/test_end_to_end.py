@@ -12,6 +12,7 @@ from minictrl import evaluation, figures, runs, theory
 from minictrl.budget import Budget
 from minictrl.config import Config
 from minictrl.methods import get_method
+from minictrl.models import load_scorer
 from minictrl.reference import Reference
 from minictrl.rollout import prefix_rewards, rollout
 from minictrl.task import load_task
@@ -214,3 +215,35 @@ def test_a_policy_is_a_directory_for_transformers_pipelines(short_run):
     prompt = "A film that"
     [row] = write(prompt, max_new_tokens=5, do_sample=True)
     assert row["generated_text"].startswith(prompt) and len(row["generated_text"]) > len(prompt)
+
+
+ONE = "--prompts 8 --K 8 --steps 2 --batch 1 --G 1 --max-new-tokens 3".split()
+
+
+def test_a_batch_of_one_response_ends_without_an_error_of_its_kl(tmp_path, capsys):
+    folders = ["--out", str(tmp_path / "run"), "--cache", str(tmp_path)]
+    assert not train.main([*ONE, *folders])
+    assert "±" not in capsys.readouterr().out.splitlines()[-1]
+    assert rows_of(tmp_path / "run" / "metrics.jsonl")[0]["kl_ref_stderr"] is None
+    for baseline in ("value", "loo"):  # they compare it with others
+        with pytest.raises(ValueError, match="use at least 2"):
+            train.main([*ONE, *folders, "--overwrite", "--baseline", baseline])
+    with pytest.raises(ValueError, match="--lr 1e-05: .* has no step left"):
+        train.main(["--resume", *folders, "--lr", "1e-5"])
+
+
+def test_equal_responses_tie(tmp_path):
+    """Of one token many are equal. Scored in two calls they would differ by a rounding, and pi_ref
+    would win or lose against itself.
+    """
+    config = Config(prompts=24, max_new_tokens=1, cache=str(tmp_path)).resolved()
+    task = load_task(config, "test")
+    judge = load_scorer("reviews", "judge", device="cpu")
+    pi, pi_ref, _ = evaluation.draw_both(task, task.policy, judge, config, 16)
+    for name in ("reward", "judge"):
+        known = {}
+        for policy in (pi, pi_ref):
+            for i, texts in enumerate(policy.texts):
+                for text, score in zip(texts, policy.scores[name][i].tolist()):
+                    known.setdefault((i, text), set()).add(score)
+        assert len(known) < 24 * 32 and all(len(scores) == 1 for scores in known.values())

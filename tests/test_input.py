@@ -301,9 +301,12 @@ def test_a_run_without_a_judge_has_no_judges_rows(short_run, tmp_path):
 
 
 def test_a_resumed_run_may_go_on_elsewhere_and_more_slowly(short_run, tmp_path):
-
-    settings = {"out": str(short_run), "cache": str(tmp_path), "device": "cpu", "lr": 1e-5}
-    config = runs.check(short_run, settings, Config().resolved(), resume=True, overwrite=False)
+    run = shutil.copytree(short_run, tmp_path / "run")
+    settings = {"out": str(run), "cache": str(tmp_path), "device": "cpu", "lr": 1e-5}
+    with pytest.raises(ValueError, match="--lr 1e-05: .* has no step left"):
+        runs.check(run, settings, Config().resolved(), resume=True, overwrite=False)
+    shutil.rmtree(run / "policy")
+    config = runs.check(run, settings, Config().resolved(), resume=True, overwrite=False)
     assert (config.cache, config.device, config.lr) == (str(tmp_path), "cpu", 1e-5)
     assert config.transform == "exp10"
 

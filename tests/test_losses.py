@@ -10,15 +10,16 @@ import torch
 from scipy.special import exp1, expi
 
 from minictrl import theory
+from minictrl.budget import empirical_beta
 from minictrl.calibration import leave_one_out_calibration
 from minictrl.methods.base import best_and_worst
 from minictrl.methods.bonbon import bonbon_beta, bonbon_loss
 from minictrl.methods.bond import jeffreys_loss
 from minictrl.methods.grpo import grpo_advantages
 from minictrl.methods.ipo import ipo_loss
-from minictrl.methods.pkpo import max_at_n_advantages
+from minictrl.methods.pkpo import beats_best_of, max_at_n_advantages
 from minictrl.methods.qrpo import log_partition, qrpo_loss
-from minictrl.ppo import loo_advantages, policy_loss
+from minictrl.ppo import gae, loo_advantages, policy_loss
 from minictrl.transforms import get_transform
 
 BETAS = {
@@ -380,3 +381,32 @@ def test_bad_input_is_a_value_error(call):
 @pytest.mark.parametrize("G, value", [(7, 1000.1), (100, 3.3)])
 def test_a_group_of_equal_returns_has_no_advantage(G, value):
     assert not grpo_advantages(torch.full((2, G), value)).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.long, torch.float32, torch.float16])
+def test_whole_numbers_have_the_advantages_of_the_same_floats(dtype):
+    x = torch.tensor([[1, 2, 3]])
+    assert torch.allclose(grpo_advantages(x.to(dtype)).float(), torch.tensor([[-1.0, 0.0, 1.0]]))
+    assert torch.allclose(loo_advantages(x.to(dtype)), torch.tensor([[-1.5, 0.0, 1.5]]))
+    mask = torch.ones(1, 3, dtype=dtype)
+    to_go, _ = gae(torch.tensor([[0.1, 0.2, 0.7]]), torch.zeros_like(mask), mask, lam=1.0)
+    assert torch.allclose(to_go, torch.tensor([[1.0, 0.9, 0.7]]))
+    Phi = get_transform("bon_fp", beta=0.1)
+    assert torch.allclose(
+        Phi(torch.tensor([0, 1]).to(dtype)).float(), Phi(torch.tensor([0.0, 1.0]))
+    )
+
+
+def test_odd_rewards_are_refused_in_a_line():
+    with pytest.raises(ValueError, match="n is 5: must be"):
+        beats_best_of(torch.zeros(1, 2), torch.zeros(1, 4), 5)
+    with pytest.raises(ValueError, match="r_ref holds rewards that are not finite"):
+        empirical_beta(torch.tensor([[0.0, float("inf")]]), 0.1)
+    with pytest.raises(ValueError, match="there must be a response and a token"):
+        gae(*torch.zeros(3, 1, 0))
+
+
+def test_a_log_Z_of_another_shape_is_refused():
+    R = torch.arange(6.0).view(2, 3)
+    with pytest.raises(ValueError, match="must have one shape"):
+        qrpo_loss(torch.zeros(6), torch.zeros(6), R.flatten(), log_partition(R))

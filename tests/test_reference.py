@@ -72,3 +72,16 @@ def test_a_digest_tells_weights_apart():
     assert digest(a, 1) == digest(b, 1) != digest(a, 2)
     b.weight.data[0, 0] += 1e-6
     assert digest(a) != digest(b)
+
+
+def test_a_response_that_is_a_sample_has_its_reward_and_ties():
+    """Whatever comes behind the end, and however wide the padding is."""
+    tokens = torch.tensor([[[5, 6, 1], [5, 1, 0]], [[7, 8, 9], [5, 1, 0]]], dtype=torch.int32)
+    mask = torch.tensor([[[1, 1, 1], [1, 1, 0]], [[1, 1, 1], [1, 1, 0]]]).bool()
+    r_ref = torch.tensor([[0.25, 0.5], [0.75, 1.0]])
+    kept = Reference(r_ref, tokens, tokens.float(), mask)
+    ours = torch.tensor([[[5, 1, 9, 9], [5, 6, 2, 0]], [[5, 6, 1, 0], [7, 8, 9, 4]]])
+    ends = torch.tensor([[2, 3], [3, 3]])[..., None] > torch.arange(4)
+    r = torch.tensor([[0.5000001, 3.0], [4.0, 0.7499999]])
+    expected = torch.tensor([[0.5, 3.0], [4.0, 0.75]])
+    assert torch.equal(kept.kept(r, ours, ends.float()), expected)

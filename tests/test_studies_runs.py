@@ -247,11 +247,12 @@ def test_the_leaderboard_is_sorted_and_a_new_method_enters_alone(tmp_path, scrip
     first, worst, standard, claims, *studies = page.split("\n## ")[1:]
     assert first.startswith("Best-of-4") and worst.startswith("Worst-of-4")
     rows = [line.split(" | ") for line in first.splitlines() if line.startswith("| ")][3:]
-    assert rows[0][0] == "| qrpo exp10" and rows[0][4] == "–" and rows[1][0] != "| qrpo exp10"
-    assert rows[0][2] == "61.0 ± 0.4 / 61.0 ± 0.4" and rows[0][1] == rows[0][3] == "–"
-    assert rows[1][4] == "1.0 ± 0.0 / 1.0 ± 0.0"  # paired
-    assert rows[0][6:9] == ["2", "26 thousand", "1.5"]
-    assert "`python train.py --transform exp10 --method qrpo --steps 6" in rows[0][9]
+    assert "KL 1 |" in first and "KL 0.5" not in first  # which no method has
+    assert rows[0][0] == "| qrpo exp10" and rows[0][2] == "–" and rows[1][0] != "| qrpo exp10"
+    assert rows[0][1] == "61.0 ± 0.4 / 61.0 ± 0.4"
+    assert rows[1][2] == "1.0 ± 0.0 / 1.0 ± 0.0"  # paired
+    assert rows[0][4:7] == ["2", "26 thousand", "1.5"]
+    assert "`python train.py --transform exp10 --method qrpo --steps 6" in rows[0][7]
     assert "exp10 over none 0.0 (0.0 to 0.0)" in claims and "not run" in claims
     assert studies[0].startswith("fig4") and "fig4.png" in studies[0] and "fig5" not in page
     with pytest.raises(SystemExit):

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from minictrl import theory
+from minictrl import theory, transforms
 from minictrl.procedures import cells
 from minictrl.transforms import FLOOR, get_transform
 
@@ -119,3 +119,10 @@ def test_equal_reference_rewards_are_not_blown_up():
 def test_bad_names_and_values_are_named(name, options, message):
     with pytest.raises(ValueError, match=message):
         get_transform(name, **options)
+
+
+def test_a_transform_without_an_upper_end_is_refused(monkeypatch):
+    monkeypatch.setitem(transforms.CLOSED_FORMS, "logit", lambda u: (u / (1 - u)).log())
+    with pytest.raises(ValueError, match=r"'logit': Phi\(1\) is inf.*bound it"):
+        get_transform("logit")
+    assert get_transform("log")(torch.zeros(1)).isfinite()  # the lower end is bounded by K

@@ -16,8 +16,8 @@ A new method is one file with a class `Method`, of a parent in `base.py`, and it
 | pkpo | the win rate after the procedure, without a transform | the optimum of InfAlign itself |
 | maxpo | pkpo with centred advantages, for N < G | the optimum of InfAlign itself |
 | tea | pkpo for N > G, extrapolated | that optimum, as far as the tail is a power law |
-| maxrl | the log of each prompt's standard win rate | the identity transform |
-| rs_grpo | the log of E[e^{t C_hat}] | the transform exp<t> |
+| maxrl | the log of each prompt's standard win rate | the identity transform, as G grows |
+| rs_grpo | the log of E[e^{t C_hat}] | the transform exp<t>, as G grows |
 
 vBoN (Amini et al. 2024) is ppo with `--transform log`.
 """

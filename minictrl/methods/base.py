@@ -100,7 +100,7 @@ class Online(Method):
                 f"samples; use at least {cls.least_G}"
             )
         others = config.G if config.transform in RAW else config.batch * config.G
-        if cls.compared and config.baseline == "loo" and others < 2:
+        if cls.compared and config.baseline != "prefix" and others < 2:
             raise ValueError(
                 f"--G {config.G}: a response is compared with the prompt's other samples, or with "
                 "those of the other prompts; use at least 2"

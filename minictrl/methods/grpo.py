@@ -7,6 +7,7 @@ mean. `grpo_fixed.py` has the loss as published.
 
 import math
 
+import torch
 from torch import Tensor
 
 from minictrl.methods.base import Online, check_samples
@@ -37,4 +38,4 @@ def grpo_advantages(returns: Tensor, divide: bool = True) -> Tensor:
     centred = exact - exact.mean(1, keepdim=True)
     if divide:
         centred = centred / (exact.std(1, keepdim=True) + 1e-6)
-    return centred.to(returns.dtype)
+    return centred.to(torch.promote_types(returns.dtype, torch.float32))

@@ -55,4 +55,6 @@ def qrpo_loss(logprobs: Tensor, ref_logprobs: Tensor, R: Tensor, log_Z: float | 
     of the response's prompt. Offline: nothing is drawn from pi. Raises ValueError on shapes.
     """
     check_shapes(logprobs=logprobs, ref_logprobs=ref_logprobs, R=R)
+    if isinstance(log_Z, Tensor) and log_Z.numel() > 1:
+        check_shapes(R=R, log_Z=log_Z)
     return (R - log_Z - (logprobs - ref_logprobs)).square().mean()

@@ -182,6 +182,7 @@ def interpolated(best: Optimum) -> Callable[[Tensor], Tensor]:
     def Phi(u: Tensor) -> Tensor:
         x = u.detach().double().cpu().contiguous()
         i = torch.searchsorted(edges, x, right=True).sub(1).clamp(0, len(ref) - 1)
-        return (best.Phi[i] + slope[i] * (x - centres[i])).to(u)
+        Phi_u = best.Phi[i] + slope[i] * (x - centres[i])
+        return Phi_u.to(u.device, torch.promote_types(u.dtype, torch.float32))
 
     return Phi

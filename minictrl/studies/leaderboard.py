@@ -168,6 +168,7 @@ class Board:
         self.methods = [name for name in METHODS if where(rows, method=name)]
         self.known = {}
         self.kl = max(KLS, key=lambda kl: (len(self.at(kl, "bon", 4)), kl == 1))
+        self.kls = [kl for kl in KLS if kl == self.kl or self.at(kl, "bon", 4)]
 
     def wins(self, method: str, kl: float, procedure: str, n: int, scorer: str) -> dict:
         """seed -> (P,) win rates; looked up once."""
@@ -193,10 +194,10 @@ class Board:
         order = list(self.at(self.kl, procedure, n))
         order += [name for name in self.methods if name not in order]
         first = order[0]
-        columns = [f"KL {kl:g}" for kl in KLS]
+        columns = [f"KL {kl:g}" for kl in self.kls]
         more = ["behind the first", "below the optimum", "seeds", "reward calls", "minutes"]
         head, table = ["method", *columns, *more, "command"], []
-        best = [f"*{100 * theory.optimal_win_rate(kl, procedure, n):.1f}*" for kl in KLS]
+        best = [f"*{100 * theory.optimal_win_rate(kl, procedure, n):.1f}*" for kl in self.kls]
         table.append(["*the best possible*", *best, *[""] * (len(more) + 1)])
         behind = {}
         for name in order:
@@ -209,9 +210,12 @@ class Board:
     def line(self, name: str, procedure: str, n: int, behind: list[Estimate]) -> list[str]:
         """A method's row, but for its command."""
         cells = [name]
-        for kl in KLS:
+        for kl in self.kls:
             wins = [self.wins(name, kl, procedure, n, by) for by in SCORERS]
             cells.append(both([crossed(list(each.values())) for each in wins]))
+            ended = column(where(self.rows, method=name, budget=kl), "kl")
+            if ended and not wins[0]:
+                cells[-1] += f" (ended at {fmean(ended):.2f})"
         mine = self.wins(name, self.kl, procedure, n, "reward")
         win_rate = crossed(list(mine.values())).mean
         below = f"{below_optimum(win_rate, self.kl, procedure, n):.1f}" if mine else "–"

@@ -19,11 +19,11 @@ from tqdm import tqdm
 import minictrl
 from minictrl import evaluation, runs
 from minictrl.cli import Parser, whole
-from minictrl.config import TEST, Config
+from minictrl.config import Config
 from minictrl.files import read_rows
 from minictrl.methods import METHODS as ALGORITHMS
 from minictrl.models import load_policy, load_scorer
-from minictrl.rollout import sample_and_score, score
+from minictrl.rollout import score
 from minictrl.studies.tables import Rows
 from minictrl.task import Task, load_task
 
@@ -215,7 +215,8 @@ def reference(out: Path, prompts: int, M: int) -> tuple[Task, Tensor, list[list[
     """Held-out prompts, and M fresh samples of pi_ref for each: their rewards and texts (P, M)."""
     config = Config(prompts=prompts, cache=str(out / "cache")).resolved()
     task = load_task(config, "test")
-    return task, *evaluation.draw_reference(task, config, M)
+    drawn, texts = evaluation.draw_reference(task, config, M)
+    return task, drawn.r_ref, texts
 
 
 Scores = dict[str, Tensor]  # reward and judge -> (P, M)
@@ -230,11 +231,9 @@ def redrawn(run: Path, row: dict) -> tuple[Scores, Scores]:
     task = load_task(config, "test")
     policy, _ = load_policy(str(run / "policy"))
     policy.to(task.ids.device)
-    r_ref, texts_ref = evaluation.draw_reference(task, config, M)
-    seed = config.seed_for(TEST)
-    samples, r = sample_and_score(task, policy, range(prompts), num_samples=M, seed=seed)
-    pi = {"reward": r, "judge": judged(task, samples.texts)}
-    return pi, {"reward": r_ref, "judge": judged(task, texts_ref)}
+    judge = load_scorer("reviews", "judge")
+    pi, pi_ref, _ = evaluation.draw_both(task, policy, judge, config, M)
+    return pi.scores, pi_ref.scores
 
 
 def judged(task: Task, texts: list[list[str]]) -> Tensor:
