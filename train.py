@@ -177,8 +177,9 @@ def online(training, config, task, method, reference, pi_ref):
     learner, budget = training.learner, training.budget
     for step in training.steps():
         index = items_of_step(step, len(task.prompts), config.batch, config.seed)  # (P,) prompts x
-        r_ref = reference.r_ref[index]  # (P, K)
-        batch, r, stats = draw_rollout(task, pi_ref, index, reference, step, config)
+        drawn = reference[index]
+        r_ref = drawn.r_ref  # (P, K)
+        batch, r, stats = draw_rollout(task, pi_ref, index, drawn, step, config)
         if training.tracker and step % EVERY == 0:
             training.tracker.table(responses(task, batch, r), step + 1)
         beta = budget.follow(stats["kl_ref"]) if step >= WARMUP else budget.beta
@@ -191,22 +192,21 @@ def online(training, config, task, method, reference, pi_ref):
         if batch.values is not None:
             explained = explained_variance(batch.values, batch.returns, batch.mask)
             stats["explained_variance"] = explained.item()
-        batch = method.extended(batch, reference[index], beta)
+        batch = method.extended(batch, drawn, beta)
         training.log(batch, stats | run_update(learner, batch, method, step, config))
 
 
 def draw_rollout(task, pi_ref, index, reference, step: int, config: Config):
     """(batch, r, statistics) of G responses of the policy to each prompt of the index.
 
-    The batch has pi_ref's log-probabilities; r (P, G): rewards. reference: of all prompts.
+    The batch has pi_ref's log-probabilities; r (P, G): rewards. reference: of these prompts.
     """
     from minictrl.calibration import calibrated_reward
     from minictrl.rollout import rollout, rollout_stats
     from minictrl.update import forward_all
 
-    reference, seed = reference[index], config.seed_for(step + 1)
-    batch, r = rollout(task, index, num_samples=config.G, seed=seed)
-    r = reference.kept(r, *(x.view(*r.shape, -1) for x in (batch.tokens, batch.mask)))
+    seed = config.seed_for(step + 1)
+    batch, r = rollout(task, index, num_samples=config.G, seed=seed, reference=reference)
     batch.ref_logprobs, _ = forward_all(pi_ref, None, batch, config.micro_batch)
     C_hat = calibrated_reward(r, reference.r_ref)  # (P, G), Eq. 12
     return batch, r, rollout_stats(batch, r, C_hat)
@@ -227,7 +227,7 @@ def offline(training, config, task, method, reference, pi_ref):
         stats = run_update(training.learner, batch, method, step, config)
         if step + 1 == config.steps:
             index = items_of_step(0, len(task.prompts), config.batch, config.seed)
-            *_, end = draw_rollout(task, pi_ref, index, reference, config.steps, config)
+            *_, end = draw_rollout(task, pi_ref, index, reference[index], config.steps, config)
             stats |= end
         training.log(batch, stats)
 

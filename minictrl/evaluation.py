@@ -112,10 +112,10 @@ def draw_both(
 ) -> tuple[Scored, Scored, Samples]:
     """(pi, pi_ref, pi's samples): M responses of each to each prompt, with their scores."""
     drawn, texts_ref = draw_reference(task, config, M)
+    index, seed = range(len(task.prompts)), config.seed_for(TEST)
     samples, reward = sample_and_score(
-        task, policy, range(len(task.prompts)), num_samples=M, seed=config.seed_for(TEST)
+        task, policy, index, num_samples=M, seed=seed, reference=drawn
     )
-    reward = drawn.kept(reward, samples.tokens, samples.mask)
     pi = Scored(samples.texts, {"reward": reward})
     pi_ref = Scored(texts_ref, {"reward": drawn.r_ref})
     if judge:  # all in one call, so that equal responses tie

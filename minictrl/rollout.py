@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from minictrl.reference import Reference, cached
 from minictrl.sampling import SAMPLER, Samples, sample, texts_of
 from minictrl.task import Task
 from minictrl.track import SHOWN
+from minictrl.winrate import mean_stderr
 
 
 def items_of_step(step: int, count: int, size: int, seed: int) -> Tensor:
@@ -34,9 +34,16 @@ def items_of_step(step: int, count: int, size: int, seed: int) -> Tensor:
     return order[first - epochs[0] * count :][:size]
 
 
-def rollout(task: Task, index: Tensor, *, num_samples: int, seed: int) -> tuple[Batch, Tensor]:
-    """G = num_samples responses y ~ pi(.|x) to each prompt of an index (P,): (batch, r (P, G))."""
-    samples, r = sample_and_score(task, task.policy, index, num_samples=num_samples, seed=seed)
+def rollout(
+    task: Task, index: Tensor, *, num_samples: int, seed: int, reference: Reference | None = None
+) -> tuple[Batch, Tensor]:
+    """G = num_samples responses y ~ pi(.|x) to each prompt of an index (P,): (batch, r (P, G)).
+
+    reference: as in `sample_and_score`.
+    """
+    samples, r = sample_and_score(
+        task, task.policy, index, num_samples=num_samples, seed=seed, reference=reference
+    )
     return batch_of(task, index, samples), r
 
 
@@ -66,8 +73,13 @@ def sample_and_score(
     num_samples: int,
     seed: int,
     first_sample: int = 0,
+    reference: Reference | None = None,
 ) -> tuple[Samples, Tensor]:
-    """Responses of a model to the prompts of an index, and their rewards (P, num_samples)."""
+    """Responses of a model to the prompts of an index, and their rewards (P, num_samples).
+
+    reference: samples of the same prompts that the rewards will be compared with, so that equal
+    responses tie (`Reference.kept`).
+    """
     index = torch.as_tensor(index).tolist()
     samples = sample(
         model,
@@ -78,7 +90,8 @@ def sample_and_score(
         seed=seed,
         first_sample=first_sample,
     )
-    return samples, score(task.reward, [task.prompts[i] for i in index], samples.texts)
+    r = score(task.reward, [task.prompts[i] for i in index], samples.texts)
+    return samples, reference.kept(r, samples.tokens, samples.mask) if reference else r
 
 
 def score(scorer: Callable, prompts: list, texts: list[list[str]]) -> Tensor:
@@ -150,14 +163,10 @@ def rollout_stats(batch: Batch, r: Tensor, C_hat: Tensor) -> dict[str, float]:
         "reward": r.mean(),
         "C_hat": C_hat.mean(),
         "kl_ref": kl.mean(),
-        "kl_ref_stderr": standard_error(independent),
+        "kl_ref_stderr": mean_stderr(independent)[1],
         "entropy": -batch.old_logprobs.sum() / batch.mask.sum(),
     }
     return {name: float(value) for name, value in means.items()}
-
-
-def standard_error(x: Tensor) -> float:
-    return float(x.std()) / len(x) ** 0.5 if len(x) > 1 else math.nan
 
 
 # --- reference samples ---

@@ -90,8 +90,8 @@ def check(out: Path, settings: dict, config: Config, *, resume: bool, overwrite:
                     f"--{name.replace('_', '-')} {value}: {out} was started with "
                     f"{getattr(stored, name)}; leave it out to resume, or give another --out"
                 )
-        lr, done = settings.get("lr", stored.lr), (out / "policy" / "config.json").is_file()
-        if done and lr != stored.lr:
+        lr = settings.get("lr", stored.lr)
+        if lr != stored.lr and has_policy(out):
             raise ValueError(f"--lr {lr}: {out} has no step left that could take it; leave it out")
         return replace(stored, **{name: settings[name] for name in FREE if name in settings})
     cache = Path(config.cache)
@@ -151,12 +151,17 @@ def load_config(run: Path) -> tuple[Config, dict]:
     )
 
 
+def has_policy(run: Path) -> bool:
+    """Whether a run's training has ended and its policy is saved."""
+    return (run / "policy" / "config.json").is_file()
+
+
 def load_finished(run: Path) -> Config:
     """Settings of a run whose training has ended. Raises ValueError on one that has not, or whose
     policy is damaged.
     """
     config, _ = load_config(run)
-    if not (Path(run) / "policy" / "config.json").is_file():
+    if not has_policy(Path(run)):
         raise ValueError(
             f"{run}: has no policy yet; finish it first: python train.py --resume --out {run}"
         )

@@ -54,9 +54,9 @@ def sample_plainly(
     seed: int,
 ) -> Samples:
     """`sample`, without a cache: a whole forward for each token. To read, and to test `sample`."""
-    B, M, T = len(prompts), num_samples, max_new_tokens
-    pad, eos = tokenizer.pad_token_id, eos_ids(model, tokenizer).to(model.device)
-    prompt_ids, device = encode_prompts(tokenizer, prompts), model.device
+    B, M, T, device = len(prompts), num_samples, max_new_tokens, model.device
+    pad, eos = tokenizer.pad_token_id, eos_ids(model, tokenizer).to(device)
+    prompt_ids = encode_prompts(tokenizer, prompts)
     ids, attention = left_pad(prompt_ids, pad, device)
     ids, attention = ids.repeat_interleave(M, 0), attention.repeat_interleave(M, 0)  # (B M, L)
     u = torch.from_numpy(

@@ -29,10 +29,12 @@ def resolve_device(name: str) -> torch.device:
     if name != "cpu" and not (name.startswith("cuda") and torch.cuda.is_available()):
         raise ValueError(f"--device {name}: no such device is to be seen here; use cpu or auto")
     device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        count = torch.cuda.device_count()
-        raise ValueError(f"--device {name}: there are {count} GPUs; use cuda:0 to cuda:{count - 1}")
     if device.type == "cuda":
+        count = torch.cuda.device_count()
+        if (device.index or 0) >= count:
+            raise ValueError(
+                f"--device {name}: there are {count} GPUs; use cuda:0 to cuda:{count - 1}"
+            )
         torch.set_float32_matmul_precision("highest")
         torch.backends.cuda.enable_cudnn_sdp(False)
     return device

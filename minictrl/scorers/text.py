@@ -196,9 +196,8 @@ def set_precision(model: nn.Module, device: torch.device) -> None:
     if device.type != "cuda" or score is None and model.get_output_embeddings() is None:
         model.float()
         return
-    head = [] if score is None else [id(p) for p in score.parameters()]
-    for p in model.parameters():
-        p.data = p.data.float() if id(p) in head else p.data.bfloat16()
+    for name, p in model.named_parameters():
+        p.data = p.data.float() if name.startswith("score.") else p.data.bfloat16()
 
 
 def in_batches(

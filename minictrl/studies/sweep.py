@@ -150,7 +150,7 @@ def run(folder: Path, settings: dict, prompts: int, samples: int, split: str):
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with open(f"{folder}.log", "a") as log, redirect_stdout(log), redirect_stderr(log):
-        if not (folder / "policy" / "config.json").is_file():
+        if not runs.has_policy(folder):
             given = settings | {"out": folder}
             flags = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
             begun = (folder / "config.json").is_file()
