@@ -13,7 +13,7 @@ BISECTIONS = 60
 
 # of the controller: the share of an error that the target takes over, bounds of the error in log
 # KL, and of the target in budgets
-DRIFT = 0.1
+DRIFT = 0.2
 ERROR = (-0.5, 1.5)
 TARGET = (1 / 20, 4)
 
