@@ -6,6 +6,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from minictrl import theory
+from minictrl.procedures.cells import OutOfReach
 from minictrl.procedures.masses import positive
 
 WIDE = 12.0  # in log beta: a step from the rewards' scale, until the KL lies between the ends
@@ -21,10 +22,10 @@ TARGET = (1 / 20, 4)
 def beta_for(transform: str, kl: float, *, procedure: str, n: int, K: int | None) -> float:
     """beta at which the optimum of this transform is `kl` nats from pi_ref (Theorem 3).
 
-    Raises ValueError on a KL out of reach of the theory or of K samples (None: of none).
+    Raises OutOfReach on a KL that the theory or K samples (None: any number) don't reach.
     """
     if K is not None and kl >= math.log(K + 1):
-        raise ValueError(
+        raise OutOfReach(
             f"--kl {kl:g} is out of reach of {K} samples, whose C_hat takes {K + 1} values: ask "
             f"for less than {math.log(K + 1):.2f}, or take more samples (--K)"
         )
@@ -35,7 +36,7 @@ def empirical_beta(r_ref: Tensor, kl: float) -> float:
     """beta at which pi_ref e^{r / beta} / Z is `kl` nats from pi_ref, on average over prompts.
 
     The KL is that of pi_ref's own K samples with weights e^{r / beta} / Z from equal weights; beta
-    by bisection. r_ref: (P, K) rewards, raw or Phi(C_hat). Raises ValueError on a KL that K samples
+    by bisection. r_ref: (P, K) rewards, raw or Phi(C_hat). Raises OutOfReach on a KL that K samples
     don't reach.
     """
     positive("kl", kl)
@@ -51,7 +52,7 @@ def empirical_beta(r_ref: Tensor, kl: float) -> float:
 
     largest = float((K / (r == 0).sum(1)).log().mean())  # of a policy on the best samples alone
     if kl > (1 - 1e-6) * largest:
-        raise ValueError(
+        raise OutOfReach(
             f"--kl {kl}: these rewards reach {largest:.2f} nats with {K} samples; use a smaller "
             "KL, more samples (--K), or rewards that differ more"
         )
@@ -101,7 +102,7 @@ class Budget:
         self.target = bounded(self.target * math.exp(-DRIFT * error), (least, most))
         try:
             self.beta = self.beta_at(self.target * math.exp(-error))
-        except ValueError:  # out of reach of the theory, or of K samples
+        except OutOfReach:
             self.target, self.beta = self.kl, self.beta_at(self.kl)
         return self.beta
 

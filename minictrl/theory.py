@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from minictrl.procedures import cells
-from minictrl.procedures.cells import cdf, midpoints
+from minictrl.procedures.cells import OutOfReach, cdf, midpoints
 from minictrl.procedures.masses import (
     MassMap,
     at_least_1,
@@ -112,12 +112,12 @@ def beta_for_kl(
     """The beta at which the policy of `transform` is `kl` nats from pi_ref, to a relative 1e-7.
 
     bon_fp, won_fp and optimal depend on beta themselves: both are solved for together, for this
-    procedure and n. Raises ValueError on a KL that is not positive or out of reach (the largest
-    one is named).
+    procedure and n. Raises ValueError on a KL that is not positive, OutOfReach on one that is too
+    large (the largest is named).
     """
     T, n, kl = mass_map(procedure), at_least_1("n", n), positive("kl", kl)
     if kl > MAX_KL:
-        raise ValueError(
+        raise OutOfReach(
             f"kl {kl:g} is out of reach: the largest that is resolved is {MAX_KL:g} nats; "
             "ask for less"
         )
@@ -127,7 +127,7 @@ def beta_for_kl(
     best = solve(solved_for(transform, T), n, kl=kl)
     if not best.residual < CONVERGED:
         missing = f"the win rate misses 1 by {1 - best.win_rate:.0e} there"
-        raise ValueError(
+        raise OutOfReach(
             f"kl {kl:g} is out of reach of {transform} at n {n}: {missing}; ask for less"
         )
     return best.beta

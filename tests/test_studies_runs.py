@@ -16,6 +16,7 @@ from safetensors.numpy import save_file
 import train as train_script
 from minictrl import reproduce, theory
 from minictrl.config import Config
+from minictrl.procedures.cells import OutOfReach
 from minictrl.studies import leaderboard, reward, sweep, tables, trained
 
 pytest.importorskip("matplotlib")
@@ -102,9 +103,57 @@ def test_a_sweep_trains_what_is_missing_and_only_that(tmp_path, scripts):
 def test_a_run_with_other_settings_is_not_taken_for_this_one(tmp_path, scripts):
     settings = {"transform": "identity", "kl": 1.0, "seed": 0, "cache": "c"}
     sweep.run(tmp_path / "run", settings, 8, 8, "test")
-    assert len(sweep.table(tmp_path / "run", settings, "test")) == 14
-    with pytest.raises(ValueError, match="holds a run with kl 1.0, not 2.0; give another --out"):
-        sweep.table(tmp_path / "run", settings | {"kl": 2.0}, "test")
+    table = lambda **other: sweep.table(tmp_path / "run", settings | other, "test", 24, 32)  # noqa: E731
+    assert len(table()) == 14
+    assert len(table(cache=str(tmp_path))) == 14  # the same run, wherever its cache lies
+    with pytest.raises(ValueError, match="holds a run with kl 1.0, not 2.0; give another DIR"):
+        table(kl=2.0)
+
+
+def change(path, **values):
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def test_runs_that_can_not_be_compared_are_told_before_anything_is_trained(tmp_path, scripts):
+    """Of other defaults, of another evaluation, of another model of the same name."""
+    methods = {name: sweep.METHODS[name] for name in ("identity", "exp10")}
+    sweep.sweep(tmp_path, True, methods, budgets=(0.5,))
+    trained, first = len(scripts), tmp_path / "runs-quick" / "identity-kl0.5-seed0"
+    config, table = first / "config.json", first / "eval.json"
+    sound = config.read_text(), table.read_text()
+    change(config, lr=1e-5)
+    with pytest.raises(ValueError, match="identity-kl0.5-seed0: holds a run with lr 1e-05, not"):
+        sweep.sweep(tmp_path, True, methods)
+    config.write_text(sound[0])
+    rows = json.loads(sound[1])["rows"]
+    change(table, rows=[row | {"samples": 8} for row in rows])
+    with pytest.raises(ValueError, match="24 prompts with 8 samples, not 24 with 32; evaluate it"):
+        sweep.sweep(tmp_path, True, methods)
+    table.write_text(sound[1])
+    assert len(scripts) == trained
+    change(config, made_from={"reward": "a"})
+    change(tmp_path / "runs-quick" / "exp10-kl0.5-seed0" / "config.json", made_from={"reward": "b"})
+    with pytest.raises(ValueError, match="its reward reviews has the digest b, that of .* has a"):
+        sweep.sweep(tmp_path, True, methods, budgets=(0.5,))
+
+
+def test_a_budget_out_of_reach_is_left_out_and_another_error_is_not(tmp_path, scripts, monkeypatch):
+    """Whatever the folder is called."""
+    methods = {name: sweep.METHODS[name] for name in ("identity", "exp10")}
+    script, error = sweep.script, ValueError("holds something out of reach")
+
+    def train(argv):
+        if "--transform=exp10" in argv:
+            raise error
+        return script("train").main(argv)
+
+    modules = {"train": SimpleNamespace(main=train), "evaluate": script("evaluate")}
+    monkeypatch.setattr(sweep, "script", modules.__getitem__)
+    with pytest.raises(ValueError, match="holds something"):
+        sweep.sweep(tmp_path / "out of reach", True, methods, budgets=(0.5,))
+    error = OutOfReach("kl 0.5")
+    rows = sweep.sweep(tmp_path / "out of reach", True, methods, budgets=(0.5,))
+    assert {row["method"] for row in rows} == {"identity"}
 
 
 def runs_of(method, kls, share, seed_effects, prompts):
@@ -262,6 +311,10 @@ def test_the_leaderboard_is_sorted_and_a_new_method_enters_alone(tmp_path, scrip
     beside = ["--beside", str(kept_runs)]
     leaderboard.main([str(tmp_path / "mine"), "qrpo exp10", *flags, *beside])
     assert (tmp_path / "mine" / "leaderboard.md").read_text() == page[: page.index("\n## fig4")]
+    monkeypatch.delitem(kept, "none")  # a method that only the other file has
+    leaderboard.main([str(tmp_path / "mine"), "qrpo exp10", *flags, *beside])
+    theirs = (tmp_path / "mine" / "leaderboard.md").read_text()
+    assert "| none |" in theirs and "not known here" in theirs
     trainings = len(scripts)
     with pytest.raises(ValueError, match="on 24 prompts with 32 samples, yours are on 400 with 32"):
         leaderboard.main([str(tmp_path / "full"), "qrpo exp10", *beside])
@@ -269,6 +322,27 @@ def test_the_leaderboard_is_sorted_and_a_new_method_enters_alone(tmp_path, scrip
     with pytest.raises(ValueError, match="leaderboard.safetensors: is damaged .* the one in docs/"):
         leaderboard.main([str(tmp_path / "other"), "qrpo exp10", *flags, *beside])
     assert len(scripts) == trainings  # said before anything is trained
+
+
+@pytest.mark.parametrize(
+    "lead, verdict", [(-0.005, "yes"), (-0.03, "no"), (-0.01, "open"), (0.005, "yes")]
+)
+def test_a_method_is_level_where_it_is_at_most_a_point_behind_and_open_where_that_is_unknown(
+    lead, verdict
+):
+    noise = 0.03 * np.random.default_rng(0).standard_normal((2, 400))
+    wins = {"identity": 0.7 + lead + noise, "none": np.full((2, 400), 0.7)}
+    case = {"procedure": "standard", "n": 1, "scorer": "reward", "budget": 1.0}
+    measured = {"kl": 1.0, "kls": np.ones(400), "win_rate": 0.7, "optimal": 0.9}
+    rows = [
+        case
+        | measured
+        | {"method": name, "run": f"{name}-{seed}", "seed": seed, "wins": each[seed]}
+        for name, each in wins.items()
+        for seed in (0, 1)
+    ]
+    claim = leaderboard.Board(rows).claim(("identity",), "standard", 1, True, "reward")
+    assert claim.startswith(f"**{verdict}**: identity over none")
 
 
 def test_fig3_on_the_command_line(tmp_path):

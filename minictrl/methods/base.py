@@ -59,7 +59,7 @@ class Method:
 
         Raw rewards have no theory, and calibrated ones that tie have another: given r_ref (P, K),
         theirs is the beta that puts pi_ref's own samples at that KL (`budget.empirical_beta`).
-        None for raw rewards without r_ref. Raises ValueError on a KL out of reach.
+        None for raw rewards without r_ref. Raises OutOfReach.
         """
         c = self.config
         if c.transform in RAW and r_ref is None:

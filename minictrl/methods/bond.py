@@ -14,6 +14,7 @@ from minictrl.batch import Batch
 from minictrl.config import Config
 from minictrl.methods.base import Method as Base
 from minictrl.methods.base import Online, best_and_worst, with_value_loss
+from minictrl.procedures.cells import OutOfReach
 from minictrl.reference import Reference
 
 
@@ -30,10 +31,10 @@ class BestOf(Base):
 
     @classmethod
     def check_n(cls, asked: str, beta: float, K: int) -> None:
-        """Raises ValueError unless K samples have a best of the n for this beta."""
+        """Raises OutOfReach unless K samples have a best of the n for this beta."""
         n = cls.best_of(beta)
         if n > K:
-            raise ValueError(
+            raise OutOfReach(
                 f"{asked} is out of reach of {K} samples: it is Best-of-{n}'s; use a smaller KL, a "
                 "larger beta, or more samples (--K)"
             )

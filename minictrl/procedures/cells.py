@@ -83,18 +83,22 @@ def largest_kl(Phi: Tensor, ref: Tensor) -> float:
     return -(ref * (Phi == Phi.amax(-1, keepdim=True))).sum(-1).log().mean().item()
 
 
+class OutOfReach(ValueError):
+    """No policy of this transform, or of these samples, is that far from pi_ref."""
+
+
 def tilt_to_kl(
     Phi: Tensor, kl: float, ref: Tensor, base: Tensor | float = 0.0, scale: float | None = None
 ) -> tuple[Tensor, float]:
     """(log pi/pi_ref, scale) of the tilt at this KL: Newton's method in a bracket, for KL rises
     with scale.
 
-    Raises ValueError on a KL out of reach: a Phi that is largest on a part of [0, 1] has no KL
+    Raises OutOfReach: a Phi that is largest on a part of [0, 1] has no KL
     above -log of that part.
     """
     most = largest_kl(Phi, ref)
     if kl >= most:
-        raise ValueError(
+        raise OutOfReach(
             f"kl {kl:g} is out of reach: the largest of this transform is {abs(most):.4g} nats; "
             "ask for less, or of a fixed point for a smaller n"
         )

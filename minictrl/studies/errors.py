@@ -5,9 +5,10 @@ value is mean + seed's effect + prompt's effect + the rest, all of them random, 
 
     Var(mean) = var_seeds / S + var_prompts / P + var_rest / (S P).
 
-The two-way analysis of variance estimates that without bias. A bootstrap that resamples seeds and
-prompts (Owen, arXiv 0712.1111) has the same aim, but takes 1 - 1/S of the part of the seeds, and
-counts the rest three times.
+The two-way analysis of variance estimates each part; one that comes out negative is 0. Without
+that, two seeds that happen to agree would have an error near 0, which the rest alone excludes. A
+bootstrap that resamples seeds and prompts (Owen, arXiv 0712.1111) has the same aim, but takes
+1 - 1/S of the part of the seeds, and counts the rest three times.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 
 LEVEL = 0.95  # of an interval
-DETECTABLE = 2.8  # standard errors: a difference that is shown in 80 % of all experiments
+POWER = 0.8  # the share of experiments that show a difference as large as `Estimate.detectable`
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,11 @@ class Estimate:
         """Ends of the interval that holds the true mean in 95 % of all experiments."""
         half = t_quantile(self.df) * self.stderr
         return self.mean - half, self.mean + half
+
+    @property
+    def detectable(self) -> float:
+        """The smallest true value whose interval is above 0 in 80 % of all experiments."""
+        return (t_quantile(self.df) + t_quantile(self.df, 2 * POWER - 1)) * self.stderr
 
 
 def crossed(values) -> Estimate:
@@ -53,7 +59,7 @@ def crossed(values) -> Estimate:
     seeds = variance(of_seeds)
     rest = values - of_prompts - of_seeds[:, None] + mean
     rest = (rest**2).sum() / ((S - 1) * (P - 1)) / (S * P)  # which is in both of the others
-    total = seeds + max(prompts - rest, 0)
+    total = max(seeds, rest) + max(prompts - rest, 0)
     spread = seeds**2 / (S - 1) + prompts**2 / (P - 1)
     df = max(S - 1, total**2 / spread) if spread else P - 1  # S - 1 are those of the seeds alone
     return Estimate(mean.item(), total**0.5, df)
@@ -64,8 +70,8 @@ def variance(values: np.ndarray) -> float:
     return values.var(ddof=1).item() / len(values) if len(values) > 1 else math.nan
 
 
-def t_quantile(df: float) -> float:
-    """Student's t that |t| is below with probability LEVEL.
+def t_quantile(df: float, level: float = LEVEL) -> float:
+    """Student's t that |t| is below with probability `level`.
 
     With t = sqrt(df) tan(a), the angle a has a density in proportion to cos(a)^(df - 1).
     """
@@ -74,5 +80,5 @@ def t_quantile(df: float) -> float:
     edges = np.linspace(0, math.pi / 2, 2001)
     angles = (edges[1:] + edges[:-1]) / 2
     cdf = (np.cos(angles) ** (df - 1)).cumsum()
-    at = np.interp(LEVEL, cdf / cdf[-1], edges[1:])
+    at = np.interp(level, cdf / cdf[-1], edges[1:])
     return math.sqrt(df) * math.tan(at)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import inspect
 import json
 import math
+from collections import Counter
 from pathlib import Path
 from statistics import fmean, median
 
@@ -28,7 +29,7 @@ from minictrl.files import in_one_step, load_tensors, markdown, reading, save_te
 from minictrl.reproduce import STUDIES
 from minictrl.studies import sweep
 from minictrl.studies.beyond import cost
-from minictrl.studies.errors import DETECTABLE, Estimate, crossed
+from minictrl.studies.errors import Estimate, crossed
 from minictrl.studies.sweep import METHODS, OTHERS
 from minictrl.studies.tables import (
     SCORERS,
@@ -49,6 +50,7 @@ CLAIMS = {  # the paper's -> the methods it is about, procedure, n, whether leve
     "exp-10 or won_fp is ahead of them on Worst-of-4": (("exp-10", "won_fp"), "won", 4, False),
     "identity is level with the best, standard": (("identity",), "standard", 1, True),
 }
+LEVEL = 0.01  # a method that is at most a point behind is level
 HEAD = """# Leaderboard
 
 Win rates over pi_ref in per cent, after the procedure, by reward / by judge, on {prompts} held-out
@@ -59,6 +61,7 @@ prompts with {samples} responses each. Runs are brought to each KL, in nats (`ta
 - *Behind the first*: a paired difference, prompt by prompt and seed by seed, at KL {kl:g}.
 - *Below the optimum*: the points by reward that are left to the best policy there is, at KL {kl:g}.
 - *Reward calls* are all of a run's, with the calibration's; *minutes* those of its updates.
+- Runs were made at commit {commits}.
 
 A row is made by its command with `--kl` {budgets} and `--seed` 0, 1, …, and
 `python evaluate.py RUN --prompts {prompts} --samples {samples}`; all of them by
@@ -86,6 +89,7 @@ def main(argv: list[str] | None = None):
     rows = of_the_page(sweep.sweep(args.folder, args.quick, METHODS))
     mine = set(column(rows, "run"))
     rows += [row for row in beside if row["run"] not in mine]
+    sweep.same_models(rows)
     save_runs(rows, args.folder / "leaderboard.safetensors")
     page = args.folder / "leaderboard.md"
     with in_one_step(page) as path:
@@ -107,13 +111,18 @@ def of_the_page(rows: Rows) -> Rows:
 
 
 def save_runs(rows: Rows, path: Path):
-    """Of each run its KLs and the win rates of its rows, by prompt: (1 + rows, P) float32."""
+    """Of each run its KLs and the win rates of its rows, by prompt: (1 + rows, P) float32; and its
+    rows without them, with what it was made from.
+    """
     runs = {name: group for (name,), group in grouped(rows, "run").items()}
     by_prompt = {
         name: torch.tensor(np.stack([group[0]["kls"], *column(group, "wins")])).float()
         for name, group in runs.items()
     }
-    metadata = {name: json.dumps(plain(group)) for name, group in runs.items()}
+    metadata = {}
+    for name, group in runs.items():
+        origin = {key: group[0][key] for key in ("made_from", "commit")}
+        metadata[name] = json.dumps([row | origin for row in plain(group)])
     save_tensors(path, by_prompt, metadata)
 
 
@@ -149,12 +158,19 @@ def page_of(rows: Rows, folder: Path, quick: bool) -> str:
         samples=rows[0]["samples"],
         kl=board.kl,
         budgets=", ".join(f"{kl:g}" for kl in sorted(set(column(rows, "budget")))),
+        commits=commits(rows),
         quick=" --quick" if quick else "",
     )
     common = sweep.SCALES[quick]["train"]
     parts = [head, *(board.section(*case, common) for case in CASES), board.claims()]
     done = [name for name in STUDIES if (folder / f"{name}.csv").is_file()]
     return "\n".join(parts + [study(name) for name in done])
+
+
+def commits(rows: Rows) -> str:
+    """The commits of the runs, each with how many it made."""
+    made = Counter(group[0]["commit"] for group in grouped(rows, "run").values())
+    return ", ".join(f"{(name or 'unknown')[:7]} ({count})" for name, count in made.most_common())
 
 
 class Board:
@@ -165,7 +181,8 @@ class Board:
 
     def __init__(self, rows: Rows):
         self.rows = rows
-        self.methods = [name for name in METHODS if where(rows, method=name)]
+        names = dict.fromkeys([*METHODS, *column(rows, "method")])  # known here, then the others
+        self.methods = [name for name in names if where(rows, method=name)]
         self.known = {}
         self.kl = max(KLS, key=lambda kl: (len(self.at(kl, "bon", 4)), kl == 1))
         self.kls = [kl for kl in KLS if kl == self.kl or self.at(kl, "bon", 4)]
@@ -203,7 +220,7 @@ class Board:
         for name in order:
             behind[name] = [self.ahead(first, name, procedure, n, by) for by in SCORERS]
             table.append(self.line(name, procedure, n, [] if name == first else behind[name]))
-            table[-1].append(f"`{Config(**METHODS[name] | common).resolved().command()}`")
+            table[-1].append(command(name, common))
         lines = markdown(head, table)
         return f"## {title(procedure, n)}\n\n{lines}\n\n{smallest(behind, first)}\n"
 
@@ -237,7 +254,8 @@ class Board:
             f"## The paper's claims, at KL {self.kl:g}",
             "How far the method is ahead of the best of the paper's other ones (identity, "
             f"{', '.join(OTHERS)}), in points, with its 95 % interval. The best is picked by the "
-            "same runs, so a little of its lead is luck.",
+            f"same runs, so a little of its lead is luck. Level: at most {100 * LEVEL:g} point "
+            "behind.",
             markdown(
                 ["claim", "by reward", "by judge"],
                 [
@@ -259,29 +277,41 @@ class Board:
         if math.isnan(found.mean):
             return "not run"
         low, high = found.interval
-        verdict = "no" if high < 0 else "yes" if level or low > 0 else "open"
+        least = -LEVEL if level else 0
+        verdict = "yes" if low > least else "no" if high < least else "open"
         points = f"{100 * found.mean:.1f} ({100 * low:.1f} to {100 * high:.1f})"
         return f"**{verdict}**: {mine[0]} over {others[0]} {points}"
 
 
+def command(name: str, common: dict) -> str:
+    """What trains a method."""
+    if name not in METHODS:
+        return "not known here"
+    return f"`{Config(**METHODS[name] | common).resolved().command()}`"
+
+
 def both(found: list[Estimate]) -> str:
     """By reward / by judge, in per cent with standard errors; – where there is none."""
-    known = [f"{100 * x.mean:.1f} ± {100 * x.stderr:.1f}" for x in found if math.isfinite(x.mean)]
+    known = []
+    for x in found:
+        if math.isfinite(x.mean):
+            error = f" ± {100 * x.stderr:.1f}" if math.isfinite(x.stderr) else ""
+            known.append(f"{100 * x.mean:.1f}{error}")
     return " / ".join(known) or "–"
 
 
 def smallest(behind: dict[str, list[Estimate]], first: str) -> str:
-    """What difference this table can show, from the errors of those to the first."""
+    """What difference to the first this table can show (`Estimate.detectable`)."""
     found = []
     for i, scorer in enumerate(SCORERS):
-        errors = [each[i].stderr for name, each in behind.items() if name != first]
-        errors = [x for x in errors if math.isfinite(x)]
-        if errors:
-            found.append(f"{100 * DETECTABLE * median(errors):.1f} points by {scorer}")
+        shown = [each[i].detectable for name, each in behind.items() if name != first]
+        shown = [x for x in shown if math.isfinite(x)]
+        if shown:
+            found.append(f"{100 * median(shown):.1f} points by {scorer}")
     size = " and ".join(found) or "none: one method has runs"
     return (
-        f"The smallest difference that this table shows in 80 % of all experiments ({DETECTABLE} "
-        f"standard errors, the median over its rows): {size}."
+        "The smallest difference to the first that this table shows in 80 % of all experiments, "
+        f"the median over its rows: {size}."
     )
 
 

@@ -23,6 +23,7 @@ from minictrl.config import Config
 from minictrl.files import read_rows
 from minictrl.methods import METHODS as ALGORITHMS
 from minictrl.models import load_policy, load_scorer
+from minictrl.procedures.cells import OutOfReach
 from minictrl.rollout import score
 from minictrl.studies.tables import Rows
 from minictrl.task import Task, load_task
@@ -44,6 +45,9 @@ AWARE = {  # procedure -> the methods that are made for it
     "bon": ("exp5", "exp10", "bon_fp", "qrpo exp10", "pkpo"),
     "won": ("exp-5", "exp-10", "won_fp", "qrpo exp-10", "pkpo won"),
 }
+
+ELSEWHERE = ("out", "cache", "device", "track")  # settings that make no other run
+PATHS = ("policy", "reward", "judge", "task", "reference")  # or names
 
 # quick -> how large: flags of every training, prompts and samples of every evaluation, how many
 # seeds each KL budget has, and whether runs that aren't finished are left out instead of trained.
@@ -118,11 +122,13 @@ def sweep(
             common = scale["train"] | {"kl": budget, "seed": seed, "cache": str(out / "cache")}
             labels = {"method": name, "budget": budget, "seed": seed, "run": str(folder)}
             jobs[folder] = labels, common | settings
+    wanted = {folder: settings for folder, (_, settings) in jobs.items()}
+    tables_of(wanted, scale, split)  # before anything is trained: a run of other settings
     if not scale["done"]:
-        finish({folder: settings for folder, (_, settings) in jobs.items()}, scale, split)
-    for folder, (labels, settings) in jobs.items():
-        if table_of(folder, split).is_file():
-            rows += [labels | row for row in table(folder, settings, split)]
+        finish(wanted, scale, split)
+    for folder, found in tables_of(wanted, scale, split).items():
+        rows += [jobs[folder][0] | row for row in found]
+    same_models(rows)
     if not rows:
         raise ValueError(
             f"{out / scale['folder']} has no finished run of {', '.join(methods)}: leave --done "
@@ -137,9 +143,7 @@ def finish(wanted: dict[Path, dict], scale: dict, split: str):
     for folder in tqdm(missing, "runs", unit="run", disable=None if missing else True):
         try:
             run(folder, wanted[folder], scale["prompts"], scale["samples"], split)
-        except ValueError as error:
-            if "reach" not in str(error):  # of theory or of K samples
-                raise
+        except OutOfReach as error:
             tqdm.write(f"{folder} left out: {error}")
 
 
@@ -176,17 +180,35 @@ def table_of(folder: Path, split: str) -> Path:
     return folder / f"eval{evaluation.file_suffix(split)}.json"
 
 
-def table(folder: Path, settings: dict, split: str) -> Rows:
-    """Rows of a finished run's eval.json. Raises ValueError if the run has other settings."""
-    stored, _ = runs.load_config(folder)
-    for name, value in settings.items():
-        if getattr(stored, name) != value:
+def tables_of(wanted: dict[Path, dict], scale: dict, split: str) -> dict[Path, Rows]:
+    """The tables that are there, of the runs wanted, folder -> settings."""
+    size = scale["prompts"], scale["samples"]
+    there = {folder: each for folder, each in wanted.items() if table_of(folder, split).is_file()}
+    return {folder: table(folder, each, split, *size) for folder, each in there.items()}
+
+
+def table(folder: Path, settings: dict, split: str, prompts: int, samples: int) -> Rows:
+    """Rows of a finished run's eval.json, each with what the run was made from.
+
+    Raises ValueError if any setting of the run is not that of train.py with these, or if it was
+    evaluated on another number of prompts or samples.
+    """
+    stored, extra = runs.load_config(folder)
+    for name, value in vars(Config(**settings).resolved()).items():
+        mine = getattr(stored, name)
+        if name not in ELSEWHERE and place_of(name, mine) != place_of(name, value):
             raise ValueError(
-                f"{folder}: holds a run with {name} {getattr(stored, name)}, not {value}; "
-                "give another --out, or delete it"
+                f"{folder}: holds a run with {name} {mine}, not {value}; give another DIR, or "
+                "move that run away"
             )
     suffix = evaluation.file_suffix(split)
     rows = evaluation.read(folder, suffix)
+    if split == "train":
+        prompts = min(prompts, stored.prompts)  # those it was trained on
+    made_from = {
+        f"{role} {getattr(stored, role)}": digest
+        for role, digest in extra.get("made_from", {}).items()
+    }
     wins, by_prompt = (
         evaluation.read_tensors(folder, name, suffix) for name in ("wins", "by_prompt")
     )
@@ -197,8 +219,33 @@ def table(folder: Path, settings: dict, split: str) -> Rows:
                 f"{folder}: its win rates by prompt are not those of its eval.json; evaluate it "
                 f"again: python evaluate.py {folder}"
             )
+        if (row["prompts"], row["samples"]) != (prompts, samples):
+            raise ValueError(
+                f"{folder}: was evaluated on {row['prompts']} prompts with {row['samples']} "
+                f"samples, not {prompts} with {samples}; evaluate it again: python evaluate.py "
+                f"{folder} --prompts {prompts} --samples {samples} --split {split}"
+            )
         row |= {"wins": wins[name].numpy(), "kls": by_prompt["kl"].numpy()}
+        row |= {"made_from": made_from, "commit": extra.get("commit")}
     return rows
+
+
+def place_of(name: str, value):
+    """A setting's value, of a path the same whatever directory it is seen from."""
+    return Path(value).resolve() if name in PATHS and value else value
+
+
+def same_models(rows: Rows):
+    """Raises ValueError where two runs name a model or task alike and it was not the same."""
+    known = {}
+    for row in rows:
+        for name, digest in row["made_from"].items():
+            first, run = known.setdefault(name, (digest, row["run"]))
+            if first != digest:
+                raise ValueError(
+                    f"{row['run']}: its {name} has the digest {digest}, that of {run} has {first}; "
+                    "such runs can't be compared: train one of them again"
+                )
 
 
 # --- samples ---

@@ -52,9 +52,9 @@ def grouped(rows: Rows, *names: str) -> dict[tuple, Rows]:
 
 
 def plain(rows: Iterable[dict]) -> Rows:
-    """The rows as a CSV holds them: without arrays, nor the folder of a run."""
-    by_prompt = ("run", "wins", "kls")
-    return [{name: x for name, x in row.items() if name not in by_prompt} for row in rows]
+    """The rows as a CSV holds them: without arrays, nor where they come from."""
+    left_out = ("run", "made_from", "commit", "wins", "kls")
+    return [{name: x for name, x in row.items() if name not in left_out} for row in rows]
 
 
 def points(rows: Rows) -> Rows:
