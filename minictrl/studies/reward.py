@@ -144,16 +144,16 @@ def accuracy(preferred: Tensor, other: Tensor, labels: Tensor) -> tuple[float, f
     standard error.
 
     preferred, other, labels: (P,), the scores of each text on either side of a pair. The error is
-    that of a U-statistic (Hajek projection): 2 s / sqrt(P), s the deviation over texts of a text's
-    own share.
+    that of a ratio of U-statistics (Hajek projection): 2 s / sqrt(P), s the deviation over texts of
+    what a text's pairs add to the share. nan where all labels are equal.
     """
     counts = (labels[:, None] > labels).double()
     right = counts * beats(preferred[:, None], other)
     pairs_of = counts.sum(0) + counts.sum(1)  # of each text, on either side
-    own = (right.sum(0) + right.sum(1)) / pairs_of.clamp(min=1)
     share = right.sum() / counts.sum()
-    stderr = own.std() / len(own) ** 0.5
-    return share.item(), 2 * stderr.item()
+    added = (right.sum(0) + right.sum(1) - share * pairs_of) / pairs_of.mean()
+    _, stderr = mean_stderr(added)
+    return share.item(), 2 * stderr
 
 
 def accuracies(out: Path, quick: bool, models: dict[str, str], reviews: dict) -> Rows:
