@@ -76,11 +76,11 @@ def main(argv=None):
             device=args.device or config.device,
             other_models=other_models,
         )
-        first = table[0]
+        first, asked = table[0], f" (--kl {config.kl:g})" if config.kl else ""
         print(
             f"\n{run}: {first['prompts']} {args.split} prompts, {first['samples']} responses each, "
             f"KL {first['kl']:.3f} ± {first['kl_stderr']:.3f} "
-            f"nats\n\n{evaluation.markdown(table)}\n"
+            f"nats{asked}\n\n{evaluation.markdown(table)}\n"
         )
         print(evaluation.behind(config, other_models))
         print(figures.draw(run, suffix, table))

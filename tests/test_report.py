@@ -14,15 +14,18 @@ import train
 from minictrl import evaluation, report, runs
 from minictrl.config import Config
 from minictrl.files import read_rows, write_json
+from minictrl.runs import load_config
 
 
-def test_a_page_has_every_run_and_fetches_nothing(short_run, tmp_path):
+def test_a_page_has_every_run_and_fetches_nothing(short_run, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     runs = [tmp_path / "a&b", tmp_path / "c"]
     for run in runs:
         shutil.copytree(short_run, run)
     page = tmp_path / "page.html"
     evaluate.main([*map(str, runs), "--prompts", "6", "--samples", "8", "--report", str(page)])
+    asked, printed = load_config(short_run)[0].kl, capsys.readouterr().out
+    assert len(re.findall(rf"KL \S+ ± \S+ nats \(--kl {asked:g}\)\n", printed)) == 2
     text = page.read_text()
     assert "a&amp;b" in text and "<h2>c</h2>" in text and "a&b" not in text
     assert text.count("<article>") == 6
