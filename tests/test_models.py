@@ -47,10 +47,10 @@ CAPPED = {"head_dim": 8, "final_logit_softcapping": 2.0}
 GPT2 = GPT2Config(vocab_size=300, n_embd=16, n_layer=2, n_head=2, n_positions=256, num_labels=1)
 
 
-def tokenizer(template=None, **special):
-    """Byte-level, without merges: a token a byte."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    core = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+def tokenizer(template=None, merges=(), **special):
+    """Byte-level: a token a byte, and one for each of the merges, pairs of bytes."""
+    tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *map("".join, merges)]
+    core = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(tokens)}, merges=list(merges)))
     core.pre_tokenizer, core.decoder = (
         pre_tokenizers.ByteLevel(add_prefix_space=False),
         decoders.ByteLevel(),

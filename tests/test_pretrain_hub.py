@@ -10,7 +10,16 @@ from test_models import GPT2, SIZE, save
 from transformers import BertConfig, BertModel, GPT2LMHeadModel
 
 from minictrl.models import load_policy, load_scorer
-from minictrl.pretrain.hub import fit, mean, pair_accuracy, train_pairs_task, wilson
+from minictrl.pretrain.hub import (
+    fit,
+    load_start,
+    mean,
+    pair_accuracy,
+    save_fitted,
+    train_pairs_task,
+    wilson,
+)
+from minictrl.scorers.text import encoded, written
 
 WORDS = {"chosen": ("kind", "good", "nice"), "rejected": ("rude", "poor", "dull")}
 
@@ -58,6 +67,20 @@ def test_reward_model_and_judge_order_held_out_pairs(trained):
     score = load_scorer(str(folder / "out/reward"), "reward", device="cpu")
     good, bad = score(["7:", "7:"], [" nice kind", " dull rude"])
     assert good > bad
+
+
+def test_a_token_of_text_that_pads_cuts_texts_as_before_when_it_is_read_again(tmp_path):
+    options = dict(pad_token=None, merges=[("!", "!")])
+    model, tokenizer = load_start(save(tmp_path / "a", GPT2LMHeadModel(GPT2), **options))
+    assert tokenizer.pad_token == "!"
+    torch.nn.init.normal_(model.score.weight)
+    texts = ["Great!!", " Wow!!!", " so so"]
+    rows = encoded(tokenizer, [written(tokenizer, "x", y, causal=True) for y in texts])
+    with torch.no_grad():
+        scores = model(**tokenizer.pad(rows, return_tensors="pt")).logits[:, 0]
+    save_fitted(model, tokenizer, tmp_path / "b")
+    score = load_scorer(str(tmp_path / "b"), "reward", device="cpu")
+    torch.testing.assert_close(score(["x"] * 3, texts), scores)
 
 
 def test_on_a_gpu_no_devices_are_mixed(trained, tmp_path, monkeypatch):

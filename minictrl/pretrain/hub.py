@@ -321,7 +321,13 @@ def checkpoint_of(out: Path) -> Path:
 
 
 def save_fitted(model: nn.Module, tokenizer, out: Path):
-    """The model as a directory; the checkpoint of its `fit` has had its day."""
+    """The model as a directory; the checkpoint of its `fit` has had its day.
+
+    Where a token of text pads, the config alone names it: read again as a special token it would
+    cut texts otherwise.
+    """
+    if tokenizer.pad_token_id not in tokenizer.added_tokens_decoder:
+        tokenizer.pad_token = None
     save_policy(model, tokenizer, out)
     checkpoint_of(out).unlink(missing_ok=True)
 
