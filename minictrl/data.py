@@ -176,19 +176,24 @@ def row_of(row, column: str | None = None) -> tuple[Prompt, dict]:
 
 def prompt_of(row, column: str | None = None) -> Prompt:
     """The prompt of a row: what its column holds, or the first of NAMES that it has, or what comes
-    before the last answer of HH's "chosen". Of a conversation that ends with an answer, what comes
-    before it.
+    before the last answer of "chosen", HH's transcript or messages. Of a conversation that ends
+    with an answer, what comes before it.
+
+    A prompt that the messages of "chosen" begin with is a chat: all of them but the answer.
     """
     row = row if isinstance(row, dict) else {}
-    if column is None:
-        column = next((name for name in NAMES if row.get(name) is not None), None)
-    if column is None and isinstance(row.get("chosen"), str):
-        return parse_hh(row["chosen"])[:-1]
-    prompt = row.get(column)
+    chosen, column = row.get("chosen"), column or column_of(row)
+    if column is None and isinstance(chosen, str) and "\n\nHuman:" in chosen:
+        return parse_hh(chosen)[:-1]
+    before = [message(m) for m in chosen[:-1]] if isinstance(chosen, list) else []
+    prompt = row.get(column) if column else before
     if isinstance(prompt, list):
         prompt = [message(m) for m in prompt]
         if column != "prompt" and prompt and prompt[-1]["role"] == "assistant":
             prompt.pop()
+    first = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    if is_prompt(first) and is_prompt(before) and before[: len(first)] == first:
+        return before
     if is_prompt(prompt):
         return prompt
     raise ValueError(
@@ -196,6 +201,11 @@ def prompt_of(row, column: str | None = None) -> Prompt:
         '"conversations"), a list of {"role": system, user or assistant, "content": …} that ends '
         f"with the user's, or name the column (--column); it holds {str(row)[:80]}"
     )
+
+
+def column_of(row: dict) -> str | None:
+    """The first of NAMES that a row has."""
+    return next((name for name in NAMES if row.get(name) is not None), None)
 
 
 def message(m) -> dict:

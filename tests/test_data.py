@@ -220,11 +220,49 @@ def test_a_pair_without_a_side_is_named_and_left_out_only_if_asked(tmp_path):
 
 def test_a_text_prompt_and_an_answer_in_messages_are_set_off_by_a_space(tmp_path):
     answers = {
-        side: [{"role": "user", "content": "TL;DR:"}, {"role": "assistant", "content": side}]
+        side: [{"role": "assistant", "content": [{"type": "text", "text": side}]}]
         for side in ("chosen", "rejected")
     }
     path = write(tmp_path / "p.jsonl", [{"prompt": "TL;DR:"} | answers])
     assert load_pairs(path) == [("TL;DR:", " chosen", " rejected")]
+
+
+def turns(*contents: str) -> list[dict]:
+    return [{"role": ("user", "assistant")[i % 2], "content": c} for i, c in enumerate(contents)]
+
+
+@pytest.mark.parametrize(
+    "prompt", [{}, {"prompt": "q"}, {"prompt": turns("q")}, {"messages": turns("q", "a", "p", "z")}]
+)
+def test_sides_that_are_conversations_keep_what_comes_before_the_answer(prompt, tmp_path):
+    row = prompt | {s: turns("q", "a", "p", s) for s in ("chosen", "rejected")}
+    path = write(tmp_path / "p.jsonl", [row])
+    assert load_pairs(path) == [(turns("q", "a", "p"), "chosen", "rejected")]
+    assert prompt_of(row) == turns("q", "a", "p")  # train.py's is the same
+
+
+def test_answers_to_a_prompt_in_messages_or_in_a_column_of_its_own_are_no_transcripts(tmp_path):
+    sides = {"chosen": "a", "rejected": "b"}
+    path = write(tmp_path / "p.jsonl", [{"messages": turns("q")} | sides])
+    assert load_pairs(path) == [(turns("q"), "a", "b")]
+    path = write(tmp_path / "q.jsonl", [{"question": "q"} | sides])
+    assert load_pairs(path, column="question") == [("q", "a", "b")]
+    with pytest.raises(ValueError, match='line 1: give "prompt".*--column'):
+        load_pairs(path)
+
+
+@pytest.mark.parametrize(
+    "row, fault",
+    [
+        ({"chosen": turns("q", "a"), "rejected": turns("p", "b")}, "different prompts"),
+        ({"chosen": turns("q", "a"), "rejected": turns("q", "a", "p", "b")}, "different prompts"),
+        ({"prompt": "p", "chosen": turns("q", "a"), "rejected": turns("q", "b")}, "not the row's"),
+        ({"prompt": "q", "chosen": turns("q", "a", "p"), "rejected": "b"}, '"chosen" ends with'),
+    ],
+)
+def test_two_conversations_are_answers_of_the_assistant_to_one_prompt(row, fault, tmp_path):
+    with pytest.raises(ValueError, match=f"line 1: .*{fault}"):
+        load_pairs(write(tmp_path / "p.jsonl", [row]))
 
 
 def test_helpful_is_read_from_a_local_copy_of_the_hub(hub):

@@ -76,3 +76,17 @@ def test_rebuilding_makes_teachers_then_students_then_prompts(tmp_path, monkeypa
     assert done[2:] == [(t, s, step), (t, step | {"shards": 3})]
     with pytest.raises(ValueError, match="--only text: .*use policy, reward, judge"):
         pretrain.main([*both, "--only", "text"])
+
+
+def test_flags_of_pairs_go_with_a_task_and_reach_it(tmp_path, monkeypatch):
+    done = []
+    monkeypatch.setattr(pretrain, "train_pairs_task", lambda *a, **options: done.append(options))
+    monkeypatch.setattr(pretrain, "rebuild", lambda *a, **options: done.append("rebuilt"))
+    flags = ["--column", "question", "--skip-bad", "--max-tokens", "9", "--out", str(tmp_path)]
+    with pytest.raises(ValueError, match="--out is of models from pairs: .*--task"):
+        pretrain.main(flags)
+    with pytest.raises(ValueError, match="--skip-bad is of models from pairs"):
+        pretrain.main(["--skip-bad"])
+    assert not done
+    pretrain.main(["--task", "helpful", *flags])
+    assert done[0] | {"column": "question", "skip_bad": True, "max_tokens": 9} == done[0]

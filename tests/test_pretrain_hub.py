@@ -173,7 +173,7 @@ def test_one_step_that_changed_nothing_claims_nothing(trained, tmp_path, capsys)
 
 def test_pairs_that_are_all_too_long_are_refused(trained):
     folder, _ = trained
-    with pytest.raises(ValueError, match="max_tokens 2: all 108 pairs are longer"):
+    with pytest.raises(ValueError, match="--max-tokens 2: all 108 pairs are longer"):
         train_pairs_task(
             str(folder / "pairs.jsonl"),
             folder / "no",

@@ -19,6 +19,8 @@ from minictrl.pretrain.hub import train_pairs_task
 from minictrl.pretrain.ratings import cuts, load_ratings
 
 TEACHERS, STUDENTS = Path("models/teachers"), Path("models/reviews")
+OF_PAIRS = ("policy", "base", "column", "skip_bad", "epochs", "batch", "lr", "max_tokens")
+OF_PAIRS += ("device", "limit")
 
 
 def make_prompts(reviews: list[dict]) -> dict[str, list[str]]:
@@ -62,23 +64,35 @@ def main(argv=None):
     add(
         "--base", help="pairs: what reward model and judge start from, an encoder or a causal model"
     )
+    add("--column", help="pairs: of a file, where its prompts are (prompt, messages, …)")
+    text = "pairs: count rows without a prompt or a side, and leave them out"
+    add("--skip-bad", action="store_true", default=None, help=text)
     add("--epochs", type=whole(), default=1, help="pairs: passes over them (1)")
     add("--batch", type=whole(), default=64, help="pairs: in a step (64)")
     add("--lr", type=float, default=1e-5, help="pairs: learning rate (1e-5)")
+    add("--max-tokens", type=whole(), default=1024, help="pairs: longer ones are left out (1024)")
     add("--device", default="auto", help="pairs: auto, cpu or cuda")
     add("--limit", type=whole(), help="pairs: use at most this many")
     add("--out", type=Path, help="pairs: where the models go")
     add("--seed", type=whole(0), default=0)
     args = parser.parse_args(argv)
     if args.task is None:
+        given = [
+            name for name in ("out", *OF_PAIRS) if getattr(args, name) != parser.get_default(name)
+        ]
+        if given:
+            raise ValueError(
+                f"--{given[0].replace('_', '-')} is of models from pairs: name these with --task, "
+                "or leave it out to rebuild the reviews' models"
+            )
         to = args.students or (None if args.teachers else STUDENTS)
-        options = dict(only=args.only, shards=args.shards, seed=args.seed)
-        rebuild(args.data, args.teachers or TEACHERS, to, **options)
+        steps = dict(only=args.only, shards=args.shards, seed=args.seed)
+        rebuild(args.data, args.teachers or TEACHERS, to, **steps)
     elif args.out is None:
         raise ValueError("--out is missing: say where policy, reward model and judge go")
     else:
-        names = ("policy", "base", "epochs", "batch", "lr", "device", "limit", "seed")
-        train_pairs_task(args.task, args.out, **{name: getattr(args, name) for name in names})
+        options = {name: getattr(args, name) for name in OF_PAIRS}
+        train_pairs_task(args.task, args.out, seed=args.seed, **options)
 
 
 if __name__ == "__main__":

@@ -53,16 +53,18 @@ def train_pairs_task(
     limit: int | None = None,
     seed: int = 0,
     device: str = "auto",
+    column: str | None = None,
     skip_bad: bool | None = None,
 ) -> dict[str, float]:
     """Train and save the three models; print and return what they do on held-out pairs.
 
     policy: what to start from (default: the task's). base: what reward model and judge start from,
     an encoder or a causal model (default: the trained policy); without a policy, they are all that
-    is made. limit: the most pairs, of training and of test. Pairs with more than max_tokens tokens
-    on a side are counted and left out. The same call again goes on where an interrupted one
-    stopped. Returns sft_nll (nats a token of the chosen answers; not of a policy that was there
-    already), reward and judge (pair accuracies, ties half), and their 95 % intervals (`wilson`).
+    is made. limit: the most pairs, of training and of test. column, skip_bad: as in `load_pairs`.
+    Pairs with more than max_tokens tokens on a side are counted and left out. The same call again
+    goes on where an interrupted one stopped. Returns sft_nll (nats a token of the chosen answers;
+    not of a policy that was there already), reward and judge (pair accuracies, ties half), and
+    their 95 % intervals (`wilson`).
     Raises ValueError as `load_pairs` and `load_policy` do, on too few pairs, and if `out` holds
     anything else.
     """
@@ -76,7 +78,9 @@ def train_pairs_task(
         if not 0 < value < math.inf:
             raise ValueError(f"--{flag} {value}: use a positive number")
     place, out = resolve_device(device), Path(out)
-    train, test = (load_pairs(task, split, skip_bad=skip_bad) for split in ("train", "test"))
+    train, test = (
+        load_pairs(task, split, column=column, skip_bad=skip_bad) for split in ("train", "test")
+    )
     for pairs in (train, test):
         random.Random(seed).shuffle(pairs)
     train, test = train[:limit], test[:limit]
@@ -370,7 +374,7 @@ def short(rows: list, max_tokens: int) -> list:
     kept = [row for row in rows if size(row) <= max_tokens]
     if not kept:
         raise ValueError(
-            f"max_tokens {max_tokens}: all {len(rows)} pairs are longer; use a larger one"
+            f"--max-tokens {max_tokens}: all {len(rows)} pairs are longer; use a larger one"
         )
     if len(kept) < len(rows):
         print(

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from minictrl.config import TASKS
 from minictrl.data import (
     Prompt,
     check_split,
+    column_of,
     convert,
     key,
+    message,
     parse_hh,
     prompt_of,
     read_hub,
@@ -19,19 +23,25 @@ Pair = tuple[Prompt, str, str]  # prompt, chosen, rejected
 
 
 def load_pairs(
-    task_or_data: str, split: str = "train", *, skip_bad: bool | None = None
+    task_or_data: str,
+    split: str = "train",
+    *,
+    column: str | None = None,
+    skip_bad: bool | None = None,
 ) -> list[Pair]:
     """(prompt, chosen, rejected) of a task or of a user's data, for SFT and a Bradley-Terry reward
     model.
 
-    A row is {"prompt", "chosen", "rejected"}, or HH-RLHF's {"chosen", "rejected"}, two transcripts
-    with one prompt. A row without one of its sides raises ValueError with its line; with skip_bad
-    (default: as the task's entry says, else False) such rows are counted in a warning and left out.
-    split: as in `load_prompts`, by prompt.
+    A row is a prompt (`prompt_of`) with "chosen" and "rejected", two answers; or these are two
+    transcripts of HH-RLHF or lists of messages, with one prompt and an answer at the end. A row
+    without one of its sides raises ValueError with its line; with skip_bad (default: as the task's
+    entry says, else False) such rows are counted in a warning and left out. column: where a user's
+    prompts are. split: as in `load_prompts`, by prompt.
     """
     check_split(split)
     if task_or_data not in TASKS:
-        pairs = convert(read_own(task_or_data), pair_of, skip_bad=bool(skip_bad))
+        function = partial(pair_of, column=column)
+        pairs = convert(read_own(task_or_data), function, skip_bad=bool(skip_bad))
         held_out = {key(prompt) for prompt, _, _ in unique(pairs)[9::10]}
         return [pair for pair in pairs if (key(pair[0]) in held_out) == (split == "test")]
     entry = TASKS[task_or_data]
@@ -48,27 +58,31 @@ def load_pairs(
     )
 
 
-def pair_of(row) -> Pair:
+def pair_of(row, column: str | None = None) -> Pair:
     """(prompt, chosen, rejected) of a row."""
-    prompt, sides = prompt_of(row), []
+    prompt, sides = prompt_of(row, column), []
     for side in ("chosen", "rejected"):
         answer = row.get(side)
-        if isinstance(answer, str) and "prompt" not in row:  # HH: the whole transcript
-            *before, answer = parse_hh(answer)
-            if before != prompt:
+        if isinstance(answer, str) and not (column or column_of(row)):  # HH: the whole transcript
+            answer = parse_hh(answer)
+        if isinstance(answer, list) and answer:
+            *before, last = map(message, answer)
+            if last["role"] != "assistant":
                 raise ValueError(
-                    "chosen and rejected have different prompts: give two answers to one prompt"
+                    f'"{side}" ends with another message than the assistant\'s: end with the answer'
                 )
-            answer = answer["content"]
-        # messages, the answer last
-        elif isinstance(answer, list) and answer and isinstance(answer[-1], dict):
-            answer = answer[-1].get("content")
+            if before not in ([], prompt):
+                raise ValueError(
+                    "chosen and rejected have different prompts, or not the row's: give two "
+                    "answers to one prompt"
+                )
+            answer = last["content"]
             if isinstance(prompt, str) and isinstance(answer, str):
                 answer = " " + answer.strip()  # what continues a text is set off by a space
         if not isinstance(answer, str) or not answer.strip():
             raise ValueError(
                 f'"{side}" is missing or empty: give both sides, or leave such rows out '
-                "(skip_bad=True)"
+                "(--skip-bad)"
             )
         sides.append(answer)
     return prompt, *sides
