@@ -6,9 +6,11 @@ import random
 import pytest
 import torch
 from fake_cuda import FakeCuda, install
-from test_models import GPT2, SIZE, save
-from transformers import BertConfig, BertModel, GPT2LMHeadModel
+from test_models import GPT2, SIZE, save, tokenizer
+from tokenizers import normalizers
+from transformers import BertConfig, BertModel, GPT2LMHeadModel, PreTrainedTokenizerFast
 
+from minictrl.lm.prompts import response_texts
 from minictrl.models import load_policy, load_scorer
 from minictrl.pretrain.hub import (
     fit,
@@ -16,6 +18,7 @@ from minictrl.pretrain.hub import (
     mean,
     pair_accuracy,
     save_fitted,
+    sft_rows,
     train_pairs_task,
     wilson,
 )
@@ -69,16 +72,28 @@ def test_reward_model_and_judge_order_held_out_pairs(trained):
     assert good > bad
 
 
+@pytest.mark.parametrize("prompt", ["The movie was", [{"role": "user", "content": "What?"}]])
+def test_an_answer_has_the_tokens_that_follow_its_prompt(prompt):
+    """Llama 2's tokenizer puts a space before a text of its own: two before " nice"."""
+    core = tokenizer().backend_tokenizer
+    core.normalizer = normalizers.Prepend(" ")
+    fast = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>")
+    answer = " nice" if isinstance(prompt, str) else "nice"
+    ((x, y),) = sft_rows(fast, [(prompt, answer, "")])
+    assert [*x, *y] == fast(written(fast, prompt, answer, causal=True))["input_ids"]
+    assert response_texts(fast, [x[-1]], [y]) == [" nice"]
+
+
 def test_a_token_of_text_that_pads_cuts_texts_as_before_when_it_is_read_again(tmp_path):
     options = dict(pad_token=None, merges=[("!", "!")])
-    model, tokenizer = load_start(save(tmp_path / "a", GPT2LMHeadModel(GPT2), **options))
-    assert tokenizer.pad_token == "!"
+    model, fast = load_start(save(tmp_path / "a", GPT2LMHeadModel(GPT2), **options))
+    assert fast.pad_token == "!"
     torch.nn.init.normal_(model.score.weight)
     texts = ["Great!!", " Wow!!!", " so so"]
-    rows = encoded(tokenizer, [written(tokenizer, "x", y, causal=True) for y in texts])
+    rows = encoded(fast, [written(fast, "x", y, causal=True) for y in texts])
     with torch.no_grad():
-        scores = model(**tokenizer.pad(rows, return_tensors="pt")).logits[:, 0]
-    save_fitted(model, tokenizer, tmp_path / "b")
+        scores = model(**fast.pad(rows, return_tensors="pt")).logits[:, 0]
+    save_fitted(model, fast, tmp_path / "b")
     score = load_scorer(str(tmp_path / "b"), "reward", device="cpu")
     torch.testing.assert_close(score(["x"] * 3, texts), scores)
 

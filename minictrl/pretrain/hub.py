@@ -25,6 +25,7 @@ from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification
 
 from minictrl.config import TASKS
+from minictrl.exchange import continuations
 from minictrl.files import digest, load_tensors, reading, save_tensors, write_json
 from minictrl.lm.device import halving, resolve_device
 from minictrl.lm.hub import from_hub
@@ -32,7 +33,7 @@ from minictrl.lm.logprobs import sequence_logprobs
 from minictrl.lm.prompts import encode_prompts, left_pad
 from minictrl.models import load_policy, load_scorer, save_policy
 from minictrl.pretrain.pairs import Pair, load_pairs
-from minictrl.scorers.text import as_text, encoded, render, scorer_tokenizer, written
+from minictrl.scorers.text import encoded, render, scorer_tokenizer, written
 from minictrl.update import Learner
 
 SAVE_SECONDS = 300  # between checkpoints
@@ -153,9 +154,14 @@ def wilson(right: float, n: int, z: float = 1.96) -> tuple[float, float]:
 
 
 def sft_rows(tokenizer, pairs: list[Pair]) -> list[tuple[list[int], list[int]]]:
-    answers = [
-        (render(tokenizer, prompt), as_text(tokenizer, chosen)) for prompt, chosen, _ in pairs
-    ]
+    """Token ids of prompts and chosen answers, which follow messages without a template after a
+    space, as in `written`.
+    """
+    answers = []
+    for prompt, chosen, _ in pairs:
+        if not (isinstance(prompt, str) or tokenizer.chat_template):
+            chosen = " " + chosen.lstrip()
+        answers.append((render(tokenizer, prompt), chosen))
     return answer_rows(tokenizer, answers)
 
 
@@ -180,7 +186,7 @@ def sft(model: nn.Module, tokenizer, train: list, held_out: list, out: Path, **o
 def answer_rows(tokenizer, pairs: list[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
     """Token ids of (prompt, answer) pairs of texts; an answer ends with EOS."""
     prompts = encode_prompts(tokenizer, [prompt for prompt, _ in pairs])
-    answers = tokenizer([answer for _, answer in pairs], add_special_tokens=False)["input_ids"]
+    answers = [continuations(tokenizer, prompt, [answer])[0] for prompt, answer in pairs]
     return [(x, [*y, tokenizer.eos_token_id]) for x, y in zip(prompts, answers)]
 
 
