@@ -2,13 +2,14 @@
 
 import json
 import random
+import re
 
 import pytest
 import torch
 from fake_cuda import FakeCuda, install
 from test_models import GPT2, SIZE, save, tokenizer
 from tokenizers import normalizers
-from transformers import BertConfig, BertModel, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from minictrl.lm.prompts import response_texts
 from minictrl.models import load_policy, load_scorer
@@ -184,6 +185,38 @@ def test_one_step_that_changed_nothing_claims_nothing(trained, tmp_path, capsys)
     task, start = str(trained[0] / "pairs.jsonl"), str(trained[0] / "start")
     train_pairs_task(task, tmp_path / "out", policy=start, limit=4, lr=1e-9, device="cpu")
     assert "reward: it is not shown to have learned anything" in capsys.readouterr().out
+
+
+def test_what_is_wrong_with_base_or_tokens_is_said_before_anything_is_trained(trained, tmp_path):
+    pairs, start = str(trained[0] / "pairs.jsonl"), str(trained[0] / "start")
+    few = GPT2Config(**GPT2.to_dict() | {"vocab_size": 100})
+    small = save(tmp_path / "small", GPT2LMHeadModel(few), pad_token="!")
+    for models, fault in (
+        (dict(policy=start, base=f"{start}/no"), "base of the reward model .*/no: there is no"),
+        (dict(policy=start, base=small), "small: its tokenizer writes '</s>' as token 257"),
+        (dict(policy=small), "small: its tokenizer writes '</s>' as token 257.*model knows 100"),
+    ):
+        with pytest.raises(ValueError, match=fault):
+            train_pairs_task(pairs, tmp_path / "out", **models, device="cpu")
+        assert not (tmp_path / "out").exists()
+
+
+def test_long_pairs_are_left_out_and_not_counted_as_trained_on(trained, tmp_path, capsys):
+    """Prompt and answer together have to fit: 150 + 150 tokens don't."""
+    start, long = str(trained[0] / "start"), "o" * 150
+    rows = [{"prompt": f"{i}:", "chosen": " a", "rejected": " b"} for i in range(40)]
+    rows[1]["prompt"] = rows[1]["chosen"] = long
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    train_pairs_task(str(file), tmp_path / "out", policy=start, max_tokens=200, device="cpu")
+    said = capsys.readouterr().out
+    assert "1 of 36 pairs are longer than 200 tokens and left out" in said
+    assert sum(map(int, re.findall(r"trained on (\d+)", said))) == 35
+    rows = [row | {"prompt": f"{i} {long}", "chosen": long} for i, row in enumerate(rows)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ValueError, match="the model's context of 256 tokens: all 36 pairs"):
+        train_pairs_task(str(file), tmp_path / "no", policy=start, device="cpu")
+    assert not (tmp_path / "no").exists()
 
 
 def test_pairs_that_are_all_too_long_are_refused(trained):

@@ -30,7 +30,7 @@ from minictrl.files import digest, load_tensors, reading, save_tensors, write_js
 from minictrl.lm.device import halving, resolve_device
 from minictrl.lm.hub import from_hub
 from minictrl.lm.logprobs import sequence_logprobs
-from minictrl.lm.prompts import encode_prompts, left_pad
+from minictrl.lm.prompts import check_ids, encode_prompts, left_pad
 from minictrl.models import load_policy, load_scorer, save_policy
 from minictrl.pretrain.pairs import Pair, load_pairs
 from minictrl.scorers.text import encoded, render, scorer_tokenizer, written
@@ -66,8 +66,8 @@ def train_pairs_task(
     goes on where an interrupted one stopped. Returns sft_nll (nats a token of the chosen answers;
     not of a policy that was there already), reward and judge (pair accuracies, ties half), and
     their 95 % intervals (`wilson`).
-    Raises ValueError as `load_pairs` and `load_policy` do, on too few pairs, and if `out` holds
-    anything else.
+    Raises ValueError as `load_pairs` and `load_policy` do, on a base that is no model, on too few
+    pairs, and if `out` holds anything else.
     """
     name = policy or TASKS.get(task, {}).get("policy")
     if name is None and base is None:
@@ -91,16 +91,24 @@ def train_pairs_task(
     settings["pairs"] = digest(train, test)  # other pairs under the same name are another job
     if name is not None:
         model, tokenizer = load_policy(name)
-        rows = [short(sft_rows(tokenizer, pairs), max_tokens) for pairs in (train, test)]
+        context = getattr(model.config, "max_position_embeddings", None)
+        rows = [sft_rows(tokenizer, pairs) for pairs in (train, test)]
+        rows = [short(part, max_tokens, context) for part in rows]
+        check_ids(model, tokenizer, [ids for part in rows for row in part for ids in row])
+    if base is not None:
+        sides = pair_rows(base, [*halves, test], max_tokens)
     claim(out, settings)
     result = {}
     if name is not None and not (out / "policy" / "config.json").is_file():
         result["sft_nll"] = sft(model.to(place), tokenizer, *rows, out / "policy", **options)
         save_fitted(model.cpu(), tokenizer, out / "policy")
     start = base or str(out / "policy")
-    for part, role in zip(halves, ("reward", "judge")):
+    if base is None:
+        sides = pair_rows(start, [*halves, test], max_tokens)
+    *parts, held_out = sides
+    for part, role in zip(parts, ("reward", "judge")):
         if not (out / role / "config.json").is_file():
-            bradley_terry(start, out / role, part, test, max_tokens, place, **options)
+            bradley_terry(start, out / role, part, held_out, place, **options)
         share = pair_accuracy(load_scorer(str(out / role), role, device=device), test)
         low, high = wilson(share * len(test), len(test))
         result |= {role: share, f"{role}_low": low, f"{role}_high": high}
@@ -200,27 +208,29 @@ def answer_logprobs(model: nn.Module, tokenizer, rows: list[tuple[list[int], lis
     return sequence_logprobs(model, *prompts, tokens, mask).sum(1)
 
 
-def bradley_terry(
-    start: str,
-    out: Path,
-    train: list[Pair],
-    test: list[Pair],
-    max_tokens: int,
-    device: torch.device,
-    **options,
-):
-    """Train a classifier with one label: -log sigmoid(r(x, chosen) - r(x, rejected)), in nats a
-    pair. start: a directory or hub name of a causal model or an encoder."""
+def pair_rows(start: str, parts: list[list[Pair]], max_tokens: int) -> list[list]:
+    """Of each part the (chosen, rejected) rows as the classifier `start` reads them, without the
+    long ones.
+    """
     model, tokenizer = load_start(start)
-    model.to(device)
-    causal = hasattr(model, "score")
-
-    def rows(pairs: list[Pair]) -> list[tuple[dict, dict]]:
+    causal, rows = hasattr(model, "score"), []
+    for pairs in parts:
         chosen, rejected = (
             encoded(tokenizer, [written(tokenizer, x[0], x[side], causal=causal) for x in pairs])
             for side in (1, 2)
         )
-        return short(list(zip(chosen, rejected, strict=True)), max_tokens)
+        check_ids(model, tokenizer, [row["input_ids"] for row in chosen + rejected])
+        rows.append(short(list(zip(chosen, rejected, strict=True)), max_tokens))
+    return rows
+
+
+def bradley_terry(
+    start: str, out: Path, train: list, held_out: list, device: torch.device, **options
+):
+    """Train a classifier with one label on `pair_rows`: -log sigmoid(r(x, chosen) - r(x,
+    rejected)), in nats a pair. start: a directory or hub name of a causal model or an encoder."""
+    model, tokenizer = load_start(start)
+    model.to(device)
 
     def loss(part: list) -> Tensor:
         both = [side for row in part for side in row]  # chosen, rejected, chosen, …
@@ -228,9 +238,8 @@ def bradley_terry(
         scores = model(**inputs).logits.float().view(-1, 2)
         return F.softplus(scores[:, 1] - scores[:, 0]).sum()
 
-    held_out = rows(test)
     before = mean(loss, held_out, options["micro_batch"])
-    fit(model, rows(train), loss, out, **options)
+    fit(model, train, loss, out, **options)
     after = mean(loss, held_out, options["micro_batch"])
     print(f"{out.name}: {after:.3f} nats a held-out pair, {before:.3f} before, log 2 = 0.693")
     save_fitted(model.cpu(), tokenizer, out)
@@ -371,22 +380,25 @@ def shuffled(rows: list, batch: int, rng: random.Random) -> list[list]:
 
 
 def size(row: tuple) -> int:
-    """Tokens of the longer one of a row's two: token ids, or a dict of them."""
-    sides = [side["input_ids"] if isinstance(side, dict) else side for side in row]
-    return max(map(len, sides), default=0)
+    """Tokens of the longer one of a row's two sides, or of its prompt and answer together."""
+    if isinstance(row[0], dict):
+        return max(len(side["input_ids"]) for side in row)
+    return sum(map(len, row))
 
 
-def short(rows: list, max_tokens: int) -> list:
-    kept = [row for row in rows if size(row) <= max_tokens]
+def short(rows: list, max_tokens: int, context: int | None = None) -> list:
+    """The rows that are not too long; says how many are. Raises ValueError if all are."""
+    longest, rule = max_tokens, f"--max-tokens {max_tokens}"
+    if context and context < max_tokens:
+        longest, rule = context, f"the model's context of {context} tokens"
+    kept = [row for row in rows if size(row) <= longest]
     if not kept:
         raise ValueError(
-            f"--max-tokens {max_tokens}: all {len(rows)} pairs are longer; use a larger one"
+            f"{rule}: all {len(rows)} pairs are longer; use a larger one, or shorter pairs"
         )
     if len(kept) < len(rows):
-        print(
-            f"{len(rows) - len(kept)} of {len(rows)} pairs are longer than {max_tokens} tokens and "
-            "left out"
-        )
+        left = len(rows) - len(kept)
+        print(f"{left} of {len(rows)} pairs are longer than {longest} tokens and left out")
     return kept
 
 
