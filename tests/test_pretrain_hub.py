@@ -10,6 +10,8 @@ from fake_cuda import FakeCuda, install
 from test_models import GPT2, SIZE, save, tokenizer
 from tokenizers import normalizers
 from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import BertForSequenceClassification as Bert
+from transformers import RobertaForSequenceClassification as Roberta
 
 from minictrl.lm.prompts import response_texts
 from minictrl.models import load_policy, load_scorer
@@ -185,6 +187,21 @@ def test_one_step_that_changed_nothing_claims_nothing(trained, tmp_path, capsys)
     task, start = str(trained[0] / "pairs.jsonl"), str(trained[0] / "start")
     train_pairs_task(task, tmp_path / "out", policy=start, limit=4, lr=1e-9, device="cpu")
     assert "reward: it is not shown to have learned anything" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("labels", [1, 3])
+@pytest.mark.parametrize("family", [Bert, Roberta])
+def test_a_base_with_a_head_gets_a_new_one(family, labels, tmp_path):
+    model = family(family.config_class(**SIZE, num_labels=labels))
+    start, _ = load_start(save(tmp_path, model))
+    *body, (name, head) = ((n, p) for n, p in start.named_parameters() if p.dim() > 1)
+    weights = dict(model.named_parameters())
+    assert all(torch.equal(p, weights[n]) for n, p in body)
+    assert len(head) == 1 and (head != weights[name][:1]).all()
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"intermediate_size": 48}))
+    with pytest.raises(ValueError, match="has another size than its config.json says"):
+        load_start(str(tmp_path))
 
 
 def test_what_is_wrong_with_base_or_tokens_is_said_before_anything_is_trained(trained, tmp_path):

@@ -85,6 +85,8 @@ def from_hub(loader, kind: str, name: str, *, new_head: bool = False, **options)
         tokenizer = loader.__name__ == "AutoTokenizer"
         if not (tokenizer and (here / "tokenizer_config.json").is_file()):
             return from_adapter(loader, kind, name, **options)
+    if new_head:
+        options["ignore_mismatched_sizes"] = True
     loaded = from_pretrained(loader, kind, name, output_loading_info=model, **options)
     if not model:
         if (
@@ -98,7 +100,9 @@ def from_hub(loader, kind: str, name: str, *, new_head: bool = False, **options)
         return loaded
     if getattr(loaded[0], "_hf_peft_config_loaded", False):
         raise ValueError(adapter(kind, name))
-    if not new_head:
+    if new_head:
+        check_body(f"{kind} {name}", *loaded)
+    else:
         check_weights(f"{kind} {name}", loader.__name__.removeprefix("AutoModelFor"), loaded[1])
     return loaded[0]
 
@@ -239,6 +243,17 @@ def check_weights(model: str, wanted: str, info: dict):
             f"{model}: {len(unused)} of its weights are not read, {unused[0]} among them; "
             "does its config.json belong to them?",
             stacklevel=3,
+        )
+
+
+def check_body(model: str, loaded, info: dict):
+    """Raises ValueError on weights of another size than the model's, but for those of its head."""
+    body = f"{loaded.base_model_prefix}."
+    other = sorted(key for key, *_ in info["mismatched_keys"] if key.startswith(body))
+    if other:
+        raise ValueError(
+            f"{model}: its {other[0]} has another size than its config.json says; put the "
+            "config.json there that belongs to the weights"
         )
 
 

@@ -246,7 +246,7 @@ def bradley_terry(
 
 
 def load_start(start: str, frozen: int = 0) -> tuple[nn.Module, object]:
-    """(classifier with one label, tokenizer) of a directory.
+    """(classifier with one label, tokenizer) of a directory, with a new head, be it one already.
 
     The score head of a causal model begins at zero and is read at EOS, which then can't be what
     pads: the head is read at the last token that isn't padding. frozen: so many of its lowest
@@ -260,6 +260,9 @@ def load_start(start: str, frozen: int = 0) -> tuple[nn.Module, object]:
         num_labels=1,
         dtype=torch.float32,
     )
+    if "ForSequenceClassification" in str(model.config.architectures):
+        for head in (m for m in model.modules() if getattr(m, "out_features", 0) == 1):
+            head.reset_parameters()
     tokenizer = scorer_tokenizer(model, start, "reward")
     if hasattr(model, "score"):
         nn.init.zeros_(model.score.weight)
