@@ -31,6 +31,7 @@ from minictrl.scorers.text import render, set_precision
 __all__ = ["load_policy", "load_scorer", "render", "save_policy"]
 
 SUMS = "SHA256SUMS"  # of a saved policy's files
+SEES = 0.01  # of the largest logit: what a causal model's never move by when the next token changes
 ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}  # kinds of layers
 
 
@@ -88,14 +89,25 @@ def load_policy(
     return model, tokenizer
 
 
+@torch.no_grad()
 def check_family(model: nn.Module, name: str) -> None:
-    """Raises ValueError on a policy whose layers keep more than keys and values."""
+    """Raises ValueError on a policy whose layers keep more than keys and values, or whose tokens
+    see those that follow: a config doesn't say that, two texts with one beginning do.
+    """
     kinds = set(getattr(model.config, "layer_types", None) or ()) - ATTENTION
     if kinds or getattr(model, "_is_stateful", False):
         raise ValueError(
             f"policy {name}: a {type(model).__name__} has layers with a state of their own "
             f"({', '.join(sorted(kinds)) or 'recurrent'}), which the samples of a prompt can't "
             "share; use a model with attention alone"
+        )
+    last = model.get_input_embeddings().num_embeddings - 1
+    ids = torch.tensor([[0, 0], [0, last]])
+    a, b = model(ids, attention_mask=torch.ones_like(ids)).logits[:, 0].float()
+    if (a - b).abs().max() > SEES * a.abs().max():
+        raise ValueError(
+            f"policy {name}: a {type(model).__name__} with this config is an encoder, which sees "
+            "the tokens that follow; give a causal model, or use it as --base of pretraining"
         )
 
 

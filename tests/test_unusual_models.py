@@ -225,6 +225,16 @@ def test_a_policy_with_a_state_of_its_own_is_refused(kind, tmp_path):
         load_policy(save(tmp_path, model))
 
 
+@pytest.mark.parametrize("family", ["Bert", "Roberta", "Electra"])
+def test_an_encoder_is_no_policy(family, tmp_path):
+    import transformers
+
+    config = getattr(transformers, f"{family}Config")(**SIZE)
+    path = save(tmp_path, getattr(transformers, f"{family}ForMaskedLM")(config))
+    with pytest.raises(ValueError, match="is an encoder, .*give a causal model, or use .*--base"):
+        load_policy(path)
+
+
 def test_a_policy_that_reads_long_texts_otherwise_is_refused(tmp_path):
     """Phi-3's longrope: another set of frequencies once a text is longer than 36 tokens."""
     scaling = dict(rope_type="longrope", short_factor=[1.0] * 4, long_factor=[4.0] * 4)
