@@ -1,6 +1,7 @@
 """A reward that is a function of the user's."""
 
 import json
+import sys
 
 import pytest
 
@@ -106,3 +107,23 @@ def test_a_file_that_is_not_there_or_does_not_run_is_one_line(tmp_path):
     (tmp_path / "bad.py").write_text("import nothing_of_this_name")
     with pytest.raises(ValueError, match="bad.py fails with ModuleNotFoundError"):
         load_scorer(f"{tmp_path}/bad.py:f", "reward")
+
+
+def test_a_file_may_hold_a_dataclass_and_import_what_lies_beside_it(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.path", [*sys.path])
+    (tmp_path / "beside_it.py").write_text("LONGEST = 3")
+    (tmp_path / "json.py").write_text(
+        "from __future__ import annotations\n"
+        "from dataclasses import dataclass\n"
+        "from beside_it import LONGEST\n"
+        "@dataclass\n"
+        "class Score:\n"
+        "    value: float\n"
+        "def f(prompts, texts):\n"
+        "    return [Score(min(len(text), LONGEST)).value for text in texts]\n"
+    )
+    assert load_scorer(f"{tmp_path}/json.py:f", "reward")(["", ""], ["ab", "abcd"]).tolist() == [
+        2,
+        3,
+    ]
+    assert sys.modules["json"] is json

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import sys
 import warnings
 from collections.abc import Callable
 from itertools import islice
@@ -74,13 +75,18 @@ def as_float32(exact: Tensor, name: str) -> Tensor:
 
 
 def find_function(spec: str, role: str) -> Callable:
-    """The function NAME of FILE.py, which is run for it."""
+    """The function NAME of FILE.py, which is run for it, as a module named by its path; what lies
+    beside the file can be imported.
+    """
     file, _, name = spec.rpartition(":")
     path = Path(file)
     if not path.is_file():
         raise ValueError(f"{role} {spec}: there is no file {file}; give FILE.py:NAME")
-    module_spec = importlib.util.spec_from_file_location(path.stem, path)
+    module_spec = importlib.util.spec_from_file_location(str(path.resolve()), path)
     module = importlib.util.module_from_spec(module_spec)
+    sys.modules[module_spec.name] = module  # where a dataclass looks for it
+    if str(path.resolve().parent) not in sys.path:
+        sys.path.append(str(path.resolve().parent))
     try:
         module_spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:  # whatever the user's file does
