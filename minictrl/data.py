@@ -7,6 +7,7 @@ directories, and what is on the hub or in a local copy of it (`hub.py`).
 
 from __future__ import annotations
 
+import glob
 import json
 import re
 import warnings
@@ -115,7 +116,8 @@ def read_hub(source: dict, split: str) -> Iterable[tuple[str, dict]]:
     saved, suffix = Path(name, "dataset_dict.json").is_file(), Path(name).suffix
     try:
         if suffix in FORMATS:
-            rows = datasets.load_dataset(FORMATS[suffix], data_files=name, split="train")
+            file = glob.escape(name)  # else [1] is a pattern
+            rows = datasets.load_dataset(FORMATS[suffix], data_files=file, split="train")
         elif saved or Path(name, "state.json").is_file():
             rows = datasets.load_from_disk(f"{name}/{part}" if saved else name)
             check_inside(name, [file["filename"] for file in rows.cache_files])

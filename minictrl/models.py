@@ -178,7 +178,7 @@ def load_scorer(
         tokenizer, options = None, ()
     else:
         device = resolve_device(device) if isinstance(device, str) else device
-        name, _, label = name.partition("#")
+        name, label = parted(name)
         config = from_hub(AutoConfig, f"{role} model", name)
         if (config.architectures or [""])[0].endswith(("ForCausalLM", "LMHeadModel")):
             model, tokenizer, evaluate = load_generative(name, role, label, device)
@@ -198,6 +198,14 @@ def load_scorer(
     score.tokenizer = tokenizer
     score.of_prefixes = of_prefixes and score_prefixes
     return score
+
+
+def parted(name: str) -> tuple[str, str]:
+    """(NAME, LABEL) of NAME#LABEL, or (NAME, ""); a directory may have a # in its name."""
+    parts = name.split("#")
+    heads = ["#".join(parts[: i + 1]) for i in range(len(parts))]
+    head = next((x for x in reversed(heads) if Path(x).is_dir()), heads[0])
+    return head, name.removeprefix(head)[1:]
 
 
 def finite(

@@ -132,6 +132,13 @@ def test_prompts_come_from_every_kind_of_data(kind, hub):
         load_prompts(path, data_split=split)
 
 
+def test_the_name_of_a_file_is_no_pattern(hub):
+    path = hub / "my data [1].csv"
+    (hub / "my data 1.csv").write_text("prompt\nno\n")
+    path.write_text("prompt\n" + "".join(f"Tell me {i}\n" for i in range(10)))
+    assert load_prompts(str(path), "test") == ["Tell me 9"]
+
+
 @pytest.mark.parametrize(
     "name, content",
     [

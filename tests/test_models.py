@@ -214,6 +214,15 @@ def test_of_several_labels_one_must_be_named(tmp_path):
     assert torch.allclose(score[0], torch.logit(logits.softmax(-1)[1]), atol=1e-4)
 
 
+def test_a_directory_may_have_a_hash_in_its_name(tmp_path):
+    model = BertForSequenceClassification(BertConfig(**SIZE, num_labels=2))
+    path = save(tmp_path / "C#" / "a", model)
+    score = load_scorer(f"{path}#LABEL_1", "reward", device="cpu")
+    assert len(score(["x"], [" y"])) == 1
+    with pytest.raises(ValueError, match="C#/a: has 2 labels"):
+        load_scorer(path, "reward", device="cpu")
+
+
 def test_a_text_that_is_too_long_keeps_its_end(tmp_path):
     score = load_scorer(neox(tmp_path / "a"), "reward", device="cpu")
     with pytest.warns(UserWarning, match="more than 256 tokens lose their beginning"):
