@@ -185,6 +185,7 @@ def test_an_encoder_is_the_base_of_a_reward_model(trained, tmp_path, capsys):
 
 def test_one_step_that_changed_nothing_claims_nothing(trained, tmp_path, capsys):
     task, start = str(trained[0] / "pairs.jsonl"), str(trained[0] / "start")
+    torch.manual_seed(0)  # dropout's: with 2 in 100 seeds four of four are in the right order
     train_pairs_task(task, tmp_path / "out", policy=start, limit=4, lr=1e-9, device="cpu")
     assert "reward: it is not shown to have learned anything" in capsys.readouterr().out
 
