@@ -246,12 +246,14 @@ def bradley_terry(
 
 
 def load_start(start: str, frozen: int = 0) -> tuple[nn.Module, object]:
-    """(classifier with one label, tokenizer) of a directory, with a new head, be it one already.
+    """(classifier with one label, tokenizer) of a directory, with a new head, be it one already;
+    the same head in each call.
 
     The score head of a causal model begins at zero and is read at EOS, which then can't be what
     pads: the head is read at the last token that isn't padding. frozen: so many of its lowest
     layers, and the embeddings, are not trained.
     """
+    torch.manual_seed(0)
     model = from_hub(
         AutoModelForSequenceClassification,
         "base of the reward model",
@@ -306,6 +308,7 @@ def fit(
     rng = random.Random(seed)
     schedule = [chunk for _ in range(epochs) for chunk in shuffled(rows, batch, rng)]
     model.train()
+    torch.manual_seed(seed)  # of dropout
     checkpoint = checkpoint_of(out)
     first, saved = resume(checkpoint, model, optimizer), time.monotonic()
     for step, chunk in enumerate(bar := tqdm(schedule, out.name, disable=None)):
