@@ -60,6 +60,7 @@ prompts with {samples} responses each. Runs are brought to each KL, in nats (`ta
   it is over prompts alone, with few it is itself uncertain: the claims' intervals count that in.
 - *Behind the first*: a paired difference, prompt by prompt and seed by seed, at KL {kl:g}.
 - *Below the optimum*: the points by reward that are left to the best policy there is, at KL {kl:g}.
+- *Seeds*: how many at KL {kl:g}.
 - *Reward calls* are all of a run's, with the calibration's; *minutes* those of its updates.
 - Runs were made at commit {commits}.
 
