@@ -91,10 +91,7 @@ def train_pairs_task(
     settings["pairs"] = digest(train, test)  # other pairs under the same name are another job
     if name is not None:
         model, tokenizer = load_policy(name)
-        context = getattr(model.config, "max_position_embeddings", None)
-        rows = [sft_rows(tokenizer, pairs) for pairs in (train, test)]
-        rows = [short(part, max_tokens, context) for part in rows]
-        check_ids(model, tokenizer, [ids for part in rows for row in part for ids in row])
+        rows = policy_rows(model, tokenizer, [train, test], max_tokens)
     if base is not None:
         sides = pair_rows(base, [*halves, test], max_tokens)
     claim(out, settings)
@@ -109,16 +106,21 @@ def train_pairs_task(
     for part, role in zip(parts, ("reward", "judge")):
         if not (out / role / "config.json").is_file():
             bradley_terry(start, out / role, part, held_out, place, **options)
-        share = pair_accuracy(load_scorer(str(out / role), role, device=device), test)
-        low, high = wilson(share * len(test), len(test))
-        result |= {role: share, f"{role}_low": low, f"{role}_high": high}
-        print(
-            f"{role}: {100 * share:.1f} % of {len(test)} held-out pairs in the right order "
-            f"(95 % interval {100 * low:.0f} to {100 * high:.0f}), trained on {len(part)}"
-        )
-        if low <= 0.5:
-            print(f"{role}: it is not shown to have learned anything, because 50 % is chance")
+        scorer = load_scorer(str(out / role), role, device=device)
+        result |= report(role, pair_accuracy(scorer, test), len(test), len(part))
     return result
+
+
+def report(role: str, share: float, pairs: int, trained_on: int) -> dict[str, float]:
+    """Prints a model's accuracy on held-out pairs; returns it with its 95 % interval."""
+    low, high = wilson(share * pairs, pairs)
+    print(
+        f"{role}: {100 * share:.1f} % of {pairs} held-out pairs in the right order "
+        f"(95 % interval {100 * low:.0f} to {100 * high:.0f}), trained on {trained_on}"
+    )
+    if low <= 0.5:
+        print(f"{role}: it is not shown to have learned anything, because 50 % is chance")
+    return {role: share, f"{role}_low": low, f"{role}_high": high}
 
 
 def halved(task: str, train: list[Pair], test: list[Pair]) -> tuple[list[Pair], list[Pair]]:
@@ -159,6 +161,14 @@ def wilson(right: float, n: int, z: float = 1.96) -> tuple[float, float]:
     """The 95 % interval of a share, `right` of n (Wilson 1927): for small n and shares near 1."""
     centre, width = right + z**2 / 2, z * math.sqrt(right * (n - right) / n + z**2 / 4)
     return (centre - width) / (n + z**2), (centre + width) / (n + z**2)
+
+
+def policy_rows(model, tokenizer, parts: list[list[Pair]], max_tokens: int) -> list[list]:
+    """Of each part the `sft_rows`, without those that are too long for the model."""
+    context = getattr(model.config, "max_position_embeddings", None)
+    rows = [short(sft_rows(tokenizer, pairs), max_tokens, context) for pairs in parts]
+    check_ids(model, tokenizer, [ids for part in rows for row in part for ids in row])
+    return rows
 
 
 def sft_rows(tokenizer, pairs: list[Pair]) -> list[tuple[list[int], list[int]]]:
