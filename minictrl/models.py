@@ -201,10 +201,10 @@ def load_scorer(
 
 
 def parted(name: str) -> tuple[str, str]:
-    """(NAME, LABEL) of NAME#LABEL, or (NAME, ""); a directory may have a # in its name."""
-    parts = name.split("#")
-    heads = ["#".join(parts[: i + 1]) for i in range(len(parts))]
-    head = next((x for x in reversed(heads) if Path(x).is_dir()), heads[0])
+    """(NAME, LABEL) of NAME#LABEL, or (NAME, ""); a path that is there may have a # in it."""
+    head = name
+    while "#" in head and not Path(head).exists():
+        head = head.rpartition("#")[0]
     return head, name.removeprefix(head)[1:]
 
 

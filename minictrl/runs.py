@@ -42,14 +42,16 @@ from minictrl.files import (
     write_sealed,
     writing,
 )
-from minictrl.models import check_saved
+from minictrl.models import check_saved, parted
 from minictrl.sampling import NotFinite
 from minictrl.task import Task, rows_of
 from minictrl.track import Tracker
 from minictrl.update import BadStep, Learner
 
 MARKER = ".minictrl"  # the file that says that a directory is ours to delete
-FREE = ("out", "device", "cache", "lr", "track")  # a run may go on elsewhere, and more slowly
+PATHS = ("task", "policy", "reward", "judge", "reference")  # or names
+ELSEWHERE = ("out", "device", "cache", "track")  # settings that make no other run
+FREE = (*ELSEWHERE, "lr")  # a run may go on elsewhere, and more slowly
 CHECKPOINT = Path("checkpoint", "state.safetensors")
 PAUSE = 20  # seconds between checkpoints, at least; 20 times what one takes, if that is more
 
@@ -105,8 +107,9 @@ def check(out: Path, settings: dict, config: Config, *, resume: bool, overwrite:
         raise ValueError(
             f"--out {out}: holds a run already; add --resume or --overwrite, or give another --out"
         )
-    for name in ("task", "policy", "reward", "judge", "cache", "reference"):
-        path = Path(re.sub(r"(#|(?<=\.py):).*", "", getattr(config, name) or ""))
+    for name in (*PATHS, "cache"):
+        file = re.sub(r"(?<=\.py):.*", "", getattr(config, name) or "")
+        path = Path(parted(file)[0])
         if path.name and path.exists() and path.resolve().is_relative_to(out.resolve()):
             raise ValueError(
                 f"--{name} {path}: lies in {out}, which --overwrite deletes; give another --out"

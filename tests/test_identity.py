@@ -115,6 +115,12 @@ def test_what_a_run_reads_is_never_deleted(short_run):
     assert sorted(short_run.rglob("*")) == before
 
 
+def test_a_hash_in_its_name_does_not_hide_what_a_run_reads(short_run, tmp_path):
+    run = shutil.copytree(short_run, tmp_path / "C#run")
+    with pytest.raises(ValueError, match="--policy .* lies in .*, which --overwrite deletes"):
+        train.main(["--policy", str(run / "policy"), "--out", str(run), "--overwrite"])
+
+
 @pytest.mark.parametrize("content", ["", "{", "[1]"])
 def test_a_directory_that_this_program_did_not_write_is_never_deleted(content, tmp_path):
     (tmp_path / "config.json").write_text(content)

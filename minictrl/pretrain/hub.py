@@ -33,7 +33,7 @@ from minictrl.lm.logprobs import sequence_logprobs
 from minictrl.lm.prompts import check_ids, encode_prompts, left_pad
 from minictrl.models import load_policy, load_scorer, save_policy
 from minictrl.pretrain.pairs import Pair, load_pairs
-from minictrl.scorers.text import encoded, render, scorer_tokenizer, written
+from minictrl.scorers.text import encoded, render, scorer_tokenizer, spaced, written
 from minictrl.update import Learner
 
 SAVE_SECONDS = 300  # between checkpoints
@@ -173,12 +173,12 @@ def policy_rows(model, tokenizer, parts: list[list[Pair]], max_tokens: int) -> l
 
 def sft_rows(tokenizer, pairs: list[Pair]) -> list[tuple[list[int], list[int]]]:
     """Token ids of prompts and chosen answers, which follow messages without a template after a
-    space, as in `written`.
+    space.
     """
     answers = []
     for prompt, chosen, _ in pairs:
-        if not (isinstance(prompt, str) or tokenizer.chat_template):
-            chosen = " " + chosen.lstrip()
+        if not tokenizer.chat_template:
+            chosen = spaced(prompt, chosen)
         answers.append((render(tokenizer, prompt), chosen))
     return answer_rows(tokenizer, answers)
 

@@ -93,8 +93,7 @@ def tilt_to_kl(
     """(log pi/pi_ref, scale) of the tilt at this KL: Newton's method in a bracket, for KL rises
     with scale.
 
-    Raises OutOfReach: a Phi that is largest on a part of [0, 1] has no KL
-    above -log of that part.
+    Raises OutOfReach: a Phi that is largest on a part of [0, 1] has no KL above -log of that part.
     """
     most = largest_kl(Phi, ref)
     if kl >= most:

@@ -79,14 +79,14 @@ def find_function(spec: str, role: str) -> Callable:
     beside the file can be imported.
     """
     file, _, name = spec.rpartition(":")
-    path = Path(file)
+    path = Path(file).resolve()
     if not path.is_file():
         raise ValueError(f"{role} {spec}: there is no file {file}; give FILE.py:NAME")
-    module_spec = importlib.util.spec_from_file_location(str(path.resolve()), path)
+    module_spec = importlib.util.spec_from_file_location(str(path), path)
     module = importlib.util.module_from_spec(module_spec)
     sys.modules[module_spec.name] = module  # where a dataclass looks for it
-    if str(path.resolve().parent) not in sys.path:
-        sys.path.append(str(path.resolve().parent))
+    if str(path.parent) not in sys.path:
+        sys.path.append(str(path.parent))
     try:
         module_spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:  # whatever the user's file does

@@ -110,6 +110,11 @@ def at_most(seconds: float):
         signal.signal(signal.SIGALRM, before)
 
 
+def spaced(prompt: Prompt, text: str) -> str:
+    """A response as it follows a prompt without a template: messages and it are a space apart."""
+    return text if isinstance(prompt, str) else " " * bool(text) + text.lstrip()
+
+
 def written(tokenizer, prompt: Prompt, text: str, *, causal: bool) -> str | tuple[str, str]:
     """Prompt and response as a classifier reads them.
 
@@ -131,8 +136,7 @@ def written(tokenizer, prompt: Prompt, text: str, *, causal: bool) -> str | tupl
     if not causal and not isinstance(prompt, str):
         question = prompt[0]["content"] if len(prompt) == 1 else plain(prompt)
         return question, text
-    text = text if isinstance(prompt, str) else " " * bool(text) + text.lstrip()
-    return plain(prompt) + text + (tokenizer.eos_token or "" if causal else "")
+    return plain(prompt) + spaced(prompt, text) + (tokenizer.eos_token or "" if causal else "")
 
 
 def encoded(tokenizer, texts: list[str | tuple[str, str]]) -> list[dict[str, list[int]]]:

@@ -46,9 +46,6 @@ AWARE = {  # procedure -> the methods that are made for it
     "won": ("exp-5", "exp-10", "won_fp", "qrpo exp-10", "pkpo won"),
 }
 
-ELSEWHERE = ("out", "cache", "device", "track")  # settings that make no other run
-PATHS = ("policy", "reward", "judge", "task", "reference")  # or names
-
 # quick -> how large: flags of every training, prompts and samples of every evaluation, how many
 # seeds each KL budget has, and whether runs that aren't finished are left out instead of trained.
 # `resize` sets the last two.
@@ -123,11 +120,13 @@ def sweep(
             labels = {"method": name, "budget": budget, "seed": seed, "run": str(folder)}
             jobs[folder] = labels, common | settings
     wanted = {folder: settings for folder, (_, settings) in jobs.items()}
-    tables_of(wanted, scale, split)  # before anything is trained: a run of other settings
+    tables = tables_of(wanted, scale, split)  # a run of other settings is told before any training
     if not scale["done"]:
-        finish(wanted, scale, split)
-    for folder, found in tables_of(wanted, scale, split).items():
-        rows += [jobs[folder][0] | row for row in found]
+        missing = {folder: wanted[folder] for folder in wanted if folder not in tables}
+        finish(missing, scale, split)
+        tables |= tables_of(missing, scale, split)
+    for folder, (labels, _) in jobs.items():
+        rows += [labels | row for row in tables.get(folder, ())]
     same_models(rows)
     if not rows:
         raise ValueError(
@@ -137,12 +136,11 @@ def sweep(
     return rows
 
 
-def finish(wanted: dict[Path, dict], scale: dict, split: str):
-    """Trains and evaluates what is missing of the runs, folder -> settings."""
-    missing = [folder for folder in wanted if not table_of(folder, split).is_file()]
+def finish(missing: dict[Path, dict], scale: dict, split: str):
+    """Trains and evaluates the runs, folder -> settings."""
     for folder in tqdm(missing, "runs", unit="run", disable=None if missing else True):
         try:
-            run(folder, wanted[folder], scale["prompts"], scale["samples"], split)
+            run(folder, missing[folder], scale["prompts"], scale["samples"], split)
         except OutOfReach as error:
             tqdm.write(f"{folder} left out: {error}")
 
@@ -196,7 +194,7 @@ def table(folder: Path, settings: dict, split: str, prompts: int, samples: int) 
     stored, extra = runs.load_config(folder)
     for name, value in vars(Config(**settings).resolved()).items():
         mine = getattr(stored, name)
-        if name not in ELSEWHERE and place_of(name, mine) != place_of(name, value):
+        if name not in runs.ELSEWHERE and place_of(name, mine) != place_of(name, value):
             raise ValueError(
                 f"{folder}: holds a run with {name} {mine}, not {value}; give another DIR, or "
                 "move that run away"
@@ -232,7 +230,7 @@ def table(folder: Path, settings: dict, split: str, prompts: int, samples: int) 
 
 def place_of(name: str, value):
     """A setting's value, of a path the same whatever directory it is seen from."""
-    return Path(value).resolve() if name in PATHS and value else value
+    return Path(value).resolve() if name in runs.PATHS and value else value
 
 
 def same_models(rows: Rows):
