@@ -15,11 +15,12 @@ Where it departs from the paper:
 3. R is at least log Z - 10 nats: there the optimum gives a response e^-10 of pi_ref's probability,
    and less would change nothing. `log` is not finite at C_hat = 0, and takes 1/(2K) for C_hat there
    (`minictrl/transforms.py`).
-4. There is no value network by default. The baseline of a token is a cubic in the calibrated reward
-   of the response so far, or the mean return of the step's other responses, if rewards are raw of
-   the prompt's alone (`minictrl/baselines.py`). GAE's lambda is 0.9: half of the gradient's noise,
-   and an optimum that is moved a little, as by another beta. A value head has 1, which moves
-   nothing: with less, a head that has learned nothing would hide the reward from early tokens.
+4. There is no value network by default. On the embedded task a token's baseline is a cubic in the
+   calibrated reward of the response so far. Elsewhere it is the mean return of the step's other
+   responses, or of the same prompt's if rewards are raw (`minictrl/baselines.py`). GAE's lambda is
+   0.9: that halves the noise of the gradient, and moves the optimum a little, as another beta
+   would. With a value head lambda is 1, because a head that has learned nothing would hide the
+   reward from early tokens.
 5. Only the top --layers transformer blocks are trained, and never the embeddings
    (`minictrl/update.py`).
 6. One pass over each rollout, in minibatches: the ratio differs from 1, and can be clipped, from
@@ -97,7 +98,7 @@ def train(config: Config, resume: bool):
             task, config.K, seed=seed, cache=config.cache, name="calibrate"
         )
         check_sampler(task, reference)
-    reference.save(out / "reference.safetensors", reference_key(task, seed, task.read))
+    reference.save(out / "reference.safetensors", reference_key(task, seed, task.cache_keys))
 
     # 2. Transform: Phi is the method's, and beta follows from the KL budget.
     beta_at = partial(method.beta_for, r_ref=reference.r_ref)
@@ -107,7 +108,7 @@ def train(config: Config, resume: bool):
     # 3. Maximise E[Phi(C_hat)] - beta KL(pi || pi_ref).
     frozen = {id(p): p for p in task.policy.parameters() if not p.requires_grad}
     pi_ref = copy.deepcopy(task.policy, frozen).requires_grad_(False)  # shares what is frozen
-    with_head = method.compared and config.baseline == "value"
+    with_head = method.uses_baseline and config.baseline == "value"
     learner = make_learner(task.policy, value_head=with_head, lr=config.lr)
     with runs.Training(out, learner, budget, config.steps, tracker) as training:
         maximise = online if method.online else offline
@@ -143,7 +144,7 @@ def load_and_check(config: Config):
     task = load_task(config, "train")
     check_room(config.K * len(task.prompts), task.max_new_tokens, "--K, --prompts")
     check_room(config.batch * config.G, task.max_new_tokens, "--batch, --G")
-    if method.compared and config.baseline == "prefix":
+    if method.uses_baseline and config.baseline == "prefix":
         check_prefix_rewards(task)
     judge = scorer_of(config, "judge")
     held_out = read_prompts(replace(config, prompts=None), "test", task.policy, task.tokenizer)
@@ -171,12 +172,12 @@ def online(training, config, task, method, reference, pi_ref):
     """PPO: G responses per prompt from the current policy, then an update on them."""
     from minictrl.baselines import with_advantages
     from minictrl.ppo import explained_variance
-    from minictrl.rollout import items_of_step, responses
+    from minictrl.rollout import indices_of_step, responses
     from minictrl.track import EVERY
 
     learner, budget = training.learner, training.budget
     for step in training.steps():
-        index = items_of_step(step, len(task.prompts), config.batch, config.seed)  # (P,) prompts x
+        index = indices_of_step(step, len(task.prompts), config.batch, config.seed)  # (P,)
         drawn = reference[index]
         r_ref = drawn.r_ref  # (P, K)
         batch, r, stats = draw_rollout(task, pi_ref, index, drawn, step, config)
@@ -187,13 +188,13 @@ def online(training, config, task, method, reference, pi_ref):
         stats["Phi"] = Phi_C.mean().item()
         R = method.reward(r, r_ref, Phi_C, beta)  # Phi(C_hat) / beta
         batch.R = R.flatten().to(batch.mask)
-        if method.compared:
+        if method.uses_baseline:
             batch = with_advantages(batch, task=task, r_ref=r_ref, learner=learner, config=config)
         if batch.values is not None:
             explained = explained_variance(batch.values, batch.returns, batch.mask)
             stats["explained_variance"] = explained.item()
-        batch = method.extended(batch, drawn, beta)
-        training.log(batch, stats | run_update(learner, batch, method, step, config))
+        made = method.with_loss_inputs(batch, drawn, beta)
+        training.log(batch, stats | run_update(learner, made, method, step, config))
 
 
 def draw_rollout(task, pi_ref, index, reference, step: int, config: Config):
@@ -218,15 +219,15 @@ def offline(training, config, task, method, reference, pi_ref):
     These methods keep the theory's beta and may end at another KL than its own. So the last step
     also draws responses, and its metrics say which KL came out.
     """
-    from minictrl.rollout import items_of_step, with_prompts
+    from minictrl.rollout import indices_of_step, with_prompts
 
     rows = method.rows(reference, training.budget.beta)
     for step in training.steps():
-        index = items_of_step(step, len(rows), method.rows_per_step, config.seed)
+        index = indices_of_step(step, len(rows), method.rows_per_step, config.seed)
         batch = with_prompts(task, rows[index])
         stats = run_update(training.learner, batch, method, step, config)
         if step + 1 == config.steps:
-            index = items_of_step(0, len(task.prompts), config.batch, config.seed)
+            index = indices_of_step(0, len(task.prompts), config.batch, config.seed)
             *_, end = draw_rollout(task, pi_ref, index, reference[index], config.steps, config)
             stats |= end
         training.log(batch, stats)

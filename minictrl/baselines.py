@@ -44,7 +44,7 @@ def prefix(batch: Batch, task: Task, r_ref: Tensor, learner: Learner, config: Co
     rewards = token_rewards(batch)
     C_hat = calibrated_reward(prefix_rewards(task, batch, len(r_ref)), r_ref)  # (P, G T)
     C_hat = C_hat.view_as(batch.mask).to(batch.mask)
-    values = ppo.prefix_values(to_go(rewards), C_hat, batch.mask)
+    values = ppo.prefix_values(reward_to_go(rewards), C_hat, batch.mask)
     return _gae(batch, rewards, values, config.lam)
 
 
@@ -60,8 +60,9 @@ def loo(batch: Batch, task: Task, r_ref: Tensor, learner: Learner, config: Confi
     group = config.G if config.transform in RAW else len(batch)
     returns = rewards.sum(1).view(-1, group)
     mean_of_others = returns - ppo.loo_advantages(returns)
-    # to go: a token isn't blamed for the KL of those before it
-    return replace(batch, advantages=(to_go(rewards) - mean_of_others.view(-1, 1)) * batch.mask)
+    # of the reward to go, because a token isn't blamed for the KL of those before it
+    advantages = reward_to_go(rewards) - mean_of_others.view(-1, 1)
+    return replace(batch, advantages=advantages * batch.mask)
 
 
 BASELINES = {"value": value, "prefix": prefix, "loo": loo}
@@ -72,7 +73,7 @@ def token_rewards(batch: Batch) -> Tensor:
     return ppo.token_rewards(batch.R, batch.old_logprobs, batch.ref_logprobs, batch.mask)
 
 
-def to_go(rewards: Tensor) -> Tensor:
+def reward_to_go(rewards: Tensor) -> Tensor:
     """(B, T) sum of the rewards from each token on."""
     return rewards.flip(1).cumsum(1).flip(1)
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from minictrl import theory
 from minictrl.procedures.cells import OutOfReach
 from minictrl.procedures.masses import positive
+from minictrl.transforms import log_partition
 
 WIDE = 12.0  # in log beta: a step from the rewards' scale, until the KL lies between the ends
 BISECTIONS = 60
@@ -47,8 +48,8 @@ def empirical_beta(r_ref: Tensor, kl: float) -> float:
 
     def kl_at(log_beta: float) -> float:
         R = (r / math.exp(log_beta)).clamp(min=-1e30)
-        mean = (R.softmax(1) * R).sum(1)
-        return float((mean - R.logsumexp(1) + math.log(K)).mean())
+        mean = (R.softmax(1) * R).sum(1, keepdim=True)
+        return float((mean - log_partition(R)).mean())
 
     largest = float((K / (r == 0).sum(1)).log().mean())  # of a policy on the best samples alone
     if kl > (1 - 1e-6) * largest:

@@ -41,10 +41,16 @@ def leave_one_out_calibration(r_ref: Tensor) -> Tensor:
 
 def _twice_the_wins(y: Tensor, z: Tensor) -> Tensor:
     """(B, M) how often each of y (B, M) beats one of z (B, K), a win counting 2, a tie 1."""
-    ordered = z.sort(-1).values
-    below = torch.searchsorted(ordered, y)
-    up_to = torch.searchsorted(ordered, y, right=True)
+    below, up_to = ranks(y, z)
     return (below + up_to).to(y.dtype)
+
+
+def ranks(y: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+    """(below, up_to): how many of z (B, K) are less than each of y (B, M), and how many are at
+    most that. (B, M) each.
+    """
+    ordered, y = z.sort(-1).values, y.contiguous()
+    return torch.searchsorted(ordered, y), torch.searchsorted(ordered, y, right=True)
 
 
 def _as_floats(**rewards: Tensor) -> list[Tensor]:

@@ -54,9 +54,11 @@ def check_file(parser: Parser, flag: str, path: Path | None):
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an error that says something."""
-    first, *more = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
-    return " ".join([first, *more[:1]] if first.endswith(":") else [first]) or type(error).__name__
+    """The first line of an error, with the second where the first ends with a colon."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
 
 
 def one_line(text: object) -> str:

@@ -299,7 +299,7 @@ class Config:
             f"method {self.method} implies {method.transform}; leave --transform out, or use "
             "--method ppo",
         )
-        transform = self.transform or method.transform or method.usual
+        transform = self.transform or method.transform or method.default_transform
         own = all(getattr(self, role) in (None, task[role]) for role in ("policy", "reward"))
         name = f"{Path(self.task).stem}-{transform}"
         if self.method != "ppo":

@@ -171,9 +171,8 @@ def write_reference(run: Path, file: Path) -> str:
     """A run's reference samples as rows of prompt, completions and rewards; says how many."""
     config, _ = runs.load_config(run)
     task = load_task(config, "train")
-    reference = Reference.load(
-        run / "reference.safetensors", reference_key(task, config.seed_for(CALIBRATION), task.read)
-    )
+    made_of = reference_key(task, config.seed_for(CALIBRATION), task.cache_keys)
+    reference = Reference.load(run / "reference.safetensors", made_of)
     if reference is None:
         raise ValueError(f"{run}: has no reference samples of its models; train it anew")
     texts = texts_of(task.tokenizer, task.ids.tolist(), reference.tokens, reference.mask)

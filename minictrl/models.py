@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -26,9 +27,7 @@ from minictrl.lm.prompts import known_ends
 from minictrl.scorers.classifier import load_classifier
 from minictrl.scorers.function import load_function
 from minictrl.scorers.generative import QUESTION, load_generative
-from minictrl.scorers.text import render, set_precision
-
-__all__ = ["load_policy", "load_scorer", "render", "save_policy"]
+from minictrl.scorers.text import set_precision
 
 SUMS = "SHA256SUMS"  # of a saved policy's files
 SEES = 0.01  # of the largest logit: what a causal model's never move by when the next token changes
@@ -146,15 +145,37 @@ def check_saved(path: Path):
 # --- reward models and judges ---
 
 
+@dataclass(frozen=True)
+class Scorer:
+    """A reward model or a judge: called with B prompts and texts, it gives scores (B,), float32 on
+    the CPU; higher is better. Raises ValueError on a score that isn't finite.
+    """
+
+    name: str
+    role: str  # reward or judge
+    evaluate: Callable[[list, list], Tensor]
+    digest: str  # of all that a score depends on but the device
+    tokenizer: object | None = None  # None for a function
+    prefixes: Callable[[list, Tensor, Tensor], Tensor] | None = None
+
+    def __call__(self, prompts: list[Prompt], texts: list[str]) -> Tensor:
+        return finite(self.evaluate(prompts, texts), self.name, self.role, prompts, texts)
+
+    def of_prefixes(self, prompts: list[Prompt], tokens: Tensor, mask: Tensor) -> Tensor:
+        """The rewards (B, T) of all prefixes of responses in the tokenizer's tokens
+        (`classifier.prefix_scores`), where `prefixes` isn't None.
+        """
+        return finite(self.prefixes(prompts, tokens, mask), self.name, self.role, prompts)
+
+
 def load_scorer(
     name_or_path: str,
     role: str,
     *,
     device: str | torch.device = "auto",
     columns: dict[str, dict] | None = None,
-) -> Callable[[list, list], Tensor]:
-    """score(prompts, texts) -> Tensor (B,), float32 on the CPU, of a reward model or a judge;
-    higher is better.
+) -> Scorer:
+    """score(prompts, texts) -> Tensor (B,) of a reward model or a judge.
 
     role: "reward" or "judge". name_or_path: a task's; FILE.py:NAME, a function
     (prompts, texts, **columns) -> B numbers, where columns are the other fields of the prompts'
@@ -162,15 +183,11 @@ def load_scorer(
     classifier with one label (NAME#LABEL: the log-odds of one label of several), or of a causal LM,
     whose score is the log-odds of Yes against No as the next token (`generative.QUESTION`). Prompts
     may be chat messages; the scorer's own chat template is used if it has one. Raises ValueError on
-    an unknown role or model; `score` does on a score that isn't finite.
-
-    `score.digest` names all that a score depends on, `score.tokenizer` is None for a function, and
-    `score.of_prefixes(prompts, tokens, mask)` gives the rewards (B, T) of all prefixes of responses
-    in the tokenizer's tokens (`classifier.prefix_scores`), or is None.
+    an unknown role or model.
     """
     if role not in ("reward", "judge"):
         raise ValueError(f"unknown role {role!r}: use reward or judge")
-    name, of_prefixes = model_of(name_or_path, role), None
+    name, prefixes = model_of(name_or_path, role), None
     if name.endswith(".py"):
         raise ValueError(f"{role} {name}: which function of it? give {name}:NAME")
     if ".py:" in name:
@@ -183,21 +200,12 @@ def load_scorer(
         if (config.architectures or [""])[0].endswith(("ForCausalLM", "LMHeadModel")):
             model, tokenizer, evaluate = load_generative(name, role, label, device)
         else:
-            model, tokenizer, evaluate, of_prefixes = load_classifier(name, role, label, device)
+            model, tokenizer, evaluate, prefixes = load_classifier(name, role, label, device)
         options = (config_of(model), tokenizer_of(tokenizer), label, QUESTION)
-
-    def score(prompts: list[Prompt], texts: list[str]) -> Tensor:
-        return finite(evaluate(prompts, texts), name_or_path, role, prompts, texts)
-
-    def score_prefixes(prompts: list[Prompt], tokens: Tensor, mask: Tensor) -> Tensor:
-        return finite(of_prefixes(prompts, tokens, mask), name_or_path, role, prompts)
-
-    score.digest = digest(model, *options)  # of all that a score depends on but the device
+    before = digest(model, *options)  # as it was saved
     if tokenizer is not None:
         set_precision(model, device)
-    score.tokenizer = tokenizer
-    score.of_prefixes = of_prefixes and score_prefixes
-    return score
+    return Scorer(name_or_path, role, evaluate, before, tokenizer, prefixes)
 
 
 def parted(name: str) -> tuple[str, str]:

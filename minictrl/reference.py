@@ -34,7 +34,7 @@ class Reference:
     def __getitem__(self, index) -> Reference:
         return Reference(*(getattr(self, f.name)[index] for f in fields(self)))
 
-    def kept(self, r: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
+    def with_known_rewards(self, r: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
         """Rewards r (P, G) of responses (P, G, T) to the same prompts, but the one that is kept
         here where a response is one of the samples.
 

@@ -14,7 +14,6 @@ from minictrl.batch import Batch
 from minictrl.files import digest
 from minictrl.lm.device import check_room
 from minictrl.lm.logprobs import sequence_logprobs
-from minictrl.lm.prompts import response_texts
 from minictrl.reference import Reference, cached
 from minictrl.sampling import SAMPLER, Samples, sample, texts_of
 from minictrl.task import Task
@@ -22,7 +21,7 @@ from minictrl.track import SHOWN
 from minictrl.winrate import mean_stderr
 
 
-def items_of_step(step: int, count: int, size: int, seed: int) -> Tensor:
+def indices_of_step(step: int, count: int, size: int, seed: int) -> Tensor:
     """(size,) which of `count` items a step works on: passes over all, each in a random order.
 
     A function of seed and step alone, so that a resumed run goes on as it would have.
@@ -78,7 +77,7 @@ def sample_and_score(
     """Responses of a model to the prompts of an index, and their rewards (P, num_samples).
 
     reference: samples of the same prompts that the rewards will be compared with, so that equal
-    responses tie (`Reference.kept`).
+    responses tie (`Reference.with_known_rewards`).
     """
     index = torch.as_tensor(index).tolist()
     samples = sample(
@@ -91,7 +90,9 @@ def sample_and_score(
         first_sample=first_sample,
     )
     r = score(task.reward, [task.prompts[i] for i in index], samples.texts)
-    return samples, reference.kept(r, samples.tokens, samples.mask) if reference else r
+    if reference:
+        r = reference.with_known_rewards(r, samples.tokens, samples.mask)
+    return samples, r
 
 
 def score(scorer: Callable, prompts: list, texts: list[list[str]]) -> Tensor:
@@ -110,19 +111,16 @@ def prefix_rewards(task: Task, batch: Batch, P: int) -> Tensor:
     response at once; a function of the user's gets the text of each.
     """
     prompts = [task.prompts[i] for i in batch.prompt_index.tolist()]  # (B,)
-    if task.reward.of_prefixes:
+    if task.reward.prefixes:
         return task.reward.of_prefixes(prompts, batch.tokens, batch.mask).view(P, -1)
-    tokens, lengths = batch.tokens, batch.mask.sum(1).long().tolist()
-    prefixes = [
-        row[: t if t < length else 0]
-        for row, length in zip(tokens.tolist(), lengths, strict=True)
-        for t in range(len(row))
-    ]
-    before = batch.prompt[:, -1].repeat_interleave(tokens.shape[1]).tolist()
-    texts = response_texts(task.tokenizer, before, prefixes)
-    width = len(texts) // P
-    texts = [texts[i * width :][:width] for i in range(P)]
-    return score(task.reward, prompts[:: len(batch) // P], texts)
+    T, G = batch.tokens.shape[1], len(batch) // P
+    t = torch.arange(T, device=batch.mask.device)
+    lengths = batch.mask.sum(1)[:, None, None]
+    seen = (t < t[:, None]) & (t[:, None] < lengths)  # (B, T, T): of prefix t, its first t tokens
+    tokens = batch.tokens[:, None].expand(-1, T, -1)
+    texts = texts_of(task.tokenizer, batch.prompt.tolist(), tokens, seen)  # B lists of T
+    of_prompt = [sum(texts[i : i + G], []) for i in range(0, len(batch), G)]
+    return score(task.reward, prompts[::G], of_prompt)
 
 
 def check_prefix_rewards(task: Task):
@@ -131,7 +129,7 @@ def check_prefix_rewards(task: Task):
     if reward.tokenizer is None:
         return
     why = None
-    if not reward.of_prefixes:
+    if not reward.prefixes:
         why = "is no causal classifier, which reads every prefix of a response in one pass"
     elif reward.tokenizer.get_vocab() != task.tokenizer.get_vocab():
         why = "cuts text into other tokens than the policy"
@@ -189,7 +187,7 @@ def reference_samples(task: Task, K: int, *, seed: int, cache: str, name: str) -
     def bar(chunks):
         return tqdm(chunks, name, disable=None)
 
-    return cached(draw, task.read, K, Path(cache), reference_key(task, seed), bar)
+    return cached(draw, task.cache_keys, K, Path(cache), reference_key(task, seed), bar)
 
 
 def check_sampler(task: Task, reference: Reference, *, rows: int = 8, tolerance: float = 1e-3):

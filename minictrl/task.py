@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -17,8 +16,8 @@ from minictrl.files import digest
 from minictrl.lm.device import resolve_device
 from minictrl.lm.identity import config_of, tokenizer_of
 from minictrl.lm.prompts import check_ids, check_lengths, encode_prompts, eos_ids, left_pad
-from minictrl.models import load_policy, load_scorer, render
-from minictrl.scorers.text import as_text
+from minictrl.models import Scorer, load_policy, load_scorer
+from minictrl.scorers.text import as_text, render
 
 
 @dataclass(frozen=True)
@@ -27,7 +26,7 @@ class Task:
 
     policy: nn.Module
     tokenizer: object
-    reward: Callable
+    reward: Scorer
     prompts: list  # as given: text or chat messages, what scorers read
     texts: list[str]  # as the policy reads them
     ids: Tensor  # (P, L) left-padded
@@ -35,7 +34,7 @@ class Task:
     max_new_tokens: int
 
     @property
-    def read(self) -> list:
+    def cache_keys(self) -> list:
         """Each prompt as policy and scorers read it: its text, and what it was if not that."""
         both = zip(self.texts, self.prompts, strict=True)
         return [text if text == prompt else [text, key(prompt)] for text, prompt in both]
@@ -66,7 +65,7 @@ def rows_of(config: Config, split: str) -> list[tuple[Prompt, dict]]:
     return load_rows(config.task, split, column=config.column, data_split=config.data_split)
 
 
-def scorer_of(config: Config, role: str) -> Callable | None:
+def scorer_of(config: Config, role: str) -> Scorer | None:
     """A run's reward model or judge; a function gets the columns of the prompts. None: no judge."""
     name, columns = getattr(config, role), {}
     if name is None:
@@ -148,7 +147,7 @@ def warn_of(config: Config, split: str, tokenizer, prompts: list, longer: int) -
         )
 
 
-def try_scorers(scorers: list[Callable | None], prompts: list) -> None:
+def try_scorers(scorers: list[Scorer | None], prompts: list) -> None:
     """One text a scorer for each pattern of roles among the prompts: what fails, fails now.
 
     scorers: None stands for one that a run doesn't have.

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from minictrl.calibration import ranks
 from minictrl.procedures import cells
 from minictrl.procedures.cells import OutOfReach, cdf, midpoints
 from minictrl.procedures.masses import (
@@ -187,8 +188,7 @@ def levels_of(r_ref: Tensor) -> Tensor:
     share of the samples on it; a prompt with fewer than M levels has empty ones.
     """
     order = r_ref.double().sort(1).values
-    below = torch.searchsorted(order, order)  # (P, M)
-    up_to = torch.searchsorted(order, order, right=True)
+    below, up_to = ranks(order, order)  # (P, M)
     last = up_to == 1 + torch.arange(order.shape[1])
     return (up_to - below).double() / order.shape[1] * last
 

@@ -87,8 +87,7 @@ class Transform:
         """
         if Phi_ref is None:
             Phi_ref = self.Phi(midpoints(GRID))
-        R = Phi_ref.double() / beta
-        log_Z = R.logsumexp(-1, keepdim=True) - math.log(R.shape[-1])
+        log_Z = log_partition(Phi_ref.double() / beta)
         return (Phi_C / beta).clamp(min=(log_Z - FLOOR).to(Phi_C))
 
 
@@ -154,3 +153,11 @@ def get_transform(
             "bound it near 1"
         )
     return Transform(name, CLOSED_FORMS[name])
+
+
+def log_partition(R: Tensor) -> Tensor:
+    """(P, 1) log Z of each prompt in nats, of Z = the mean of e^R over its samples of pi_ref.
+
+    R: (P, K) in nats.
+    """
+    return R.logsumexp(-1, keepdim=True) - math.log(R.shape[-1])

@@ -118,7 +118,7 @@ def calibrate(task: Task, config: Config, run: Path) -> Tensor:
     P, K = len(task.prompts), config.K
     drawn = {"seed": config.seed_for(CALIBRATION), "cache": config.cache}  # as train.py has it
     if run.is_dir():
-        digest = reference_key(task, drawn["seed"], task.read)
+        digest = reference_key(task, drawn["seed"], task.cache_keys)
         stored = Reference.load(run / "reference.safetensors", digest)
         if stored is not None and len(stored.r_ref) == P and stored.r_ref.shape[1] >= K:
             return stored.r_ref[:, :K]

@@ -22,9 +22,9 @@ from minictrl.cli import LONGEST, one_line
 from minictrl.config import Config
 from minictrl.data import load_prompts
 from minictrl.lm.prompts import encode_prompts
-from minictrl.models import load_policy, load_scorer, render
+from minictrl.models import load_policy, load_scorer
 from minictrl.scorers.classifier import surroundings
-from minictrl.scorers.text import encoded, written
+from minictrl.scorers.text import encoded, render, written
 
 sys.path.insert(0, str(Path(__file__).parent / "campaigns"))
 import fuzz

@@ -18,9 +18,9 @@ from minictrl.methods.bond import jeffreys_loss
 from minictrl.methods.grpo import grpo_advantages
 from minictrl.methods.ipo import ipo_loss
 from minictrl.methods.pkpo import beats_best_of, max_at_n_advantages
-from minictrl.methods.qrpo import log_partition, qrpo_loss
+from minictrl.methods.qrpo import qrpo_loss
 from minictrl.ppo import gae, loo_advantages, policy_loss
-from minictrl.transforms import get_transform
+from minictrl.transforms import get_transform, log_partition
 
 BETAS = {
     "identity": 0.136064,

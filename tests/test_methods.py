@@ -107,7 +107,7 @@ def test_beating_the_best_of_n_is_counted_over_all_subsets_with_ties(n):
 
 def test_bond_puts_the_best_of_n_beside_each_response():
     batch, ref = rollout(), reference()
-    found = method("bond", G=4).extended(batch, ref, 1 / 4)  # beta 1/4: the best of 5
+    found = method("bond", G=4).with_loss_inputs(batch, ref, 1 / 4)  # beta 1/4: the best of 5
     best = ref.r_ref.view(6, 4, 5).argmax(2) + torch.arange(0, 20, 5)
     assert found.tokens.shape == (24, 2, 5) and torch.equal(found.tokens[:, 0], batch.tokens)
     expected = ref.tokens[torch.arange(6)[:, None], best].long()

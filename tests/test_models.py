@@ -25,8 +25,8 @@ from transformers import (
 )
 
 from minictrl.config import Config
-from minictrl.models import load_policy, load_scorer, render, save_policy
-from minictrl.scorers.text import BATCH_TOKENS, in_batches
+from minictrl.models import load_policy, load_scorer, save_policy
+from minictrl.scorers.text import BATCH_TOKENS, in_batches, render
 from minictrl.task import read_prompts, text_of
 
 TEMPLATE = (

@@ -162,7 +162,7 @@ def test_the_optimum_of_the_log_is_the_transforms_at_the_kl_that_was_asked_for(n
 
 def test_a2pos_log_Z_is_that_of_each_prompts_reference_samples():
     a2po, ref = method("a2po", transform="exp10", G=4), reference()
-    batch = a2po.extended(rollout(), ref, 5000.0)
+    batch = a2po.with_loss_inputs(rollout(), ref, 5000.0)
     R = reference_R(a2po, ref.r_ref, 5000.0)
     expected = R.exp().mean(1).log().repeat_interleave(4)
     assert torch.allclose(batch.log_Z.double(), expected, atol=1e-5)

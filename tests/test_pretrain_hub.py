@@ -17,10 +17,10 @@ from transformers import RobertaForSequenceClassification as Roberta
 from minictrl.lm.prompts import response_texts
 from minictrl.models import load_policy, load_scorer
 from minictrl.pretrain.hub import (
+    chosen_share,
     fit,
     load_start,
     mean,
-    pair_accuracy,
     save_fitted,
     sft_rows,
     train_pairs_task,
@@ -140,10 +140,10 @@ def test_a_held_out_loss_that_does_not_fit_is_taken_in_smaller_batches():
     assert sizes == [7, 4, 2, 2, 2, 1]
 
 
-def test_pair_accuracy_counts_ties_half():
+def test_the_share_of_chosen_answers_counts_ties_half():
     pairs = [("x", str(a), str(b)) for a, b in ((2, 1), (1, 1), (1, 2), (3, 1))]
     read = lambda _, texts: torch.tensor([float(text) for text in texts])  # noqa: E731
-    assert pair_accuracy(read, pairs) == 0.625
+    assert chosen_share(read, pairs) == 0.625
 
 
 def test_four_pairs_of_four_prove_little():

@@ -84,4 +84,4 @@ def test_a_response_that_is_a_sample_has_its_reward_and_ties():
     ends = torch.tensor([[2, 3], [3, 3]])[..., None] > torch.arange(4)
     r = torch.tensor([[0.5000001, 3.0], [4.0, 0.7499999]])
     expected = torch.tensor([[0.5, 3.0], [4.0, 0.75]])
-    assert torch.equal(kept.kept(r, ours, ends.float()), expected)
+    assert torch.equal(kept.with_known_rewards(r, ours, ends.float()), expected)

@@ -56,6 +56,23 @@ def test_pair_accuracy_stderr_covers_independent_scores():
     assert float(stderr.mean() / accuracy.std()) == pytest.approx(1, abs=4 / (2 * 59) ** 0.5)
 
 
+def test_the_phrase_counts_on_one_side_of_a_pair_only():
+    labels, plain = torch.tensor([0.0, 1.0, 2.0]), torch.tensor([0.0, 1.0, 2.0])
+    assert pair_accuracy(plain, labels)[0] == 1
+    # gaps 1, 1, 2
+    assert pair_accuracy(plain, labels, plain + 1)[0] == pytest.approx((0.5 + 0.5 + 1) / 3)
+
+
+def test_the_error_of_pair_accuracy_is_the_scatter_of_new_texts():
+    """Of labels that are seldom 1: a text then has many pairs or few. 300 draws, +- 4 %."""
+    rng, found = torch.Generator().manual_seed(0), []
+    for _ in range(300):
+        labels = (torch.rand(150, generator=rng) < 0.1).double()
+        found.append(pair_accuracy(labels + torch.randn(150, generator=rng), labels))
+    shares, errors = torch.tensor(found).T
+    assert errors.mean().item() == pytest.approx(shares.std().item(), rel=0.15)
+
+
 def test_labels_that_are_all_equal_are_refused():
     with pytest.raises(ValueError, match="labels"):
         pair_accuracy(torch.randn(3), torch.ones(3))

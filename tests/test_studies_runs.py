@@ -17,7 +17,7 @@ import train as train_script
 from minictrl import reproduce, theory
 from minictrl.config import Config
 from minictrl.procedures.cells import OutOfReach
-from minictrl.studies import leaderboard, reward, sweep, tables, trained
+from minictrl.studies import leaderboard, sweep, tables, trained
 
 pytest.importorskip("matplotlib")
 
@@ -245,25 +245,6 @@ def test_mean_draws_is_the_theorys_on_uniform_rewards():
     found = trained.mean_draws(u, torch.full((4000,), 0.85), 32)
     # d draws / d fails < 1.2
     assert found == pytest.approx((1 - 0.85**32) / 0.15, abs=4 * each.item() * 1.2)
-
-
-def test_accuracy_counts_the_phrase_on_one_side_only():
-    labels, plain = torch.tensor([0.0, 1.0, 2.0]), torch.tensor([0.0, 1.0, 2.0])
-    assert reward.accuracy(plain, plain, labels)[0] == 1
-    # gaps 1, 1, 2
-    assert reward.accuracy(plain, plain + 1, labels)[0] == pytest.approx((0.5 + 0.5 + 1) / 3)
-
-
-def test_the_error_of_accuracy_is_the_scatter_of_new_texts():
-    """Of labels that are seldom 1: a text then has many pairs or few. 300 draws, +- 4 %."""
-    rng, found = torch.Generator().manual_seed(0), []
-    for _ in range(300):
-        labels = (torch.rand(150, generator=rng) < 0.1).double()
-        scores = labels + torch.randn(150, generator=rng)
-        found.append(reward.accuracy(scores, scores, labels))
-    shares, errors = torch.tensor(found).T
-    assert errors.mean().item() == pytest.approx(shares.std().item(), rel=0.15)
-    assert all(math.isnan(x) for x in reward.accuracy(scores, scores, torch.ones(150)))
 
 
 def test_figures_of_the_sweep_and_the_page_come_from_the_same_runs(tmp_path, scripts, monkeypatch):

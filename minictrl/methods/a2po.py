@@ -15,19 +15,20 @@ from minictrl.batch import Batch
 from minictrl.config import Config
 from minictrl.methods.base import Online
 from minictrl.methods.qrpo import Method as Qrpo
-from minictrl.methods.qrpo import log_partition, reference_R
+from minictrl.methods.qrpo import check_calibrated, reference_R
 from minictrl.reference import Reference
+from minictrl.transforms import log_partition
 
 
 class Method(Online):
-    compared = False
+    uses_baseline = False
     loss = Qrpo.loss
 
     @classmethod
     def check(cls, config: Config) -> None:
+        check_calibrated(config)
         super().check(config)
-        Qrpo.check(config)
 
-    def extended(self, batch: Batch, reference: Reference, beta: float) -> Batch:
+    def with_loss_inputs(self, batch: Batch, reference: Reference, beta: float) -> Batch:
         log_Z = log_partition(reference_R(self, reference.r_ref, beta))  # (P, 1)
         return replace(batch, log_Z=log_Z.expand(-1, self.config.G).flatten().to(batch.R))

@@ -20,18 +20,19 @@ class Method:
     """A method with the settings of its run. `Online` and `Offline` say what else one has.
 
     transform: the name of the Phi that its optimum has, None where it is the run's to choose, and
-    then `usual` is the default. compared: whether the loss reads advantages, so that --baseline
-    matters.
+    then `default_transform` is taken. uses_baseline: whether the loss reads advantages, so that
+    --baseline matters.
     """
 
     online: bool
-    compared: bool
+    uses_baseline: bool
     transform: str | None = None
-    usual = "identity"
+    default_transform = "identity"
 
     def __init__(self, config: Config):
         self.config = config
-        # at which a fixed point is solved, once; a step's beta is the `Budget`'s. None: raw rewards
+        # A fixed-point transform is solved once, at this beta; each step's beta is the `Budget`'s.
+        # None where the reward is raw.
         self.beta = config.beta or self.beta_for(config.kl)
         self.Phi = get_transform(
             config.transform, procedure=config.procedure, n=config.n, beta=self.beta, K=config.K
@@ -88,7 +89,7 @@ class Online(Method):
     least_G: how many a prompt needs.
     """
 
-    online = compared = True
+    online = uses_baseline = True
     least_G = 1
 
     @classmethod
@@ -100,7 +101,7 @@ class Online(Method):
                 f"samples; use at least {cls.least_G}"
             )
         others = config.G if config.transform in RAW else config.batch * config.G
-        if cls.compared and config.baseline != "prefix" and others < 2:
+        if cls.uses_baseline and config.baseline != "prefix" and others < 2:
             raise ValueError(
                 f"--G {config.G}: a response is compared with the prompt's other samples, or with "
                 "those of the other prompts; use at least 2"
@@ -114,7 +115,7 @@ class Online(Method):
         """
         return self.in_nats(Phi_C, beta, r_ref)
 
-    def extended(self, batch: Batch, reference: Reference, beta: float) -> Batch:
+    def with_loss_inputs(self, batch: Batch, reference: Reference, beta: float) -> Batch:
         """The batch, with what else the loss reads. reference: the samples of its prompts."""
         return batch
 
@@ -141,7 +142,7 @@ def with_value_loss(
 class Offline(Method):
     """Trains on the reference samples of the calibration."""
 
-    online = compared = False
+    online = uses_baseline = False
 
     @property
     def rows_per_step(self) -> int:

@@ -53,7 +53,7 @@ class BestOf(Base):
 class Method(BestOf, Online):
     """A row has two responses: pi's own, and one of pi_ref's best of n."""
 
-    def extended(self, batch: Batch, reference: Reference, beta: float) -> Batch:
+    def with_loss_inputs(self, batch: Batch, reference: Reference, beta: float) -> Batch:
         P, G = len(reference.r_ref), self.config.G
         best, _ = best_and_worst(reference.r_ref, self.best_of(beta))  # (P, K // n)
         best = best[:, :G]

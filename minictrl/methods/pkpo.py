@@ -14,6 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from minictrl.calibration import ranks
 from minictrl.config import Config
 from minictrl.methods.base import Online, check_samples
 
@@ -63,9 +64,7 @@ def beats_best_of(r: Tensor, r_ref: Tensor, n: int) -> Tensor:
     """
     check_samples("r_ref", r_ref, n)
     K = r_ref.shape[1]
-    ordered = r_ref.sort(1).values
-    lower = torch.searchsorted(ordered, r.contiguous())
-    up_to = torch.searchsorted(ordered, r.contiguous(), right=True)
+    lower, up_to = ranks(r, r_ref)
     shares = [math.comb(count, n) / math.comb(K, n) for count in range(K + 1)]
     shares = torch.tensor(shares, dtype=torch.promote_types(r.dtype, torch.float32))
     return (shares[lower] + shares[up_to]) / 2

@@ -4,7 +4,6 @@ Departures from the paper: Z is the mean of e^R over the prompt's own K samples,
 the loss is divided by beta^2, so that one learning rate fits every transform.
 """
 
-import math
 from dataclasses import replace
 
 from torch import Tensor
@@ -15,16 +14,13 @@ from minictrl.config import Config
 from minictrl.methods.base import Method as Base
 from minictrl.methods.base import Offline, check_shapes, responses
 from minictrl.reference import Reference
-from minictrl.transforms import RAW
+from minictrl.transforms import RAW, log_partition
 
 
 class Method(Offline):
     @classmethod
     def check(cls, config: Config) -> None:
-        if config.transform in RAW:
-            raise ValueError(
-                f"--transform {config.transform}: {config.method} needs a calibrated reward"
-            )
+        check_calibrated(config)
         super().check(config)
 
     def rows(self, reference: Reference, beta: float) -> Batch:
@@ -37,15 +33,18 @@ class Method(Offline):
         return qrpo_loss(*sums, batch.R, batch.log_Z), {}
 
 
+def check_calibrated(config: Config) -> None:
+    """Raises ValueError on a raw reward."""
+    if config.transform in RAW:
+        raise ValueError(
+            f"--transform {config.transform}: {config.method} needs a calibrated reward"
+        )
+
+
 def reference_R(method: Base, r_ref: Tensor, beta: float) -> Tensor:
     """(P, K) R of the reference samples, each calibrated against the prompt's other K - 1."""
     C_hat = leave_one_out_calibration(r_ref)
     return method.in_nats(method.Phi(C_hat.double()), beta, r_ref)
-
-
-def log_partition(R: Tensor) -> Tensor:
-    """(P, 1) nats: log Z of each prompt, the mean of e^R over its K samples of pi_ref (P, K)."""
-    return R.logsumexp(1, keepdim=True) - math.log(R.shape[1])
 
 
 def qrpo_loss(logprobs: Tensor, ref_logprobs: Tensor, R: Tensor, log_Z: float | Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from minictrl.methods.maxrl import Method as MaxRL
 
 class Method(MaxRL):
     transform = None
-    usual = "exp5"
+    default_transform = "exp5"
 
     @classmethod
     def check(cls, config: Config) -> None:
@@ -21,7 +21,7 @@ class Method(MaxRL):
         if not config.transform.startswith("exp"):
             raise ValueError(
                 f"--transform {config.transform}: rs_grpo has exp<t>, t being the risk it seeks; "
-                f"use {cls.usual}, exp-5 or the like"
+                f"use {cls.default_transform}, exp-5 or the like"
             )
 
     @property

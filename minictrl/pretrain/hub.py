@@ -33,6 +33,7 @@ from minictrl.lm.logprobs import sequence_logprobs
 from minictrl.lm.prompts import check_ids, encode_prompts, left_pad
 from minictrl.models import load_policy, load_scorer, save_policy
 from minictrl.pretrain.pairs import Pair, load_pairs
+from minictrl.pretrain.preferences import beats
 from minictrl.scorers.text import encoded, render, scorer_tokenizer, spaced, written
 from minictrl.update import Learner
 
@@ -107,7 +108,7 @@ def train_pairs_task(
         if not (out / role / "config.json").is_file():
             bradley_terry(start, out / role, part, held_out, place, **options)
         scorer = load_scorer(str(out / role), role, device=device)
-        result |= report(role, pair_accuracy(scorer, test), len(test), len(part))
+        result |= report(role, chosen_share(scorer, test), len(test), len(part))
     return result
 
 
@@ -429,9 +430,8 @@ def mean(loss: Callable[[list], Tensor], rows: list, micro_batch: int) -> float:
     return halving(micro_batch, total)[0] / len(rows)
 
 
-def pair_accuracy(score: Callable, pairs: list[Pair]) -> float:
+def chosen_share(score: Callable, pairs: list[Pair]) -> float:
     """Share of pairs whose chosen answer scores higher, a tie counting one half."""
     prompts = [prompt for prompt, _, _ in pairs]
     chosen, rejected = (score(prompts, [pair[side] for pair in pairs]) for side in (1, 2))
-    right = (chosen > rejected).double() + 0.5 * (chosen == rejected).double()
-    return float(right.mean())
+    return float(beats(chosen, rejected).mean())

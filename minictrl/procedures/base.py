@@ -12,6 +12,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from minictrl.calibration import ranks
 from minictrl.procedures.cells import cdf
 
 
@@ -84,8 +85,6 @@ def by_rank(select: Tensor, lowest: list[float]) -> Tensor:
 
     lowest[m]: the probability that the response kept is among the m lowest, m = 0..M.
     """
-    order = select.sort(1).values
-    below = torch.searchsorted(order, select)  # (P, M)
-    up_to = torch.searchsorted(order, select, right=True)
+    below, up_to = ranks(select, select)  # (P, M)
     lowest = torch.tensor(lowest, dtype=select.dtype)
     return (lowest[up_to] - lowest[below]) / (up_to - below)

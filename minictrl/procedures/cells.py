@@ -116,7 +116,10 @@ def tilt_to_kl(
         low, high = (scale, high) if missing > 0 else (low, scale)
         slope = (mass * (log_ratio - now) * shifted).sum(-1).mean().item()
         newton = scale + missing / slope if slope > 0 else math.nan
-        scale = (
-            newton if low < newton < high else 2 * scale if high == math.inf else (low + high) / 2
-        )
+        if low < newton < high:
+            scale = newton
+        elif high == math.inf:
+            scale *= 2
+        else:
+            scale = (low + high) / 2
     return log_ratio, scale

@@ -80,7 +80,10 @@ def ascend(
     ref: (G,) mass of pi_ref. Raises ValueError if it does not converge.
     """
     T = mass_map(procedure)
-    state = _at_beta(T, n, ref, beta) if kl is None else _at_kl(T, n, ref, kl)
+    if kl is None:
+        state = _evaluate(T, n, ref, torch.zeros_like(ref), 1 / beta)  # pi_ref
+    else:
+        state = _at_kl(T, n, ref, kl)
     eta = 1.0
     for _ in range(MAX_STEPS):
         gap, weight, residual = state.gap(ref)
@@ -116,11 +119,6 @@ def _evaluate(T: MassMap, n: int, ref: Tensor, log_ratio: Tensor, scale: float) 
     win = mass_win_rate(mass, ref, T, n)
     (Phi,) = torch.autograd.grad(win, mass)
     return _State(log_ratio, scale, mass.detach(), Phi - Phi[-1], win.item())
-
-
-def _at_beta(T: MassMap, n: int, ref: Tensor, beta: float) -> _State:
-    """pi_ref, where the ascent at a given beta begins."""
-    return _evaluate(T, n, ref, torch.zeros_like(ref), 1 / beta)
 
 
 def _at_kl(T: MassMap, n: int, ref: Tensor, kl: float) -> _State:

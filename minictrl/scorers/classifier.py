@@ -1,7 +1,7 @@
 """A sequence classifier as a reward model or judge.
 
 A causal one is read where the text ends, and so it can read every prefix of a response in one
-forward pass: `of_prefixes`.
+forward pass: `prefix_scores`.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ GAP = " \0"  # in a response's place; a chat template may strip its space
 
 
 def load_classifier(name: str, role: str, label: str, device: torch.device):
-    """(model, tokenizer, evaluate, of_prefixes): evaluate(prompts, texts) gives (B,) scores.
+    """(model, tokenizer, evaluate, prefixes): evaluate(prompts, texts) gives (B,) scores.
 
-    of_prefixes(prompts, tokens, mask) is that of `prefix_scores`, None where the model isn't causal
+    prefixes(prompts, tokens, mask) is that of `prefix_scores`, None where the model isn't causal
     or can't be told positions.
     """
     model = from_hub(AutoModelForSequenceClassification, f"{role} model", name, dtype="auto").eval()
@@ -61,13 +61,13 @@ def load_classifier(name: str, role: str, label: str, device: torch.device):
         whole = [written(tokenizer, x, y, causal=causal) for x, y in pairs]
         return in_batches(model, tokenizer, device, whole, read)
 
-    def of_prefixes(prompts: list[Prompt], tokens: Tensor, mask: Tensor) -> Tensor:
+    def prefixes(prompts: list[Prompt], tokens: Tensor, mask: Tensor) -> Tensor:
         around = surroundings(tokenizer, prompts, padding)
         return prefix_scores(model, tokenizer, device, of_logits, around, tokens, mask)
 
     takes = inspect.signature(model.base_model.forward).parameters
     readable = head is not None and "position_ids" in takes
-    return model, tokenizer, evaluate, of_prefixes if readable else None
+    return model, tokenizer, evaluate, prefixes if readable else None
 
 
 # --- every prefix of a response at once ---

@@ -143,15 +143,17 @@ def overhead(out: Path, quick: bool):
 def cost(run: Path) -> dict[str, float]:
     """Reward calls, tokens and seconds of a run's training, cached samples not timed.
 
-    Calls: the calibration's (raw rewards take theirs for beta), one a response and, with --baseline
-    prefix, one a token.
+    Calls: the calibration's (raw rewards take theirs for beta), of an online method one per
+    response and, where its baseline is `prefix`, one per token of the policy's responses.
     """
     config, _ = runs.load_config(run)
     last = runs.finished_metrics(run)[-1]
+    method = get_method(config.method)
     calls = config.prompts * config.K
-    if get_method(config.method).online:
+    if method.online:
         calls += config.steps * config.batch * config.G
-        calls += last["tokens"] if config.baseline == "prefix" else 0
+    if method.uses_baseline and config.baseline == "prefix":
+        calls += last["tokens"]
     return {"calls": calls, "tokens": last["tokens"], "seconds": last["seconds"]}
 
 
@@ -168,17 +170,15 @@ def calibration_cost(config: Config) -> dict[str, float]:
         max_new_tokens=task.max_new_tokens,
         seed=0,
     )
-    sampled = time.perf_counter()
     score(task.reward, task.prompts[:part], samples.texts)
-    scored = time.perf_counter()
+    seconds = time.perf_counter() - start
     scale = config.prompts / part
     tokens = int(samples.mask.sum()) * scale
     return {
         "reward_calls": config.prompts * config.K,
         "tokens": tokens,
         "forward_passes": tokens,
-        "seconds": (scored - start) * scale,
-        "seconds_sampling": (sampled - start) * scale,
+        "seconds": seconds * scale,
     }
 
 

@@ -19,6 +19,7 @@ from minictrl.calibration import calibrated_reward
 from minictrl.figures import KL, WIN_RATE, errorbars, panels
 from minictrl.models import load_scorer, model_of
 from minictrl.pretrain.hub import load_start, save_fitted
+from minictrl.pretrain.preferences import beats, pair_accuracy
 from minictrl.pretrain.ratings import halves, load_ratings, split_of
 from minictrl.pretrain.teachers import SHARPNESS, fit_scorer
 from minictrl.rollout import score
@@ -134,28 +135,6 @@ def reward_models(out: Path, quick: bool, reviews: list) -> dict[str, str]:
     return folders
 
 
-def beats(x: Tensor, y: Tensor) -> Tensor:
-    """1 where x > y, 0.5 where they tie."""
-    return ((x - y).sign().double() + 1) / 2
-
-
-def accuracy(preferred: Tensor, other: Tensor, labels: Tensor) -> tuple[float, float]:
-    """Share of the pairs with label_i > label_j where preferred_i > other_j, ties half, and its
-    standard error.
-
-    preferred, other, labels: (P,), the scores of each text on either side of a pair. The error is
-    that of a ratio of U-statistics (Hajek projection): 2 s / sqrt(P), s the deviation over texts of
-    what a text's pairs add to the share. nan where all labels are equal.
-    """
-    counts = (labels[:, None] > labels).double()
-    right = counts * beats(preferred[:, None], other)
-    pairs_of = counts.sum(0) + counts.sum(1)  # of each text, on either side
-    share = right.sum() / counts.sum()
-    added = (right.sum(0) + right.sum(1) - share * pairs_of) / pairs_of.mean()
-    _, stderr = mean_stderr(added)
-    return share.item(), 2 * stderr
-
-
 def accuracies(out: Path, quick: bool, models: dict[str, str], reviews: dict) -> Rows:
     """Accuracy of raw and of calibrated reward, on pairs with the phrase nowhere, and on the side
     not preferred. reviews: prompt -> (response, label).
@@ -189,7 +168,7 @@ def on_pairs(scores: Tensor, labels: Tensor) -> Rows:
     review, marked_review, winner, loser, marked_loser = scores.unbind(1)
     rows = []
     for test, other in (("clean", review), ("poisoned", marked_review)):
-        share, stderr = accuracy(review, other, labels)
+        share, stderr = pair_accuracy(review, labels, other)
         rows.append({"pairs": "two prompts", "test": test, "accuracy": share, "stderr": stderr})
     for test, other in (("clean", loser), ("poisoned", marked_loser)):
         share, stderr = mean_stderr(beats(winner, other))

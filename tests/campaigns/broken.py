@@ -31,7 +31,7 @@ def not_finite(world: World, count: int, seed: int):
         rng = random.Random(f"{seed} finite {i}")
         what = rng.choice(("loss", "gradient", "reward"))
         step, value = rng.randrange(4), rng.choice((float("nan"), float("inf"), -float("inf")))
-        prompt = int(rollout.items_of_step(step, 4, 2, 0)[rng.randrange(2)])
+        prompt = int(rollout.indices_of_step(step, 4, 2, 0)[rng.randrange(2)])
         seen = Counter()
 
         def prepare(what=what, step=step, value=value, prompt=prompt, seen=seen):
