@@ -82,7 +82,7 @@ def main(argv=None):
             f"KL {first['kl']:.3f} ± {first['kl_stderr']:.3f} "
             f"nats{asked}\n\n{evaluation.markdown(table)}\n"
         )
-        print(evaluation.behind(config, other_models))
+        print(evaluation.models_line(config, other_models))
         print(figures.draw(run, suffix, table))
         if not suffix:
             report.write_card(run, config, table)

@@ -81,7 +81,7 @@ def train(config: Config, resume: bool):
     from minictrl.update import freeze, make_learner
 
     start, out = time.monotonic(), Path(config.out)
-    method, task, given, made_from = load_and_check(config)
+    method, task, reference, made_from = load_and_check(config)
     freeze(task.policy, config.layers)
     if resume:
         runs.check_made_from(out, config, made_from)
@@ -91,9 +91,7 @@ def train(config: Config, resume: bool):
 
     # 1. Calibrate: K samples per prompt from pi_ref with their rewards, shared by runs of one seed.
     seed = config.seed_for(CALIBRATION)
-    if given:
-        reference = given
-    else:
+    if reference is None:  # no --reference FILE
         reference = reference_samples(
             task, config.K, seed=seed, cache=config.cache, name="calibrate"
         )
@@ -103,7 +101,7 @@ def train(config: Config, resume: bool):
     # 2. Transform: Phi is the method's, and beta follows from the KL budget.
     beta_at = partial(method.beta_for, r_ref=reference.r_ref)
     budget = Budget(config.kl, beta_at, beta=config.beta)
-    runs.describe(out, config, budget.beta, made_from)
+    runs.write_config(out, config, budget.beta, made_from)
 
     # 3. Maximise E[Phi(C_hat)] - beta KL(pi || pi_ref).
     frozen = {id(p): p for p in task.policy.parameters() if not p.requires_grad}
@@ -127,7 +125,7 @@ def train(config: Config, resume: bool):
 
 
 def load_and_check(config: Config):
-    """(method, task, given reference samples or None, digests) of a run.
+    """(method, task, reference samples of --reference or None, digests) of a run.
 
     Whatever can be wrong with the input is found here, before the first sample is drawn.
     """
@@ -151,11 +149,11 @@ def load_and_check(config: Config):
     try_scorers([task.reward, judge], [*task.prompts, *held_out[0]])
     check_tracker(config.track)
     made_from = digests_of(config, task, judge)
-    given = None
+    reference = None
     if config.reference:
         made_from["reference"] = sha256_of(Path(config.reference))[:16]
-        given = read_reference(config.reference, config, task)
-    return method, task, given, made_from
+        reference = read_reference(config.reference, config, task)
+    return method, task, reference, made_from
 
 
 def summary(last: dict, config: Config) -> str:
@@ -170,9 +168,9 @@ def summary(last: dict, config: Config) -> str:
 
 def online(training, config, task, method, reference, pi_ref):
     """PPO: G responses per prompt from the current policy, then an update on them."""
-    from minictrl.baselines import with_advantages
+    from minictrl.baselines import BASELINES
     from minictrl.ppo import explained_variance
-    from minictrl.rollout import indices_of_step, responses
+    from minictrl.rollout import indices_of_step, shown_responses
     from minictrl.track import EVERY
 
     learner, budget = training.learner, training.budget
@@ -182,14 +180,14 @@ def online(training, config, task, method, reference, pi_ref):
         r_ref = drawn.r_ref  # (P, K)
         batch, r, stats = draw_rollout(task, pi_ref, index, drawn, step, config)
         if training.tracker and step % EVERY == 0:
-            training.tracker.table(responses(task, batch, r), step + 1)
+            training.tracker.table(shown_responses(task, batch, r), step + 1)
         beta = budget.follow(stats["kl_ref"]) if step >= WARMUP else budget.beta
         Phi_C = method.Phi.of_rewards(r, r_ref)  # (P, G) Phi(C_hat)
         stats["Phi"] = Phi_C.mean().item()
         R = method.reward(r, r_ref, Phi_C, beta)  # Phi(C_hat) / beta
         batch.R = R.flatten().to(batch.mask)
         if method.uses_baseline:
-            batch = with_advantages(batch, task=task, r_ref=r_ref, learner=learner, config=config)
+            batch = BASELINES[config.baseline](batch, task, r_ref, learner, config)
         if batch.values is not None:
             explained = explained_variance(batch.values, batch.returns, batch.mask)
             stats["explained_variance"] = explained.item()
@@ -203,11 +201,14 @@ def draw_rollout(task, pi_ref, index, reference, step: int, config: Config):
     The batch has pi_ref's log-probabilities; r (P, G): rewards. reference: of these prompts.
     """
     from minictrl.calibration import calibrated_reward
-    from minictrl.rollout import rollout, rollout_stats
+    from minictrl.rollout import batch_of, rollout_stats, sample_and_score
     from minictrl.update import forward_all
 
     seed = config.seed_for(step + 1)
-    batch, r = rollout(task, index, num_samples=config.G, seed=seed, reference=reference)
+    samples, r = sample_and_score(
+        task, task.policy, index, num_samples=config.G, seed=seed, reference=reference
+    )
+    batch = batch_of(task, index, samples)
     batch.ref_logprobs, _ = forward_all(pi_ref, None, batch, config.micro_batch)
     C_hat = calibrated_reward(r, reference.r_ref)  # (P, G), Eq. 12
     return batch, r, rollout_stats(batch, r, C_hat)

@@ -1,7 +1,8 @@
 """What the reward to go of a token is compared with: one function per name of --baseline.
 
-A baseline takes (batch, rewards (B, T) of its tokens, …) and returns the batch with its advantages
-and, where there are values, those and their returns.
+A baseline returns the batch with the advantages (B, T) of its R and, where there are values, those
+and their returns. The KL is in the reward, k1 per token, so R - sum of k1 is a response's return.
+r_ref: (P, K) of the batch's prompts.
 """
 
 from dataclasses import replace
@@ -16,17 +17,6 @@ from minictrl.rollout import prefix_rewards
 from minictrl.task import Task
 from minictrl.transforms import RAW
 from minictrl.update import Learner, forward_all
-
-
-def with_advantages(
-    batch: Batch, *, task: Task, r_ref: Tensor, learner: Learner, config: Config
-) -> Batch:
-    """The batch with the advantages (B, T) of its R, by the run's baseline.
-
-    The KL is in the reward, k1 per token, so R - sum of k1 is a response's return. r_ref: (P, K)
-    of the batch's prompts.
-    """
-    return BASELINES[config.baseline](batch, task, r_ref, learner, config)
 
 
 def value(batch: Batch, task: Task, r_ref: Tensor, learner: Learner, config: Config) -> Batch:

@@ -6,7 +6,6 @@ prompt, T tokens of a response. Masks are 1 where a token counts: EOS does, noth
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
 import torch
@@ -58,10 +57,10 @@ class Batch:
 
         return self._map(narrow)
 
-    def pieces(self, index: Tensor, size: int) -> Iterator[Tensor]:
+    def pieces(self, index: Tensor, size: int) -> tuple[Tensor, ...]:
         """The rows of an index in pieces of at most `size`, alike in length: little padding."""
         lengths = self.mask[index].sum(-1).view(len(index), -1).amax(1)
-        return iter(index[lengths.argsort(stable=True)].split(size))
+        return index[lengths.argsort(stable=True)].split(size)
 
     def kl(self) -> Tensor:
         """(B,) log pi/pi_ref of each response, in nats: k1, whose mean is KL(pi || pi_ref)."""

@@ -10,14 +10,12 @@ from minictrl.procedures.cells import OutOfReach
 from minictrl.procedures.masses import positive
 from minictrl.transforms import log_partition
 
-WIDE = 12.0  # in log beta: a step from the rewards' scale, until the KL lies between the ends
+WIDE = 12.0  # in log beta: by how much the bracket grows until it holds the KL
 BISECTIONS = 60
-
-# of the controller: the share of an error that the target takes over, bounds of the error in log
-# KL, and of the target in budgets
-DRIFT = 0.2
-ERROR = (-0.5, 1.5)
-TARGET = (1 / 20, 4)
+# of the controller
+DRIFT = 0.2  # share of the error that the target takes over at each step
+ERROR = (-0.5, 1.5)  # log(kl_ref / kl) is kept between these
+TARGET = (1 / 20, 4)  # target / kl is kept between these
 
 
 def beta_for(transform: str, kl: float, *, procedure: str, n: int, K: int | None) -> float:
@@ -99,8 +97,7 @@ class Budget:
         if self.kl is None:
             return self.beta
         error = bounded(math.log(max(kl_ref, 1e-9) / self.kl), ERROR)
-        least, most = (self.kl * each for each in TARGET)
-        self.target = bounded(self.target * math.exp(-DRIFT * error), (least, most))
+        self.target = self.kl * bounded(self.target / self.kl * math.exp(-DRIFT * error), TARGET)
         try:
             self.beta = self.beta_at(self.target * math.exp(-error))
         except OutOfReach:

@@ -291,7 +291,8 @@ class Config:
                 "--reward is missing: these prompts and this policy have no reward model; give a "
                 "hub name, a directory or FILE.py:NAME (reviews: that of film reviews)"
             )
-        filled = {name: task[name] for name in task if getattr(self, name, 0) is None}
+        settings = {field.name for field in fields(self)}  # an entry also has `data` and `pairs`
+        filled = {k: x for k, x in task.items() if k in settings and getattr(self, k) is None}
         method = get_method(self.method)
         self._need(
             method.transform is None or self.transform in (None, method.transform),

@@ -26,6 +26,7 @@ from minictrl.files import (
     PERHAPS,
     TEXT,
     check_columns,
+    read_rows,
     read_sealed,
     reading,
     save_tensors,
@@ -70,7 +71,8 @@ def evaluate(
     """The table of a run, from M responses per prompt of pi and of pi_ref.
 
     Writes wins.safetensors, by_prompt.safetensors (kl (P,), C_hat and C_hat_reference (P, M)),
-    samples.jsonl and last eval.json into the run (`file_suffix` says which names others have).
+    samples.jsonl and last eval.json into the run (`file_suffix` says what is added to their names
+    with another split or model).
     sizes: the N of the table; those above M are left out. other_models: role (reward, judge) ->
     another model than the run's. The reward model selects, reward model and judge score; a run
     without a judge has no such rows. Returns the rows of eval.json.
@@ -87,7 +89,7 @@ def evaluate(
     try_scorers([task.reward, judge], task.prompts)
     cases = procedures(config, sizes, M)
     suffix = file_suffix(split, other_models)
-    check_kept(run / f"eval{suffix}.json", other_models)
+    check_kept(eval_path(run, suffix), other_models)
     policy, _ = load_policy(str(run / "policy"))
     policy.to(task.ids.device)
     pi, pi_ref, samples = draw_both(task, policy, judge, config, M)
@@ -100,10 +102,10 @@ def evaluate(
     parts = parts_of(run, suffix)
     save_tensors(parts["wins"], wins, {})
     save_tensors(parts["by_prompt"], {"kl": kls} | C_hat, {})
-    write_rows(parts["samples"], shown(task.prompts, pi, pi_ref, C_hat))
+    write_rows(parts["samples"], sample_rows(task.prompts, pi, pi_ref, C_hat))
     models = {role: getattr(config, role) for role in pi.scores}
     sums = {part: sha256_of(path) for part, path in parts.items()}
-    write_sealed(run / f"eval{suffix}.json", {"rows": table, "models": models, "parts": sums})
+    write_sealed(eval_path(run, suffix), {"rows": table, "models": models, "parts": sums})
     return table
 
 
@@ -140,6 +142,11 @@ def check_kept(path: Path, other_models: dict[str, str]):
             )
 
 
+def eval_path(run: Path, suffix: str) -> Path:
+    """The file of an evaluation's table."""
+    return run / f"eval{suffix}.json"
+
+
 def parts_of(run: Path, suffix: str) -> dict[str, Path]:
     """The files of an evaluation beside eval.json."""
     return {
@@ -152,13 +159,17 @@ def parts_of(run: Path, suffix: str) -> dict[str, Path]:
 ROW = {name: TEXT for name in ("procedure", "scorer")}  # the columns of eval.json
 ROW |= {name: NUMBER for name in ("n", "win_rate", "kl", "prompts", "samples")}
 ROW |= {name: PERHAPS for name in ("stderr", "kl_stderr", "theory", "optimal")}
+ENDS = ("", "_reference")  # of the columns of samples.jsonl: of pi and of pi_ref
+SAMPLE = {"prompt": (str, list)} | {name: TEXT for name in ("reference", "response")}
+SAMPLE |= {f"best{end}": TEXT for end in ENDS}
+SAMPLE |= {f"{name}{end}": NUMBER for name in ("reward", "C_hat", "best_C_hat") for end in ENDS}
 
 
 def read(run: Path, suffix: str = "") -> list[dict]:
     """The rows of a run's eval.json. Raises ValueError if that or a file of `parts_of` is not as it
     was written.
     """
-    path, parts = run / f"eval{suffix}.json", parts_of(run, suffix)
+    path, parts = eval_path(run, suffix), parts_of(run, suffix)
     again = f"delete {path} and give the command that made it again"
     with reading(path, again):
         stored = read_sealed(path)
@@ -178,6 +189,15 @@ def read_tensors(run: Path, name: str, suffix: str = "") -> dict[str, Tensor]:
         return load_file(path)
 
 
+def read_samples(run: Path, suffix: str = "") -> list[dict]:
+    """The rows of a run's samples.jsonl. Raises ValueError if it is damaged."""
+    path = parts_of(run, suffix)["samples"]
+    with reading(path, f"evaluate the run again: python evaluate.py {run}"):
+        rows = read_rows(path)
+        check_columns(rows, SAMPLE)
+    return rows
+
+
 def table_of(
     config: Config,
     pi: Scored,
@@ -186,7 +206,8 @@ def table_of(
     curve: Transform | None,
     cases: list[tuple[str, int]],
 ) -> tuple[list[dict], dict[str, Tensor]]:
-    """The rows of eval.json; and by its name each row's win rates by prompt (P,).
+    """(table, wins): the rows of eval.json, and for each, under PROCEDURE-N-SCORER, its win rate on
+    every prompt (P,).
 
     kls: (P,) nats. cases: (procedure, N) of each row. Where rewards tie, theory is that of their
     levels, and the optimum is not known. Where all are 0 or 1, `pass` and `pass_ref` are how often
@@ -236,14 +257,14 @@ def draw_reference(task: Task, config: Config, M: int) -> tuple[Reference, list[
     return drawn, texts_of(task.tokenizer, task.ids.tolist(), drawn.tokens, drawn.mask)
 
 
-def shown(prompts: list, pi: Scored, pi_ref: Scored, C_hat: dict[str, Tensor]) -> list[dict]:
+def sample_rows(prompts: list, pi: Scored, pi_ref: Scored, C_hat: dict[str, Tensor]) -> list[dict]:
     """Rows of samples.jsonl: the first response of each policy to each prompt, and the best of its
     first four. C_hat: `C_hats` of both.
     """
     rows = []
     for i, prompt in enumerate(prompts):
         row = {"prompt": prompt, "reference": pi_ref.texts[i][0], "response": pi.texts[i][0]}
-        for end, policy in (("_reference", pi_ref), ("", pi)):
+        for end, policy in zip(ENDS, (pi, pi_ref)):
             best = int(policy.scores["reward"][i, :4].argmax())
             row |= {f"{name}{end}": float(each[i, 0]) for name, each in policy.scores.items()}
             row[f"C_hat{end}"] = float(C_hat[f"C_hat{end}"][i, 0])
@@ -334,14 +355,15 @@ def markdown(table: list[dict]) -> str:
 
     lines = []
     for i in range(0, len(table), len(scorers)):
-        first, *_ = rows = table[i : i + len(scorers)]
+        rows = table[i : i + len(scorers)]
+        first = rows[0]
         measured = [percent(row["win_rate"], row["stderr"]) for row in rows]
         expected = [percent(first[name]) for name in ("theory", "optimal", *passes)]
         lines.append([first["procedure"], str(first["n"]), *measured, *expected])
     return files.markdown(head, lines)
 
 
-def behind(config: Config, other_models: dict[str, str]) -> str:
+def models_line(config: Config, other_models: dict[str, str]) -> str:
     """The models behind the table's columns."""
     models = {role: other_models.get(role) or getattr(config, role) for role in ("reward", "judge")}
     none = "none; give evaluate.py a --judge"

@@ -169,7 +169,7 @@ def check_policy(file: str, task: Task, reference: Reference):
 
 def write_reference(run: Path, file: Path) -> str:
     """A run's reference samples as rows of prompt, completions and rewards; says how many."""
-    config, _ = runs.load_config(run)
+    config = runs.load_config(run)
     task = load_task(config, "train")
     made_of = reference_key(task, config.seed_for(CALIBRATION), task.cache_keys)
     reference = Reference.load(run / "reference.safetensors", made_of)

@@ -60,7 +60,7 @@ def win_rates(run: Path, suffix: str, table: list[dict]):
     """Measured win rates, with two standard errors, on the curves of the run's transform and of the
     optimum.
     """
-    config, _ = runs.load_config(run)
+    config = runs.load_config(run)
     n = config.n if config.procedure in ("bon", "won") else 4
     curve = evaluation.curve_of(config)
     cases = list(
@@ -91,7 +91,7 @@ def win_rates(run: Path, suffix: str, table: list[dict]):
 
 def training(run: Path):
     """The learning curves of metrics.jsonl."""
-    rows, budget = runs.finished_metrics(run), runs.load_config(run)[0].kl
+    rows, budget = runs.finished_metrics(run), runs.load_config(run).kl
     names = [
         name
         for name in (

@@ -40,7 +40,7 @@ def sync(path: Path):
         os.fsync(file.fileno())
 
 
-def sweep(path: Path):
+def delete_leftovers(path: Path):
     """Delete what killed writers of `path` have left. Only where no one else writes it now."""
     for left in path.parent.glob(f"{path.name}.*.tmp"):
         left.unlink()
@@ -142,12 +142,12 @@ def layout(tensors: dict[str, Tensor]) -> dict[str, list]:
 def write_json(path: Path, value):
     """JSON in one step; a number that is not finite is null, because JSON has no NaN."""
     with in_one_step(path) as temporary:
-        temporary.write_text(json.dumps(finite(value), indent=1) + "\n")
+        temporary.write_text(json.dumps(without_nan(value), indent=1) + "\n")
 
 
 def write_sealed(path: Path, value: dict):
     """JSON in one step, with its own digest as "sha256"."""
-    write_json(path, value | {"sha256": digest(finite(value))})
+    write_json(path, value | {"sha256": digest(without_nan(value))})
 
 
 def read_sealed(path: Path) -> dict:
@@ -160,12 +160,12 @@ def read_sealed(path: Path) -> dict:
     return value
 
 
-def finite(value):
+def without_nan(value):
     """The value with None in place of every number that is not finite."""
     if isinstance(value, dict):
-        return {name: finite(x) for name, x in value.items()}
+        return {name: without_nan(x) for name, x in value.items()}
     if isinstance(value, (list, tuple)):
-        return [finite(x) for x in value]
+        return [without_nan(x) for x in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

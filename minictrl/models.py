@@ -159,13 +159,13 @@ class Scorer:
     prefixes: Callable[[list, Tensor, Tensor], Tensor] | None = None
 
     def __call__(self, prompts: list[Prompt], texts: list[str]) -> Tensor:
-        return finite(self.evaluate(prompts, texts), self.name, self.role, prompts, texts)
+        return check_finite(self.evaluate(prompts, texts), self.name, self.role, prompts, texts)
 
     def of_prefixes(self, prompts: list[Prompt], tokens: Tensor, mask: Tensor) -> Tensor:
         """The rewards (B, T) of all prefixes of responses in the tokenizer's tokens
         (`classifier.prefix_scores`), where `prefixes` isn't None.
         """
-        return finite(self.prefixes(prompts, tokens, mask), self.name, self.role, prompts)
+        return check_finite(self.prefixes(prompts, tokens, mask), self.name, self.role, prompts)
 
 
 def load_scorer(
@@ -216,7 +216,7 @@ def parted(name: str) -> tuple[str, str]:
     return head, name.removeprefix(head)[1:]
 
 
-def finite(
+def check_finite(
     scores: Tensor, name: str, role: str, prompts: list[Prompt], texts: list[str] | None = None
 ) -> Tensor:
     """Raises ValueError on scores (B,) or (B, T) that are not, naming the first one's prompt."""

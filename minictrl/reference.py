@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minictrl.files import digest, load_tensors, lock, save_tensors, sweep
+from minictrl.files import delete_leftovers, digest, load_tensors, lock, save_tensors
 
 CHUNK = 64  # prompts a file
 
@@ -89,7 +89,8 @@ def cached(
     added to it.
 
     draw(index, first_sample, num_samples) -> Reference of the samples first_sample, … of the
-    prompts of an index. prompts: what the digest of each is to hold. key: `digest` of the policy,
+    prompts of an index. prompts: for each what goes into the digest of its chunk
+    (`Task.cache_keys`). key: `digest` of the policy,
     the reward model and the sampling. progress wraps the list of chunks. Of runs that need the same
     chunk at once, one draws it and the others wait for it.
     """
@@ -107,7 +108,7 @@ def cached(
                     have = Reference.load(path, name) or have  # another run may have drawn it
                 missing = K - samples_of(have)
                 if missing > 0:
-                    sweep(path)
+                    delete_leftovers(path)
                     new = draw(list(range(first, first + len(chunk))), K - missing, missing)
                     have = new if have is None else join([have, new], dim=1)
                     have.save(path, name)

@@ -5,22 +5,17 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Callable
-from functools import partial
 from html import escape
 from pathlib import Path
 
 from minictrl import evaluation, figures, runs
 from minictrl.config import Config
 from minictrl.data import key
-from minictrl.files import NUMBER, TEXT, check_columns, in_one_step, read_rows, reading
+from minictrl.files import in_one_step
 
 PROMPTS = 20  # shown side by side
 CASES = (("standard", 1), ("bon", 4), ("won", 4))
 COLUMNS = ("C_hat", "kl_ref", "entropy")
-ENDS = ("", "_reference")  # of columns of samples.jsonl: of pi and of pi_ref
-SAMPLE = {"prompt": (str, list)} | {name: TEXT for name in ("reference", "response")}
-SAMPLE |= {f"best{end}": TEXT for end in ENDS}
-SAMPLE |= {f"{name}{end}": NUMBER for name in ("reward", "C_hat", "best_C_hat") for end in ENDS}
 STYLE = """
 :root { color-scheme: light dark; }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: auto; padding: 1rem; }
@@ -83,25 +78,27 @@ def write_page(folders: list[Path], suffix: str, file: Path):
     unique = len(set(names)) == len(names)
     named = {folder.name if unique else str(folder): folder for folder in folders}
     tables = {name: evaluation.read(folder, suffix) for name, folder in named.items()}
-    samples = {name: read_samples(folder, suffix) for name, folder in named.items()}
-    sections = {
-        "Win rates against KL": [partial(win_rates, tables=tables, case=case) for case in CASES],
-        "Training": [partial(training, named=named, column=column) for column in COLUMNS],
-        "Calibrated reward of the samples: flat under pi_ref": [
-            partial(
-                histogram, name=name, stored=evaluation.read_tensors(folder, "by_prompt", suffix)
-            )
-            for name, folder in named.items()
-        ],
+    samples = {name: evaluation.read_samples(folder, suffix) for name, folder in named.items()}
+    levels = {
+        name: evaluation.read_tensors(folder, "by_prompt", suffix) for name, folder in named.items()
     }
-    if all(any(row["scorer"] == "judge" for row in table) for table in tables.values()):
-        sections["Reward against judge, one response per prompt"] = [
-            partial(scatter, name=name, rows=rows) for name, rows in samples.items()
-        ]
-    drawn = ""
+    judged = all(any(row["scorer"] == "judge" for row in table) for table in tables.values())
     with matplotlib.rc_context(figures.STYLE):
-        for title, draws in sections.items():
-            drawn += f"<h2>{title}</h2><figure>{''.join(map(picture, draws))}</figure>"
+        drawn = section(
+            "Win rates against KL", [picture(win_rates, tables=tables, case=case) for case in CASES]
+        )
+        drawn += section(
+            "Training", [picture(training, named=named, column=column) for column in COLUMNS]
+        )
+        drawn += section(
+            "Calibrated reward of the samples: flat under pi_ref",
+            [picture(histogram, name=name, stored=stored) for name, stored in levels.items()],
+        )
+        if judged:
+            drawn += section(
+                "Reward against judge, one response per prompt",
+                [picture(scatter, name=name, rows=rows) for name, rows in samples.items()],
+            )
     body = "".join(
         f"<h2>{escape(name)}</h2>{settings(folder)}{html_table(tables[name])}"
         for name, folder in named.items()
@@ -116,15 +113,6 @@ the same prompt that a response beats.</p>
 """
     with in_one_step(file) as path:
         path.write_text(page)
-
-
-def read_samples(run: Path, suffix: str) -> list[dict]:
-    """The rows of a run's samples.jsonl. Raises ValueError if it is damaged."""
-    path = run / f"samples{suffix}.jsonl"
-    with reading(path, f"evaluate the run again: python evaluate.py {run}"):
-        rows = read_rows(path)
-        check_columns(rows, SAMPLE)
-    return rows
 
 
 def win_rates(axis, *, tables: dict[str, list[dict]], case: tuple[str, int]):
@@ -158,10 +146,14 @@ def scatter(axis, *, name: str, rows: list[dict]):
     axis.set(title=name, xlabel="reward", ylabel="judge")
 
 
-def picture(draw: Callable) -> str:
-    """An image of what draw(axis) draws."""
+def section(title: str, images: list[str]) -> str:
+    return f"<h2>{title}</h2><figure>{''.join(images)}</figure>"
+
+
+def picture(draw: Callable, **options) -> str:
+    """An image of what draw(axis, **options) draws."""
     figure, [axis] = figures.panels(1, 1, width=4.6, height=3.6)
-    draw(axis)
+    draw(axis, **options)
     if axis.get_legend_handles_labels()[0]:
         axis.legend()
     png = io.BytesIO()
@@ -171,7 +163,7 @@ def picture(draw: Callable) -> str:
 
 def settings(folder: Path) -> str:
     """The run's settings, as one line."""
-    config, _ = runs.load_config(folder)
+    config = runs.load_config(folder)
     given = ((name, value) for name, value in vars(config).items() if value is not None)
     return f"<p><small>{escape(', '.join(f'{name} {value}' for name, value in given))}</small></p>"
 

@@ -33,19 +33,6 @@ def indices_of_step(step: int, count: int, size: int, seed: int) -> Tensor:
     return order[first - epochs[0] * count :][:size]
 
 
-def rollout(
-    task: Task, index: Tensor, *, num_samples: int, seed: int, reference: Reference | None = None
-) -> tuple[Batch, Tensor]:
-    """G = num_samples responses y ~ pi(.|x) to each prompt of an index (P,): (batch, r (P, G)).
-
-    reference: as in `sample_and_score`.
-    """
-    samples, r = sample_and_score(
-        task, task.policy, index, num_samples=num_samples, seed=seed, reference=reference
-    )
-    return batch_of(task, index, samples), r
-
-
 def batch_of(task: Task, index: Tensor, samples: Samples) -> Batch:
     """Samples (P, G, T) as B = P G rows with their prompts, those of an index (P,)."""
     batch = Batch(
@@ -140,7 +127,7 @@ def check_prefix_rewards(task: Task):
         )
 
 
-def responses(task: Task, batch: Batch, r: Tensor) -> list[tuple]:
+def shown_responses(task: Task, batch: Batch, r: Tensor) -> list[tuple]:
     """(prompt, response, reward) of the first response to each of the first SHOWN prompts."""
     first = torch.arange(len(r))[:SHOWN] * r.shape[1]
     tokens, mask = batch.tokens[first, None].cpu(), batch.mask[first, None].cpu()

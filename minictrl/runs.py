@@ -30,14 +30,14 @@ from minictrl.files import (
     NUMBER,
     PERHAPS,
     check_columns,
+    delete_leftovers,
     digest,
-    finite,
     load_tensors,
     lock,
     read_sealed,
     reading,
     save_tensors,
-    sweep,
+    without_nan,
     write_rows,
     write_sealed,
     writing,
@@ -50,8 +50,8 @@ from minictrl.update import BadStep, Learner
 
 MARKER = ".minictrl"  # the file that says that a directory is ours to delete
 PATHS = ("task", "policy", "reward", "judge", "reference")  # or names
-ELSEWHERE = ("out", "device", "cache", "track")  # settings that make no other run
-FREE = (*ELSEWHERE, "lr")  # a run may go on elsewhere, and more slowly
+ELSEWHERE = ("out", "device", "cache", "track")  # settings that do not change results
+FREE = (*ELSEWHERE, "lr")  # settings that --resume may change
 CHECKPOINT = Path("checkpoint", "state.safetensors")
 PAUSE = 20  # seconds between checkpoints, at least; 20 times what one takes, if that is more
 
@@ -85,7 +85,7 @@ def check(out: Path, settings: dict, config: Config, *, resume: bool, overwrite:
     new run reads would be deleted with the old one.
     """
     if resume:
-        stored, _ = load_config(out)
+        stored = load_config(out)
         for name, value in settings.items():
             if name not in FREE and value != getattr(stored, name):
                 raise ValueError(
@@ -127,7 +127,12 @@ def holds_run(out: Path) -> bool:
         return False
 
 
-def load_config(run: Path) -> tuple[Config, dict]:
+def load_config(run: Path) -> Config:
+    """The settings of a run (`load_record`)."""
+    return load_record(run)[0]
+
+
+def load_record(run: Path) -> tuple[Config, dict]:
     """Settings of a run, and what else its config.json holds. Raises ValueError if there is none,
     or half of one.
     """
@@ -163,7 +168,7 @@ def load_finished(run: Path) -> Config:
     """Settings of a run whose training has ended. Raises ValueError on one that has not, or whose
     policy is damaged.
     """
-    config, _ = load_config(run)
+    config = load_config(run)
     if not has_policy(Path(run)):
         raise ValueError(
             f"{run}: has no policy yet; finish it first: python train.py --resume --out {run}"
@@ -188,7 +193,7 @@ def create(out: Path, config: Config, made_from: dict[str, str]):
     write_sealed(out / "config.json", asdict(config) | {"made_from": made_from})
 
 
-def describe(out: Path, config: Config, beta: float, made_from: dict[str, str]):
+def write_config(out: Path, config: Config, beta: float, made_from: dict[str, str]):
     """config.json: every setting, the beta that a KL budget came to, and what else matters."""
     versions = {
         "commit": commit_of(Path(minictrl.__file__).parent.parent),
@@ -226,7 +231,7 @@ def check_made_from(run: Path, config: Config, made_from: dict, *, but: Iterable
 
     but: names of models that are others on purpose.
     """
-    stored = load_config(run)[1].get("made_from", {})
+    stored = load_record(run)[1].get("made_from", {})
     for name, now in made_from.items():
         if name not in but and stored.get(name, now) != now:
             raise ValueError(
@@ -339,7 +344,7 @@ class Training:
         row = dict.fromkeys(METRICS) | stats
         row |= {"step": self.step + 1, "tokens": self.tokens, "seconds": round(self.seconds, 2)}
         row |= {"kl_asked": self.budget.target, "beta": self.budget.beta}
-        row = finite(row | {"tok_per_s": round(tokens / seconds)})
+        row = without_nan(row | {"tok_per_s": round(tokens / seconds)})
         with writing(self.out / "metrics.jsonl"):
             self.metrics.write(json.dumps(row) + "\n")
         self.rows.append(row)
@@ -397,7 +402,7 @@ class Training:
             last = self.rows[-1]
             self.step, self.tokens, self.seconds = last["step"], last["tokens"], last["seconds"]
             self.budget.target = last["kl_asked"]
-        sweep(path)
+        delete_leftovers(path)
         write_rows(self.out / "metrics.jsonl", self.rows)
 
 

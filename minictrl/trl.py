@@ -67,9 +67,8 @@ def ctrl_reward(
     beta = config.beta or method.beta_for(config.kl, r_ref)
     known = dict(zip(map(key, task.prompts), r_ref, strict=True))  # prompt -> (K,)
 
-    def reward(prompts: list[Prompt], completions: list, **_) -> list[float]:
-        if not prompts:
-            return []
+    def reference_of(prompts: list[Prompt]) -> Tensor:
+        """(B, K) pi_ref's rewards; those of a new prompt are drawn now."""
         new = list({key(prompt): prompt for prompt in prompts if key(prompt) not in known}.values())
         if new:
             texts = [text_of(config, task.tokenizer, prompt) for prompt in new]
@@ -82,9 +81,14 @@ def ctrl_reward(
                     seed=config.seed_for(CALIBRATION),
                 )
             known.update(zip(map(key, new), drawn, strict=True))
+        return torch.stack([known[key(prompt)] for prompt in prompts])
+
+    def reward(prompts: list[Prompt], completions: list, **_) -> list[float]:
+        if not prompts:
+            return []
+        r_ref = reference_of(prompts)
         texts = [y if isinstance(y, str) else y[-1]["content"] for y in completions]
         r = task.reward(prompts, texts)[:, None]  # (B, 1)
-        r_ref = torch.stack([known[key(prompt)] for prompt in prompts])
         return method.in_nats(method.Phi.of_rewards(r, r_ref), beta, r_ref)[:, 0].tolist()
 
     reward.__name__ = f"ctrl_{config.transform}"  # what TRL logs it under
@@ -104,7 +108,7 @@ def settings_of(task_or_run: str | Path, given: dict) -> Config:
     empty = folder.is_dir() and not any(folder.iterdir())
     if task_or_run in TASKS or not (runs.holds_run(folder) or empty):
         return Config(task=str(task_or_run), **given).resolved()
-    stored, _ = runs.load_config(folder)
+    stored = runs.load_config(folder)
     if "kl" in given or "beta" in given:
         stored = replace(stored, kl=None, beta=None)
     return replace(stored, **{"method": "ppo"} | given)

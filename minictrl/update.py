@@ -102,11 +102,11 @@ def freeze(policy: nn.Module, layers: int | None) -> None:
 def make_learner(policy: nn.Module, *, value_head: bool, lr: float = HEAD_LR) -> Learner:
     """Policy, value head and their optimizer.
 
-    lr: the policy's; `update` sets it, here it says how much faster the head learns: at HEAD_LR
-    where lr is lower, because at 1e-6 a head learns nothing in a run. The head starts at 0, because
-    R comes without its mean. Gradients are clipped to a norm of 1, so a typical one of n parameters
-    is 1 / sqrt(n). Adam's eps is 0.23 of that: a much smaller gradient, which is noise, makes a
-    small step instead of a full one.
+    lr: the policy's. `update` sets the rates; here lr only fixes how much faster the head learns:
+    its rate is at least HEAD_LR, because at 1e-6 it would learn nothing in a run. The head starts
+    at 0, because R comes without its mean. Gradients are clipped to a norm of 1, so a typical one
+    of n parameters is 1 / sqrt(n). Adam's eps is 0.23 of that: a much smaller gradient, which is
+    noise, makes a small step instead of a full one.
     """
     head = None
     if value_head:

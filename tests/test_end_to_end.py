@@ -14,7 +14,7 @@ from minictrl.config import Config
 from minictrl.methods import get_method
 from minictrl.models import load_scorer
 from minictrl.reference import Reference
-from minictrl.rollout import prefix_rewards, rollout
+from minictrl.rollout import batch_of, prefix_rewards, sample_and_score
 from minictrl.task import load_task
 
 
@@ -39,7 +39,7 @@ def test_kl_rises_from_zero_and_the_win_rate_rises(short_run):
 
 
 def test_a_run_directory_holds_what_the_contract_says(short_run):
-    config, more = runs.load_config(short_run)
+    config, more = runs.load_record(short_run)
     assert config.transform == "exp10" and config.K == 32 and more["torch"] == torch.__version__
     assert more["beta"] == pytest.approx(theory.beta_for_kl("exp10", 1.0))
     row = rows_of(short_run / "metrics.jsonl")[0]
@@ -98,7 +98,7 @@ def test_the_picture_shows_the_procedure_that_the_run_is_made_for(short_run, tmp
         ("bon", ["standard", "Best-of-4", "Worst-of-4"]),
         ("rewind", ["standard", "Best-of-4", "Worst-of-4", "rewind-and-repeat, 4 draws"]),
     ):
-        config, _ = runs.load_config(short_run)
+        config = runs.load_config(short_run)
         (tmp_path / "config.json").write_text(json.dumps(asdict(config) | {"procedure": procedure}))
         assert [axis.get_title() for axis in figures.win_rates(tmp_path, "", table).axes] == panels
 
@@ -106,7 +106,7 @@ def test_the_picture_shows_the_procedure_that_the_run_is_made_for(short_run, tmp
 def test_beta_follows_the_kl_of_the_rollout_it_is_used_on(short_run):
     """Not of the one before: with that one the KL swings by half its budget."""
     rows = rows_of(short_run / "metrics.jsonl")
-    method = get_method("ppo")(runs.load_config(short_run)[0])
+    method = get_method("ppo")(runs.load_config(short_run))
     budget = Budget(1.0, method.beta_for)
     for row in rows:
         if row["step"] > train.WARMUP:
@@ -117,7 +117,7 @@ def test_beta_follows_the_kl_of_the_rollout_it_is_used_on(short_run):
 
 def test_every_row_of_the_table_is_consistent(short_run):
     rows = json.loads((short_run / "eval.json").read_text())["rows"]
-    K = runs.load_config(short_run)[0].K
+    K = runs.load_config(short_run).K
     # what the run is aligned for comes first
     assert (rows[0]["procedure"], rows[0]["n"]) == ("bon", 4)
     for row in rows:
@@ -201,7 +201,8 @@ def test_every_method_runs_and_moves_the_policy(method, tmp_path, short_run):
 
 def test_the_reward_of_a_prefix_is_that_of_the_prompt_with_the_tokens_before():
     task = load_task(Config(prompts=2).resolved(), "train")
-    batch, _ = rollout(task, torch.arange(2), num_samples=3, seed=0)
+    samples, _ = sample_and_score(task, task.policy, [0, 1], num_samples=3, seed=0)
+    batch = batch_of(task, torch.arange(2), samples)
     r = prefix_rewards(task, batch, 2).view(2, 3, -1)
     tokens, mask = batch.tokens.view(2, 3, -1), batch.mask.view(2, 3, -1)
     for x, m, t in ((0, 0, 0), (0, 2, 1), (1, 1, 4)):

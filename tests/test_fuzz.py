@@ -361,19 +361,19 @@ def test_a_run_that_was_evaluated_on_one_prompt_has_a_page(short_run, tmp_path):
 
 
 def test_a_checkpoint_of_pretraining_is_no_pickle(tmp_path):
-    from minictrl.pretrain import hub
+    from minictrl.pretrain import fitting
 
     model = GPT2ForSequenceClassification(GPT2)
     optimizer = torch.optim.AdamW(model.parameters())
     model.score.weight.grad = torch.ones_like(model.score.weight)
     optimizer.step()
-    hub.save_step(tmp_path / "c", model, optimizer, 3)
+    fitting.save_step(tmp_path / "c", model, optimizer, 3)
     torch.save({}, tmp_path / "pickle")
     with pytest.raises(ValueError, match="pickle: is damaged .*delete it"):
-        hub.resume(tmp_path / "pickle", model, optimizer)
+        fitting.resume(tmp_path / "pickle", model, optimizer)
     other = GPT2ForSequenceClassification(GPT2)
     again = torch.optim.AdamW(other.parameters())
-    assert hub.resume(tmp_path / "c", other, again) == 3
+    assert fitting.resume(tmp_path / "c", other, again) == 3
     assert torch.equal(other.score.weight, model.score.weight)
     moments = (o.state[m.score.weight] for o, m in ((optimizer, model), (again, other)))
     ours, theirs = moments

@@ -251,7 +251,7 @@ def test_lambda_is_1_with_a_value_head():
 def test_fewer_prompts_than_asked_for_are_reported(short_run):
     from minictrl.task import load_task
 
-    config, _ = runs.load_config(short_run)
+    config = runs.load_config(short_run)
     with pytest.warns(UserWarning, match="--prompts 5000: reviews has .* for train, all are taken"):
         load_task(replace(config, prompts=5000), "train")
 

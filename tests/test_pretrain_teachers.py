@@ -7,7 +7,7 @@ from test_models import SIZE, save
 from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 from minictrl.models import load_policy, load_scorer
-from minictrl.pretrain import hub, packages, teachers, text
+from minictrl.pretrain import fitting, packages, teachers, text
 from minictrl.pretrain.english import nats_per_word, unknown_words
 from minictrl.pretrain.ratings import cut, cuts
 
@@ -67,7 +67,7 @@ def test_a_judge_from_the_policy_orders_held_out_reviews(policy, capsys):
 
 
 def test_a_fit_that_was_stopped_ends_where_it_would_have(tmp_path, monkeypatch):
-    monkeypatch.setattr(hub, "SAVE_SECONDS", -1)
+    monkeypatch.setattr(fitting, "SAVE_SECONDS", -1)
     rows = [([i % 3], [i % 5]) for i in range(40)]
 
     def trained(stop: int | None) -> torch.Tensor:
@@ -88,9 +88,9 @@ def test_a_fit_that_was_stopped_ends_where_it_would_have(tmp_path, monkeypatch):
         out = tmp_path / f"{stop}"
         if stop:
             with pytest.raises(KeyboardInterrupt):
-                hub.fit(model, rows, loss, out, **options)
+                fitting.fit(model, rows, loss, out, **options)
             torch.manual_seed(9)
-        hub.fit(model, rows, loss, out, **options)
+        fitting.fit(model, rows, loss, out, **options)
         return torch.cat([p.detach().flatten() for p in model.parameters()])
 
     assert torch.equal(trained(None), trained(6))

@@ -24,7 +24,7 @@ def test_a_page_has_every_run_and_fetches_nothing(short_run, tmp_path, capsys):
         shutil.copytree(short_run, run)
     page = tmp_path / "page.html"
     evaluate.main([*map(str, runs), "--prompts", "6", "--samples", "8", "--report", str(page)])
-    asked, printed = load_config(short_run)[0].kl, capsys.readouterr().out
+    asked, printed = load_config(short_run).kl, capsys.readouterr().out
     assert len(re.findall(rf"KL \S+ ± \S+ nats \(--kl {asked:g}\)\n", printed)) == 2
     text = page.read_text()
     assert "a&amp;b" in text and "<h2>c</h2>" in text and "a&b" not in text
@@ -63,7 +63,7 @@ def test_the_policys_card_has_its_table_and_the_command_that_makes_it(short_run)
     assert text.startswith("---\nlibrary_name: transformers") and "| bon | 4 |" in text
     command = next(line for line in text.splitlines() if "python train.py" in line)
     settings, *_ = train.read_arguments(shlex.split(command)[2:])
-    again, config = Config(**settings).resolved(), runs.load_config(short_run)[0]
+    again, config = Config(**settings).resolved(), runs.load_config(short_run)
     elsewhere = {name: getattr(config, name) for name in ("out", "cache")}
     assert replace(again, **elsewhere) == config
 

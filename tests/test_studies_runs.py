@@ -89,7 +89,7 @@ def scripts(monkeypatch):
 
 
 def test_a_sweep_trains_what_is_missing_and_only_that(tmp_path, scripts):
-    methods = {name: sweep.METHODS[name] for name in ("identity", "grpo")}
+    methods = {name: sweep.VARIANTS[name] for name in ("identity", "grpo")}
     rows = sweep.sweep(tmp_path, True, methods, seeds=2)
     assert len(scripts) == 2 * 2 * 2 and len(rows) == 8 * 14
     (tmp_path / "runs-quick" / "grpo-kl2-seed1" / "eval.json").unlink()  # trained, not evaluated
@@ -116,7 +116,7 @@ def change(path, **values):
 
 def test_runs_that_can_not_be_compared_are_told_before_anything_is_trained(tmp_path, scripts):
     """Of other defaults, of another evaluation, of another model of the same name."""
-    methods = {name: sweep.METHODS[name] for name in ("identity", "exp10")}
+    methods = {name: sweep.VARIANTS[name] for name in ("identity", "exp10")}
     sweep.sweep(tmp_path, True, methods, budgets=(0.5,))
     trained, first = len(scripts), tmp_path / "runs-quick" / "identity-kl0.5-seed0"
     config, table = first / "config.json", first / "eval.json"
@@ -139,7 +139,7 @@ def test_runs_that_can_not_be_compared_are_told_before_anything_is_trained(tmp_p
 
 def test_a_budget_out_of_reach_is_left_out_and_another_error_is_not(tmp_path, scripts, monkeypatch):
     """Whatever the folder is called."""
-    methods = {name: sweep.METHODS[name] for name in ("identity", "exp10")}
+    methods = {name: sweep.VARIANTS[name] for name in ("identity", "exp10")}
     script, error = sweep.script, ValueError("holds something out of reach")
 
     def train(argv):
@@ -248,8 +248,8 @@ def test_mean_draws_is_the_theorys_on_uniform_rewards():
 
 
 def test_figures_of_the_sweep_and_the_page_come_from_the_same_runs(tmp_path, scripts, monkeypatch):
-    kept = {name: sweep.METHODS[name] for name in ("none", "identity", "exp10")}
-    monkeypatch.setattr(trained, "METHODS", kept)
+    kept = {name: sweep.VARIANTS[name] for name in ("none", "identity", "exp10")}
+    monkeypatch.setattr(trained, "VARIANTS", kept)
     monkeypatch.setattr(theory, "optimal_win_rate", lambda kl, procedure, n: 0.9)
     # --seeds and the like change it
     monkeypatch.setitem(sweep.SCALES, True, dict(sweep.SCALES[True]))
@@ -272,15 +272,15 @@ def test_figures_of_the_sweep_and_the_page_come_from_the_same_runs(tmp_path, scr
 
 
 def test_the_leaderboard_is_sorted_and_a_new_method_enters_alone(tmp_path, scripts, monkeypatch):
-    kept = {name: sweep.METHODS[name] for name in ("none", "identity", "exp10", "qrpo exp10")}
-    monkeypatch.setattr(leaderboard, "METHODS", kept)
+    kept = {name: sweep.VARIANTS[name] for name in ("none", "identity", "exp10", "qrpo exp10")}
+    monkeypatch.setattr(leaderboard, "VARIANTS", kept)
     monkeypatch.setattr(theory, "optimal_win_rate", lambda kl, procedure, n: 0.9)
     monkeypatch.setattr(leaderboard, "cost", lambda run: {"calls": 25_600, "seconds": 90})
     monkeypatch.setitem(sweep.SCALES, True, dict(sweep.SCALES[True]))
     flags = ["--quick", "--seeds", "2", "--budgets", "1"]
     leaderboard.main([str(tmp_path), "none", "identity", "exp10", *flags])
     assert len(scripts) == 3 * 2
-    monkeypatch.setattr(trained, "METHODS", kept)
+    monkeypatch.setattr(trained, "VARIANTS", kept)
     reproduce.main(["fig4", "--out", str(tmp_path), *flags, "--done"])
     scripts.lead = 0.01  # of what is trained from here on
     leaderboard.main([str(tmp_path), "qrpo exp10", *flags])

@@ -26,7 +26,7 @@ from minictrl.models import load_policy
 from minictrl.studies.sweep import script
 from minictrl.update import freeze
 
-PROMPTS, G, MINIBATCH = 64, 8, 256  # G responses per prompt; the defaults of train.py
+PROMPTS, G, MINIBATCH = 64, 8, 256  # G responses per prompt
 T = 24  # tokens of the longest response
 LR = 1e-6  # so small that both sides go on sampling from the policy they start with
 

@@ -94,7 +94,7 @@ class PrefixCache(Cache):
     """
 
     def __init__(self, model):
-        self.model, self.buffers = model, []
+        self.model, self.buffers = model, {}  # by layer
         self.head = padded_head(model)
         self.layers = []  # where transformers looks to make a mask; ours are ready made
 
@@ -173,13 +173,10 @@ class PrefixCache(Cache):
             return key, value
         if len(self.own) == layer_idx:  # the first step of a wave
             shape = len(key), key.shape[1], columns(self.T), key.shape[3]
-            if len(self.buffers) == layer_idx or self.buffers[layer_idx][0].numel() < math.prod(
-                shape
-            ):
-                self.buffers[layer_idx : layer_idx + 1] = [
-                    [x.new_zeros(math.prod(shape)) for x in (key, value)]
-                ]
-            self.own.append([x[: math.prod(shape)].view(shape) for x in self.buffers[layer_idx]])
+            size = math.prod(shape)
+            if layer_idx not in self.buffers or self.buffers[layer_idx][0].numel() < size:
+                self.buffers[layer_idx] = [x.new_zeros(size) for x in (key, value)]
+            self.own.append([x[:size].view(shape) for x in self.buffers[layer_idx]])
         for buffer, new in zip(self.own[layer_idx], (key, value)):
             if buffer.is_cuda:  # nothing is read back, so that a step can be recorded
                 buffer.index_copy_(2, self.t, new)

@@ -25,17 +25,15 @@ class Method(Online):
         return grpo_advantages(r) / beta
 
 
-def grpo_advantages(returns: Tensor, divide: bool = True) -> Tensor:
+def grpo_advantages(returns: Tensor) -> Tensor:
     """(return - the group's mean) / the group's standard deviation (GRPO, Sec. 4.1.2). (P, G).
 
-    divide = True is the original: it forgets the scale of the reward, so beta means something else
-    in each prompt, and it blows up the noise of a group that has nearly converged. Without it, and
-    with the KL in the returns, this is (1 - 1/G) times `ppo.loo_advantages`. A group of equal
-    returns gets 0.
+    The division forgets the scale of the reward, so beta means something else in each prompt, and
+    it blows up the noise of a group that has nearly converged. Without it this would be (1 - 1/G)
+    times `ppo.loo_advantages`. A group of equal returns gets 0.
     """
     check_samples("returns", returns, 2, least=2)
     exact = returns.double()  # float32's mean of equal returns is not always their value
     centred = exact - exact.mean(1, keepdim=True)
-    if divide:
-        centred = centred / (exact.std(1, keepdim=True) + 1e-6)
-    return centred.to(torch.promote_types(returns.dtype, torch.float32))
+    advantages = centred / (exact.std(1, keepdim=True) + 1e-6)
+    return advantages.to(torch.promote_types(returns.dtype, torch.float32))

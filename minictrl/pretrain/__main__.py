@@ -15,7 +15,7 @@ from pathlib import Path
 from minictrl.cli import Parser, run_script, whole
 from minictrl.files import write_json
 from minictrl.pretrain import students, teachers
-from minictrl.pretrain.hub import train_pairs_task
+from minictrl.pretrain.from_pairs import train_pairs_task
 from minictrl.pretrain.ratings import cuts, load_ratings
 
 TEACHERS, STUDENTS = Path("models/teachers"), Path("models/reviews")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from minictrl.cli import Parser, run_script
 from minictrl.models import load_policy
-from minictrl.pretrain.hub import answer_logprobs, answer_rows
+from minictrl.pretrain.fitting import answer_logprobs, answer_rows
 from minictrl.pretrain.packages import smollm2
 from minictrl.pretrain.ratings import cuts, load_ratings, split_of
 from minictrl.sampling import sample

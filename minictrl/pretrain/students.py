@@ -2,8 +2,10 @@
 
 policy   a GPT-2 with the pruned teacher's tokens: learns what the teacher expected at every step
          of what it wrote and of the training reviews, and the reviews' own tokens
-reward   a causal classifier that starts from the student policy, after the reward teacher
-judge    the lowest layers of MiniLM with the tokens that reviews need, after the judge teacher
+reward   a causal classifier that starts from the student policy, distilled from the reward
+         teacher
+judge    the lowest layers of MiniLM with the tokens that reviews need, distilled from the judge
+         teacher
 
 Plain transformers directories in half precision. A step whose result is there is skipped; one that
 was interrupted goes on.
@@ -24,7 +26,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from minictrl.files import in_one_step
 from minictrl.models import load_policy, load_scorer
-from minictrl.pretrain.hub import fit, load_start, save_fitted
+from minictrl.pretrain.fitting import fit, load_start, save_fitted
 from minictrl.pretrain.packages import minilm
 from minictrl.pretrain.ratings import halves, split_of
 from minictrl.pretrain.teachers import SHARPNESS, fit_scorer, report_accuracy

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from minictrl.models import load_policy, load_scorer
 from minictrl.pretrain.english import nats_per_word
-from minictrl.pretrain.hub import answer_logprobs, answer_rows, fit, load_start, save_fitted
+from minictrl.pretrain.fitting import answer_logprobs, answer_rows, fit, load_start, save_fitted
 from minictrl.pretrain.packages import minilm, smollm2
 from minictrl.pretrain.preferences import bradley_terry_loss, pair_accuracy
 from minictrl.pretrain.ratings import cuts, halves, split_of

@@ -30,7 +30,7 @@ class Procedure:
         """(P, M) the probability that each of M samples is the one kept, over all N-subsets.
 
         select: (P, M) scores of the samples; equal ones share theirs equally. select_ref: (P, M')
-        scores of pi_ref's samples; None: the samples are these.
+        scores of pi_ref's samples; None where the samples are pi_ref's own.
         """
         raise NotImplementedError
 

@@ -14,16 +14,16 @@ from minictrl.figures import WIN_RATE, errorbars, panels, title
 from minictrl.methods import get_method
 from minictrl.rollout import score
 from minictrl.sampling import sample
-from minictrl.studies.sweep import METHODS, SCALES, sweep
+from minictrl.studies.sweep import SCALES, VARIANTS, sweep
 from minictrl.studies.tables import Rows, at_kl, below_optimum, common_kl, points, where
 from minictrl.studies.trained import draw_over_n
 from minictrl.task import load_task
 
 
-def draw_by_method(axis, rows: Rows, text: str, name: str = "method"):
-    """Win rates by reward and by judge, a line of the picture for each method; nan is left out."""
+def draw_by_variant(axis, rows: Rows, text: str):
+    """Win rates by reward and by judge, a line of the picture for each variant; nan is left out."""
     known = [row for row in rows if row["win_rate"] > 0]
-    errorbars(axis, known, "win_rate", name, by="scorer", xerr="stderr", fmt="o")
+    errorbars(axis, known, "win_rate", "variant", by="scorer", xerr="stderr", fmt="o")
     axis.set(title=text, xlabel=WIN_RATE)
     axis.legend()
 
@@ -34,7 +34,7 @@ def tuned(out: Path, quick: bool):
     Paper: Both exp transforms are above the baselines at every N.
     """
     methods = {f"bon_fp {n}": {"transform": "bon_fp", "n": n} for n in (2, 32)}
-    methods |= {name: METHODS[name] for name in ("bon_fp", "exp5", "exp10")}
+    methods |= {name: VARIANTS[name] for name in ("bon_fp", "exp5", "exp10")}
     rows = sweep(out, quick, methods, budgets=(2.0,) if quick else None)
     figure, (axis,) = panels(1, 1)
     kl, table = common_kl(rows), []
@@ -58,7 +58,7 @@ def held_out(out: Path, quick: bool):
     points.
     """
     names = ("none", "identity", "exp10", "ipo", "qrpo exp10", "pkpo")
-    methods = {name: METHODS[name] for name in names}
+    methods = {name: VARIANTS[name] for name in names}
     budgets = (2.0,) if quick else (1.0,)
     figure, (axis,) = panels(1, 1, width=7)
     table = []
@@ -87,7 +87,7 @@ def ablation(out: Path, quick: bool):
     methods = {name: {"transform": name} for name in ("none", "median", "standardised")}
     for name, K in product(("identity", "exp10"), (10, 30, 300)):
         methods[f"{name} K {K}"] = {"transform": name, "K": K}
-    methods |= {name: METHODS[name] for name in ("identity", "exp10")}  # K = 100, as in the sweep
+    methods |= {name: VARIANTS[name] for name in ("identity", "exp10")}  # K = 100, as in the sweep
     rows = sweep(out, quick, methods, budgets=(2.0,) if quick else None)
     cases = (("standard", 1), ("bon", 4))
     kl, table = common_kl(rows), []
@@ -100,7 +100,7 @@ def ablation(out: Path, quick: bool):
     figure, axes = panels(1, 2, width=6)
     for axis, (procedure, n) in zip(axes, cases):
         text = f"{title(procedure, n)} at {kl:g} nats"
-        draw_by_method(axis, where(table, procedure=procedure, n=n), text, "variant")
+        draw_by_variant(axis, where(table, procedure=procedure, n=n), text)
     return table, figure
 
 
@@ -114,9 +114,9 @@ def overhead(out: Path, quick: bool):
     Paper: About 29 % of the training time at K = 100 and 80 epochs.
     """
     budget = min(SCALES[quick]["seeds"], key=lambda kl: abs(kl - 1))  # the default's if it can be
-    method = {"exp10": METHODS["exp10"]}
+    method = {"exp10": VARIANTS["exp10"]}
     run = Path(sweep(out, quick, method, budgets=(budget,), seeds=1)[0]["run"])
-    config, _ = runs.load_config(run)
+    config = runs.load_config(run)
     total = cost(run)
     calibration = calibration_cost(config)
     training = {
@@ -146,7 +146,7 @@ def cost(run: Path) -> dict[str, float]:
     Calls: the calibration's (raw rewards take theirs for beta), of an online method one per
     response and, where its baseline is `prefix`, one per token of the policy's responses.
     """
-    config, _ = runs.load_config(run)
+    config = runs.load_config(run)
     last = runs.finished_metrics(run)[-1]
     method = get_method(config.method)
     calls = config.prompts * config.K

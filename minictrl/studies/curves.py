@@ -151,9 +151,11 @@ def rewind(out: Path, quick: bool):
     return rows, figure
 
 
-def draws(fails: float, most: int = 32) -> float:
-    """Draws of rewind-and-repeat on average, if one is rejected with probability `fails`."""
-    return (1 - fails**most) / (1 - fails)
+def draws(fails: float) -> float:
+    """Draws of rewind-and-repeat on average, of at most 32, each rejected with probability
+    `fails`.
+    """
+    return (1 - fails**32) / (1 - fails)
 
 
 # --- beyond the paper ---

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from minictrl.figures import WIN_RATE, errorbars, panels
 from minictrl.procedures import get_procedure
-from minictrl.studies.sweep import METHODS, Scores, redrawn, sweep
+from minictrl.studies.sweep import VARIANTS, Scores, redrawn, sweep
 from minictrl.studies.tables import SCORERS, Rows, column, grouped, where
 from minictrl.winrate import beaten, mean_stderr
 
@@ -25,7 +25,7 @@ def hedge(out: Path, quick: bool):
     Paper: not InfAlign's question but HedgeTune's (arXiv 2506.19248): while the reward goes on
     rising with N, the judge's opinion rises, then falls.
     """
-    methods = {name: METHODS[name] for name in ("none", "identity", "exp10", "grpo")}
+    methods = {name: VARIANTS[name] for name in ("none", "identity", "exp10", "grpo")}
     runs = sweep(out, quick, methods, budgets=(2.0,) if quick else (1.0,), seeds=1)
     table = []
     for (method, run), group in grouped(runs, "method", "run").items():

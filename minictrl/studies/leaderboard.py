@@ -30,7 +30,7 @@ from minictrl.reproduce import STUDIES
 from minictrl.studies import sweep
 from minictrl.studies.beyond import cost
 from minictrl.studies.errors import Estimate, crossed
-from minictrl.studies.sweep import METHODS, OTHERS
+from minictrl.studies.sweep import OTHERS, VARIANTS
 from minictrl.studies.tables import (
     SCORERS,
     Rows,
@@ -79,15 +79,15 @@ def main(argv: list[str] | None = None):
     add("--beside", type=Path, metavar="FILE", help="another DIR's leaderboard.safetensors")
     args = parser.parse_args(argv)
     for name in args.methods:
-        if name not in METHODS:
-            parser.error(f"unknown method {name!r}; known: {', '.join(METHODS)}")
+        if name not in VARIANTS:
+            parser.error(f"unknown method {name!r}; known: {', '.join(VARIANTS)}")
     sweep.resize(args)
     scale = sweep.SCALES[args.quick]
     beside = load_runs(args.beside, scale) if args.beside else []
-    chosen = {name: METHODS[name] for name in args.methods or METHODS}
+    chosen = {name: VARIANTS[name] for name in args.methods or VARIANTS}
     sweep.sweep(args.folder, args.quick, chosen)
     scale["done"] = True  # the other methods have the runs that are there
-    rows = of_the_page(sweep.sweep(args.folder, args.quick, METHODS))
+    rows = of_the_page(sweep.sweep(args.folder, args.quick, VARIANTS))
     mine = set(column(rows, "run"))
     rows += [row for row in beside if row["run"] not in mine]
     sweep.same_models(rows)
@@ -182,7 +182,7 @@ class Board:
 
     def __init__(self, rows: Rows):
         self.rows = rows
-        names = dict.fromkeys([*METHODS, *column(rows, "method")])  # known here, then the others
+        names = dict.fromkeys([*VARIANTS, *column(rows, "method")])  # known here, then the others
         self.methods = [name for name in names if where(rows, method=name)]
         self.known = {}
         self.kl = max(KLS, key=lambda kl: (len(self.at(kl, "bon", 4)), kl == 1))
@@ -286,9 +286,9 @@ class Board:
 
 def command(name: str, common: dict) -> str:
     """What trains a method."""
-    if name not in METHODS:
+    if name not in VARIANTS:
         return "not known here"
-    return f"`{Config(**METHODS[name] | common).resolved().command()}`"
+    return f"`{Config(**VARIANTS[name] | common).resolved().command()}`"
 
 
 def both(found: list[Estimate]) -> str:

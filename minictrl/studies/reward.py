@@ -16,14 +16,15 @@ import torch
 from torch import Tensor
 
 from minictrl.calibration import calibrated_reward
+from minictrl.evaluation import read_samples
 from minictrl.figures import KL, WIN_RATE, errorbars, panels
 from minictrl.models import load_scorer, model_of
-from minictrl.pretrain.hub import load_start, save_fitted
+from minictrl.pretrain.fitting import load_start, save_fitted
 from minictrl.pretrain.preferences import beats, pair_accuracy
 from minictrl.pretrain.ratings import halves, load_ratings, split_of
 from minictrl.pretrain.teachers import SHARPNESS, fit_scorer
 from minictrl.rollout import score
-from minictrl.studies.sweep import judged, reference, shown, sweep
+from minictrl.studies.sweep import judged, reference, sweep
 from minictrl.studies.tables import Rows, column, points, where, zipped
 from minictrl.winrate import mean_stderr
 
@@ -187,7 +188,7 @@ def policies(out: Path, quick: bool, models: dict[str, str]) -> Rows:
     for point in where(points(measured), procedure="standard"):
         kind, model = kinds[point["method"]]
         made = set(column(measured, "run", method=point["method"], budget=point["budget"]))
-        texts = [row["response"] for run in made for row in shown(run)]
+        texts = [row["response"] for run in made for row in read_samples(Path(run))]
         row = {
             "pairs": "policy",
             "model": model,

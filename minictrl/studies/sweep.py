@@ -20,22 +20,21 @@ import minictrl
 from minictrl import evaluation, runs
 from minictrl.cli import Parser, whole
 from minictrl.config import Config
-from minictrl.files import read_rows
-from minictrl.methods import METHODS as ALGORITHMS
+from minictrl.methods import METHODS
 from minictrl.models import load_policy, load_scorer
 from minictrl.procedures.cells import OutOfReach
 from minictrl.rollout import score
 from minictrl.studies.tables import Rows
 from minictrl.task import Task, load_task
 
-# Methods are settings of train.py beside --kl and --seed: the transforms, every file of methods/
-# as it is, and some of them with other settings.
+# What the studies call a method: settings of train.py beside --kl and --seed. The transforms by
+# PPO, every file of methods/ as it is, and some of them with other settings.
 CTRL = ("identity", "log", "exp5", "exp10", "exp-5", "exp-10", "bon_fp")
 OTHERS = ("none", "ipo", "bonbon", "bond", "grpo", "grpo_fixed")  # made for no procedure
-METHODS = {
+VARIANTS = {
     **{name: {"transform": name} for name in (*CTRL, "none")},
     "won_fp": {"transform": "won_fp", "procedure": "won"},
-    **{name: {"method": name} for name in ALGORITHMS if name != "ppo"},
+    **{name: {"method": name} for name in METHODS if name != "ppo"},
     "qrpo exp10": {"method": "qrpo", "transform": "exp10"},
     "qrpo exp-10": {"method": "qrpo", "transform": "exp-10"},
     "pkpo won": {"method": "pkpo", "procedure": "won"},
@@ -110,23 +109,22 @@ def sweep(
     method's reach is left out, with a line that says so. Ctrl-C stops after the step at hand; the
     same command goes on from there.
     """
-    scale, jobs, rows = SCALES[quick], {}, []
+    scale, labels, wanted, rows = SCALES[quick], {}, {}, []
     plan = {kl: seeds or seeds_of(kl, scale) for kl in budgets or scale["seeds"]}
     # all methods with one seed come before the next seed
     for seed, budget in product(range(max(plan.values())), plan):
         for name, settings in methods.items() if seed < plan[budget] else ():
             folder = out / scale["folder"] / f"{name.replace(' ', '-')}-kl{budget:g}-seed{seed}"
             common = scale["train"] | {"kl": budget, "seed": seed, "cache": str(out / "cache")}
-            labels = {"method": name, "budget": budget, "seed": seed, "run": str(folder)}
-            jobs[folder] = labels, common | settings
-    wanted = {folder: settings for folder, (_, settings) in jobs.items()}
+            labels[folder] = {"method": name, "budget": budget, "seed": seed, "run": str(folder)}
+            wanted[folder] = common | settings
     tables = tables_of(wanted, scale, split)  # a run of other settings is told before any training
     if not scale["done"]:
         missing = {folder: wanted[folder] for folder in wanted if folder not in tables}
         finish(missing, scale, split)
         tables |= tables_of(missing, scale, split)
-    for folder, (labels, _) in jobs.items():
-        rows += [labels | row for row in tables.get(folder, ())]
+    for folder, label in labels.items():
+        rows += [label | row for row in tables.get(folder, ())]
     same_models(rows)
     if not rows:
         raise ValueError(
@@ -174,15 +172,11 @@ def script(name: str):
     return module
 
 
-def table_of(folder: Path, split: str) -> Path:
-    return folder / f"eval{evaluation.file_suffix(split)}.json"
-
-
 def tables_of(wanted: dict[Path, dict], scale: dict, split: str) -> dict[Path, Rows]:
     """The tables that are there, of the runs wanted, folder -> settings."""
-    size = scale["prompts"], scale["samples"]
-    there = {folder: each for folder, each in wanted.items() if table_of(folder, split).is_file()}
-    return {folder: table(folder, each, split, *size) for folder, each in there.items()}
+    size, suffix = (scale["prompts"], scale["samples"]), evaluation.file_suffix(split)
+    there = [folder for folder in wanted if evaluation.eval_path(folder, suffix).is_file()]
+    return {folder: table(folder, wanted[folder], split, *size) for folder in there}
 
 
 def table(folder: Path, settings: dict, split: str, prompts: int, samples: int) -> Rows:
@@ -191,7 +185,7 @@ def table(folder: Path, settings: dict, split: str, prompts: int, samples: int) 
     Raises ValueError if any setting of the run is not that of train.py with these, or if it was
     evaluated on another number of prompts or samples.
     """
-    stored, extra = runs.load_config(folder)
+    stored, extra = runs.load_record(folder)
     for name, value in vars(Config(**settings).resolved()).items():
         mine = getattr(stored, name)
         if name not in runs.ELSEWHERE and place_of(name, mine) != place_of(name, value):
@@ -247,13 +241,6 @@ def same_models(rows: Rows):
 
 
 # --- samples ---
-
-
-def shown(run: str) -> Rows:
-    """Rows of a run's samples.jsonl: one response a prompt of pi and of pi_ref, with their
-    scores.
-    """
-    return read_rows(Path(run) / "samples.jsonl")
 
 
 def reference(out: Path, prompts: int, M: int) -> tuple[Task, Tensor, list[list[str]]]:

@@ -16,11 +16,12 @@ import numpy as np
 from torch import Tensor
 
 from minictrl import theory, winrate
+from minictrl.evaluation import read_samples
 from minictrl.figures import KL, WIN_RATE, errorbars, panels, title, tradeoff
 from minictrl.procedures import get_procedure, rewind
 from minictrl.procedures.base import by_rank
 from minictrl.studies.curves import best_of_kl
-from minictrl.studies.sweep import AWARE, METHODS, OTHERS, judged, redrawn, reference, shown, sweep
+from minictrl.studies.sweep import AWARE, OTHERS, VARIANTS, judged, redrawn, reference, sweep
 from minictrl.studies.tables import (
     SCORERS,
     Rows,
@@ -43,7 +44,7 @@ def fig4(out: Path, quick: bool):
     summarisation; exp10 gains up to 3 % (helpfulness) and 8 % (summarisation) on Best-of-4, exp-10
     up to 5 % on Worst-of-4 over the best other method.
     """
-    return against_kl(sweep(out, quick, METHODS), [("standard", 1), ("bon", 4), ("won", 4)])
+    return against_kl(sweep(out, quick, VARIANTS), [("standard", 1), ("bon", 4), ("won", 4)])
 
 
 def fig5(out: Path, quick: bool):
@@ -52,7 +53,7 @@ def fig5(out: Path, quick: bool):
     Paper: exp5 is better for N = 2, exp10 for N = 4, as the analysis says, and both are above all
     others for all N.
     """
-    return against_kl(sweep(out, quick, METHODS), [("bon", 2), ("bon", 32), ("won", 2)])
+    return against_kl(sweep(out, quick, VARIANTS), [("bon", 2), ("bon", 32), ("won", 2)])
 
 
 def fig8(out: Path, quick: bool):
@@ -60,7 +61,7 @@ def fig8(out: Path, quick: bool):
 
     Paper: The gains on Best-of-N are larger than at N = 4.
     """
-    return against_kl(sweep(out, quick, METHODS), [("bon", 32), ("won", 32)])
+    return against_kl(sweep(out, quick, VARIANTS), [("bon", 32), ("won", 32)])
 
 
 def fig6(out: Path, quick: bool):
@@ -104,7 +105,7 @@ def draw_measured(axis, table: Rows, methods: list[str], procedure: str, n: int,
     no_curve = {"none", *theory.FIXED_POINTS}  # none's is not known; the others' is the optimum
     expected = {}
     for name in methods:
-        transform = METHODS.get(name, {}).get("transform", "none")
+        transform = VARIANTS.get(name, {}).get("transform", "none")
         if transform not in no_curve:
             expected[name] = transform
     tradeoff(axis, rows, procedure, n, by="method", expected=expected)
@@ -116,7 +117,7 @@ def draw_measured(axis, table: Rows, methods: list[str], procedure: str, n: int,
 
 
 def against_best_of(out: Path, quick: bool, cases: list[tuple[str, int]], methods: list[str]):
-    rows = sweep(out, quick, {name: METHODS[name] for name in methods})
+    rows = sweep(out, quick, {name: VARIANTS[name] for name in methods})
     rows += best_of(out, quick)
     return against_kl(rows, cases, [*methods, "Best-of-n"])
 
@@ -188,7 +189,7 @@ def which_t(out: Path, quick: bool):
     Paper: exp5 for Best-of-2, exp10 for Best-of-4, as theory says without training.
     """
     figure, axes = panels(1, 2)
-    rows, table = sweep(out, quick, METHODS), []
+    rows, table = sweep(out, quick, VARIANTS), []
     families = {"bon": ("identity", "exp5", "exp10"), "won": ("identity", "exp-5", "exp-10")}
     for axis, (procedure, names) in zip(axes, families.items()):
         kl = common_kl(rows, names)
@@ -219,11 +220,12 @@ def fig9(out: Path, quick: bool):
     Paper: CTRL is above the other methods in expected raw judge reward too.
     """
     figure, axes = panels(1, 2)
-    rows, table = sweep(out, quick, METHODS), []
+    rows, table = sweep(out, quick, VARIANTS), []
     for (run,), group in grouped(rows, "run").items():
         row = {name: group[0][name] for name in ("method", "budget", "seed", "kl")}
+        samples = read_samples(Path(run))
         for scorer in SCORERS:
-            row[scorer] = fmean(x[scorer] - x[f"{scorer}_reference"] for x in shown(run))
+            row[scorer] = fmean(x[scorer] - x[f"{scorer}_reference"] for x in samples)
         table.append(row)
     for axis, scorer in zip(axes, SCORERS[::-1]):
         drawn = [
@@ -244,7 +246,7 @@ def fig12(out: Path, quick: bool):
 
     Paper: exp transforms are above the baselines; aligned policies need fewer draws.
     """
-    methods = {name: METHODS[name] for name in ("none", "identity", "exp5", "exp10")}
+    methods = {name: VARIANTS[name] for name in ("none", "identity", "exp5", "exp10")}
     methods["rewind"] = {"transform": "optimal", "procedure": "rewind"}
     rows, (figure, axes) = [], panels(1, 3)
     for (run,), group in grouped(sweep(out, quick, methods), "run").items():

@@ -55,7 +55,7 @@ def not_finite(world: World, count: int, seed: int):
                 scores = score(scorer, prompts, texts)
                 if what == "reward" and seen["scores"] - 2 == step:
                     scores[1, 2] = value
-                    models.finite(scores[1], "reward", "reward", [prompts[1]] * 4, texts[1])
+                    models.check_finite(scores[1], "reward", "reward", [prompts[1]] * 4, texts[1])
                 return scores
 
             update.update, rollout.score = updated, scored

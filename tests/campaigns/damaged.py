@@ -58,7 +58,7 @@ def readers(world: World) -> dict:
         return evaluation.read(folder / "run"), parts
 
     def settings(folder: Path):
-        config, stored = runs.load_config(folder / "run")
+        config, stored = runs.load_record(folder / "run")
         return vars(config) | stored | {"cache": None}
 
     parts = ["eval.json", "wins.safetensors", "by_prompt.safetensors", "samples.jsonl"]

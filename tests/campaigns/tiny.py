@@ -178,7 +178,7 @@ class World:
         assert self.train(self.clean)[0] == 0, self.log.read_text()
         assert run("evaluate", evaluation_of(self.clean), self.log)[0] == 0, self.log.read_text()
         self.trained, self.evaluated = results(self.clean), evaluated(self.clean)
-        self.config, _ = runs.load_config(self.clean / "run")
+        self.config = runs.load_config(self.clean / "run")
 
     def train(self, folder: Path, prepare=lambda: None, more=()) -> tuple[int, str]:
         return run("train", begin_or_resume([*self.flags, *more], folder), self.log, prepare)

@@ -16,16 +16,8 @@ from transformers import RobertaForSequenceClassification as Roberta
 
 from minictrl.lm.prompts import response_texts
 from minictrl.models import load_policy, load_scorer
-from minictrl.pretrain.hub import (
-    chosen_share,
-    fit,
-    load_start,
-    mean,
-    save_fitted,
-    sft_rows,
-    train_pairs_task,
-    wilson,
-)
+from minictrl.pretrain.fitting import fit, load_start, mean, save_fitted
+from minictrl.pretrain.from_pairs import chosen_share, sft_rows, train_pairs_task, wilson
 from minictrl.scorers.text import encoded, written
 
 WORDS = {"chosen": ("kind", "good", "nice"), "rejected": ("rude", "poor", "dull")}
