@@ -217,10 +217,8 @@ def table_of(
     kl, kl_stderr = mean_stderr(kls)
     select, select_ref = pi.scores["reward"], pi_ref.scores["reward"]
     P, M = select.shape
-    levels = theory.tied_levels(select_ref)
-    tied = levels is not None
-    law = {"levels": levels} if tied else {"K": config.K}
-    if tied and config.procedure == "rewind":
+    levels = theory.levels_of(select_ref)
+    if config.procedure == "rewind" and theory.tied(select_ref, "rewind", config.n):
         warnings.warn(
             f"rewards tie, and rewind's threshold is a quantile: {M} samples do not say which "
             "level it is, and its win rates may be points off",
@@ -229,6 +227,8 @@ def table_of(
     verified = all(r in (0.0, 1.0) for r in torch.cat([select, select_ref], 1).unique().tolist())
     for procedure, n in cases:
         at = (kl, procedure, n)
+        tied = theory.tied(select_ref, procedure, n)
+        law = {"levels": levels} if tied else {"K": config.K}
         shared = {
             "kl": kl,
             "kl_stderr": kl_stderr,

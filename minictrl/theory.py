@@ -6,7 +6,6 @@ Z. All in float64 on the CPU. What a procedure does is in `procedures/`, with th
 optimum.
 """
 
-import math
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
@@ -43,7 +42,8 @@ Transform = str | Callable[[Tensor], Tensor]
 FINE = 32_000  # cells for a Phi in closed form: KL and win rate to 1e-7
 # midpoints of optimal_transform: for large N the optimum has a spike at u = 1, 1e-4 wide and less
 POINTS = 400_000
-TIED = 0.05  # share of pairs of equal rewards, beyond which a reward is no continuous one
+TIED = 0.005  # how often two kept responses of pi_ref may tie, where the reward is continuous
+CUT = 64  # cells of a value that only one sample has
 MAX_KL = 16.0  # nats; a policy beyond it lives on the last 1e-7 of [0, 1], where the cells end
 
 
@@ -103,7 +103,7 @@ def tradeoff(
         if transform in FIXED_POINTS:
             best = solve(solved_for(transform, T), n, beta=positive("beta", beta))
         policy = _policy(transform, best, K, scale=1 / positive("beta", beta))
-        points.append((policy.kl, mass_win_rate(*policy.masses(), T, n).item()))
+        points.append((policy.kl, mass_win_rate(*policy.masses(n), T, n).item()))
     return tuple(np.array(points, dtype=np.float64).reshape(-1, 2).T)
 
 
@@ -178,33 +178,49 @@ def policy_at_kl(
     if kl < 1e-9:
         return cells.grid(COARSE), cells.grid(COARSE)
     best = frontier(solved_for(transform, T), n, kl) if transform in FIXED_POINTS else None
-    return _policy(transform, best, K, levels, kl=kl).masses()
+    return _policy(transform, best, K, levels, kl=kl).masses(n)
 
 
 def levels_of(r_ref: Tensor) -> Tensor:
-    """(P, M) the levels of a reward with ties, in rising order: pi_ref's mass on each.
+    """(P, G) the levels of a reward with ties, in rising order: pi_ref's mass on each.
 
     r_ref: (P, M) rewards of pi_ref's samples. What M samples show of P prompts: a level has the
-    share of the samples on it; a prompt with fewer than M levels has empty ones.
+    share of the samples on it; a prompt with fewer than M levels has empty ones. Where a value
+    occurs only once among all P M rewards, the reward is taken for continuous: the sample's share
+    is spread over CUT cells, and G is M CUT instead of M.
     """
     order = r_ref.double().sort(1).values
-    below, up_to = ranks(order, order)  # (P, M)
-    last = up_to == 1 + torch.arange(order.shape[1])
-    return (up_to - below).double() / order.shape[1] * last
+    shares = _tie_counts(order) / order.shape[1]
+    _, which, counts = order.unique(return_inverse=True, return_counts=True)
+    once = counts[which] == 1  # (P, M)
+    if not once.any():
+        return shares
+    whole = torch.eye(CUT, dtype=torch.float64)[-1]
+    spread = torch.where(once[..., None], torch.full_like(whole, 1 / CUT), whole)  # (P, M, CUT)
+    return (shares[..., None] * spread).flatten(1)
 
 
-def tied(r_ref: Tensor) -> bool:
-    """Whether more than TIED of the pairs of pi_ref's samples for one prompt have one reward, so
-    that its levels tell more than the theory of a continuous reward. r_ref: (P, M).
+def _tie_counts(order: Tensor) -> Tensor:
+    """(P, M) how many equal samples each level has, at its last one; 0 at its others.
+
+    order: (P, M) in rising order.
     """
-    M = r_ref.shape[1]
-    same = (levels_of(r_ref) * M).square().sum(1) - M
-    return same.mean().item() > TIED * M * (M - 1)
+    below, up_to = ranks(order, order)
+    last = up_to == 1 + torch.arange(order.shape[1])
+    return (up_to - below).double() * last
 
 
-def tied_levels(r_ref: Tensor) -> Tensor | None:
-    """`levels_of` a reward that is `tied`; None of one that counts as continuous."""
-    return levels_of(r_ref) if tied(r_ref) else None
+def tied(r_ref: Tensor, procedure: str | MassMap, n: int) -> bool:
+    """Whether two responses of pi_ref, each kept by the procedure, have one reward so often that
+    its levels tell more than the theory of a continuous reward. r_ref: (P, M).
+
+    It depends on the procedure: a reward that is capped ties after Best-of-N, one with many
+    refusals after Worst-of-N.
+    """
+    counts = _tie_counts(r_ref.double().sort(1).values)
+    ref = counts / r_ref.shape[1]
+    kept = mass_map(procedure)(ref, cdf(ref), n)
+    return (kept * (counts > 1)).square().sum(1).mean().item() > TIED
 
 
 # ---- the optimum of any procedure (Theorem 1) ----
@@ -236,14 +252,16 @@ class _Policy(NamedTuple):
     def kl(self) -> float:
         return cells.kl(self.log_ratio, self.ref)
 
-    def masses(self) -> tuple[Tensor, Tensor]:
+    def masses(self, n: int) -> tuple[Tensor, Tensor]:
         """(mass, ref). The wide cells of a finite K are cut up: within a value of C_hat the true C
-        still spreads uniformly."""
+        still spreads uniformly. The more so, the likelier n draws are to meet in one.
+        """
         mass = self.ref * self.log_ratio.exp()
         if self.K is None:
             return mass, self.ref
-        parts = math.ceil(512 / (self.K + 1))
-        return tuple(each.repeat_interleave(parts, -1) / parts for each in (mass, self.ref))
+        heavy = n * (mass + self.ref).mean(0)  # (K + 1,) draws of both policies in a cell
+        parts = (512 / (self.K + 1) + 16 * heavy).ceil().long()
+        return tuple((x / parts).repeat_interleave(parts, -1) for x in (mass, self.ref))
 
 
 def _policy(

@@ -13,6 +13,7 @@ from minictrl import theory
 from minictrl.procedures import PROCEDURES, cells
 from minictrl.procedures.masses import mass_win_rate
 from minictrl.procedures.optimum import ascend
+from minictrl.transforms import get_transform
 
 TRANSFORMS = ["identity", "log", "exp5", "exp10", "exp-5", "exp-10"]
 
@@ -295,14 +296,50 @@ def test_levels_serve_every_transform_and_prompts_that_have_one():
 
 
 def test_levels_are_the_shares_of_equal_rewards():
-    r = torch.tensor([[3.0, 1, 3, 2], [5, 5, 5, 5]])
-    assert theory.levels_of(r).tolist() == [[0.25, 0.25, 0, 0.5], [0, 0, 0, 1]]
-    assert theory.tied(r) and not theory.tied(torch.tensor([[1.0, 2.0]]))
-    nearly = torch.arange(20.0).expand(2, -1).clone()
-    nearly[:, :4] = 0  # 6 of 190 pairs
-    assert not theory.tied(nearly)
-    nearly[:, :5] = 0  # 10
-    assert theory.tied(nearly)
+    r = torch.tensor([[3.0, 1, 3, 2], [5, 5, 5, 5], [1.0, 1, 2, 2]])
+    assert theory.levels_of(r)[:2].tolist() == [[0.25, 0.25, 0, 0.5], [0, 0, 0, 1]]
+    assert theory.tied(r, "standard", 1)
+    assert not theory.tied(torch.tensor([[1.0, 2.0]]), "standard", 1)
+
+
+def test_what_ties_depends_on_the_procedure():
+    """100 samples of which 10 share a value: so many draws of one tie, 1 % after one draw."""
+    r = torch.rand(50, 100, generator=torch.Generator().manual_seed(0))
+    cases = [("standard", 1), ("bon", 4), ("bon", 32), ("won", 4), ("won", 32)]
+    assert not any(theory.tied(r, *case) for case in cases)
+    for at, ends in ((r.topk(10).indices, "bon"), ((-r).topk(10).indices, "won")):
+        capped = r.scatter(1, at, 2.0 if ends == "bon" else -1.0)
+        for procedure, n in cases:
+            assert theory.tied(capped, procedure, n) == (n == 1 or procedure == ends)
+
+
+@pytest.mark.parametrize("low, high", [(0.0, 0.8), (0.25, 1.0)])
+def test_where_a_reward_does_not_tie_its_levels_are_narrow(low, high):
+    """A capped reward, and one with refusals, against their exact law: narrow levels and a whole
+    one."""
+    r = torch.rand(200, 200, generator=torch.Generator().manual_seed(0)).clamp(low, high)
+    narrow = torch.full((1, 4000), (high - low) / 4000, dtype=torch.float64)
+    ends = [torch.full((1, 1), x, dtype=torch.float64) for x in (low, 1 - high)]
+    exact = torch.cat([ends[0], narrow, ends[1]], 1)
+    for procedure, n in (("standard", 1), ("bon", 4), ("won", 4)):
+        expected = theory.at_kl("exp10", 1.0, procedure, n, levels=exact)
+        found = theory.at_kl("exp10", 1.0, procedure, n, levels=theory.levels_of(r))
+        assert found == pytest.approx(expected, abs=0.005)  # of 200 samples
+
+
+@pytest.mark.parametrize("n", [4, 32])
+def test_the_law_of_K_samples_is_that_of_its_spacings_for_any_N(n):
+    """The best of n from the distribution functions themselves, which have no cells to tie in."""
+    K, kl = 30, 1.5
+    ref = cells.spacings(K)  # (prompts, K + 1)
+    Phi = get_transform("exp10")(torch.arange(K + 1).double() / K)
+    mass = ref * cells.tilt_to_kl(Phi, kl, ref)[0].exp()
+    t = (torch.arange(200).double() + 0.5) / 200  # in a spacing
+    u = ref.cumsum(-1)[..., None] - ref[..., None] * (1 - t)
+    F = mass.cumsum(-1)[..., None] - mass[..., None] * (1 - t)
+    density = n * F ** (n - 1) * mass[..., None] / len(t)
+    expected = (density * u**n).sum((1, 2)).mean().item()
+    assert theory.at_kl("exp10", kl, "bon", n, K=K) == pytest.approx(expected, abs=1e-3)
 
 
 @pytest.mark.parametrize("procedure", PROCEDURES)

@@ -143,15 +143,15 @@ def overhead(out: Path, quick: bool):
 def cost(run: Path) -> dict[str, float]:
     """Reward calls, tokens and seconds of a run's training, cached samples not timed.
 
-    Calls: the calibration's (raw rewards take theirs for beta), of an online method one per
-    response and, where its baseline is `prefix`, one per token of the policy's responses.
+    Calls: the calibration's (raw rewards take theirs for beta), one per response
+    of the policy and, where the baseline is `prefix`, one per token of these.
     """
     config = runs.load_config(run)
     last = runs.finished_metrics(run)[-1]
     method = get_method(config.method)
     calls = config.prompts * config.K
-    if method.online:
-        calls += config.steps * config.batch * config.G
+    rollouts = config.steps if method.online else 1  # offline: after the last step
+    calls += rollouts * config.batch * config.G
     if method.uses_baseline and config.baseline == "prefix":
         calls += last["tokens"]
     return {"calls": calls, "tokens": last["tokens"], "seconds": last["seconds"]}
