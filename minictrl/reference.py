@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -90,9 +90,9 @@ def cached(
 
     draw(index, first_sample, num_samples) -> Reference of the samples first_sample, … of the
     prompts of an index. prompts: for each what goes into the digest of its chunk
-    (`Task.cache_keys`). key: `digest` of the policy,
-    the reward model and the sampling. progress wraps the list of chunks. Of runs that need the same
-    chunk at once, one draws it and the others wait for it.
+    (`Task.cache_keys`). key: `digest` of the policy, the reward model and the sampling. progress
+    wraps the list of chunks. Of runs that need the same chunk at once, one draws it and the others
+    wait for it.
     """
     cache.mkdir(parents=True, exist_ok=True)
     parts = []
@@ -110,7 +110,11 @@ def cached(
                 if missing > 0:
                     delete_leftovers(path)
                     new = draw(list(range(first, first + len(chunk))), K - missing, missing)
-                    have = new if have is None else join([have, new], dim=1)
+                    if have is None:
+                        have = new
+                    else:  # equal responses tie, as in one draw
+                        r = have.with_known_rewards(new.r_ref, new.tokens, new.mask)
+                        have = join([have, replace(new, r_ref=r)], dim=1)
                     have.save(path, name)
         parts.append(have[:, :K])
     return join(parts)

@@ -27,15 +27,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from minictrl import runs
 from minictrl.config import CALIBRATION, TASKS, Config
 from minictrl.data import Prompt, key
 from minictrl.lm.device import resident
+from minictrl.lm.prompts import encode_prompts
 from minictrl.methods import get_method
 from minictrl.reference import CHUNK, Reference
 from minictrl.rollout import reference_key, reference_samples, sample_and_score
+from minictrl.sampling import texts_of
 from minictrl.task import Task, load_task, text_of
 
 
@@ -62,33 +63,45 @@ def ctrl_reward(
     method = get_method("ppo")(config)
     task = load_task(config, "train")
     device = task.policy.device
-    r_ref = calibrate(task, config, Path(task_or_run))
+    drawn = calibrate(task, config, Path(task_or_run))
     task.policy.cpu()  # the GPU is the trainer's now
-    beta = config.beta or method.beta_for(config.kl, r_ref)
-    known = dict(zip(map(key, task.prompts), r_ref, strict=True))  # prompt -> (K,)
+    beta = config.beta or method.beta_for(config.kl, drawn.r_ref)
+    known = {key(prompt): drawn[i] for i, prompt in enumerate(task.prompts)}  # each of K samples
 
-    def reference_of(prompts: list[Prompt]) -> Tensor:
-        """(B, K) pi_ref's rewards; those of a new prompt are drawn now."""
+    def draw_new(prompts: list[Prompt]):
+        """Samples of pi_ref for the prompts that were not calibrated."""
         new = list({key(prompt): prompt for prompt in prompts if key(prompt) not in known}.values())
         if new:
             texts = [text_of(config, task.tokenizer, prompt) for prompt in new]
             with resident(task.policy, device):
-                _, drawn = sample_and_score(
+                samples, r_ref = sample_and_score(
                     replace(task, prompts=new, texts=texts),
                     task.policy,
                     range(len(new)),
                     num_samples=config.K,
                     seed=config.seed_for(CALIBRATION),
                 )
-            known.update(zip(map(key, new), drawn, strict=True))
-        return torch.stack([known[key(prompt)] for prompt in prompts])
+            drawn = Reference(r_ref, samples.tokens, samples.logprobs, samples.mask.bool())
+            known.update((key(prompt), drawn[i]) for i, prompt in enumerate(new))
+
+    def rewards_of_samples(prompt: Prompt) -> dict[str, float]:
+        """Text -> reward of a prompt's samples: a completion that is one of them ties with it."""
+        before = encode_prompts(task.tokenizer, [text_of(config, task.tokenizer, prompt)])
+        samples = known[key(prompt)]
+        (texts,) = texts_of(task.tokenizer, before, samples.tokens[None], samples.mask[None])
+        return dict(zip(texts, samples.r_ref.tolist(), strict=True))
 
     def reward(prompts: list[Prompt], completions: list, **_) -> list[float]:
         if not prompts:
             return []
-        r_ref = reference_of(prompts)
+        draw_new(prompts)
         texts = [y if isinstance(y, str) else y[-1]["content"] for y in completions]
-        r = task.reward(prompts, texts)[:, None]  # (B, 1)
+        scores = task.reward(prompts, texts).tolist()
+        same = {key(prompt): prompt for prompt in prompts}
+        same = {name: rewards_of_samples(prompt) for name, prompt in same.items()}
+        r = [same[key(x)].get(y, score) for x, y, score in zip(prompts, texts, scores)]
+        r = torch.tensor(r)[:, None]  # (B, 1)
+        r_ref = torch.stack([known[key(prompt)].r_ref for prompt in prompts])  # (B, K)
         return method.in_nats(method.Phi.of_rewards(r, r_ref), beta, r_ref)[:, 0].tolist()
 
     reward.__name__ = f"ctrl_{config.transform}"  # what TRL logs it under
@@ -114,8 +127,8 @@ def settings_of(task_or_run: str | Path, given: dict) -> Config:
     return replace(stored, **{"method": "ppo"} | given)
 
 
-def calibrate(task: Task, config: Config, run: Path) -> Tensor:
-    """r_ref (P, K) of the task's prompts.
+def calibrate(task: Task, config: Config, run: Path) -> Reference:
+    """K samples of pi_ref for each of the task's prompts.
 
     The run's, if it is a run, or from the cache, or drawn, where every process draws a share.
     """
@@ -125,7 +138,7 @@ def calibrate(task: Task, config: Config, run: Path) -> Tensor:
         digest = reference_key(task, drawn["seed"], task.cache_keys)
         stored = Reference.load(run / "reference.safetensors", digest)
         if stored is not None and len(stored.r_ref) == P and stored.r_ref.shape[1] >= K:
-            return stored.r_ref[:, :K]
+            return stored[:, :K]
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world > 1:
         from accelerate import PartialState
@@ -138,7 +151,7 @@ def calibrate(task: Task, config: Config, run: Path) -> Tensor:
             name = f"calibrate {rank + 1}/{world}"
             reference_samples(part, K, name=name, **drawn)
         PartialState().wait_for_everyone()
-    return reference_samples(task, K, name="calibrate", **drawn).r_ref
+    return reference_samples(task, K, name="calibrate", **drawn)
 
 
 def share(P: int, rank: int, world: int) -> list[int]:

@@ -80,6 +80,29 @@ def test_a_function_gets_the_columns_that_it_names_or_all(file):
         load_scorer(f"{file}:right", "reward")
 
 
+def test_a_row_without_a_column_that_is_needed_is_refused(file):
+    columns = {key("a"): {"answer": "aa"}, key("b"): {"answer": None}, key("c"): {"id": 1}}
+    with pytest.raises(ValueError, match="rows of 2 of 3 prompts lack, the first '\"b\"'"):
+        load_scorer(f"{file}:right", "reward", columns=columns)
+    score = load_scorer(f"{file}:right", "reward", columns={key("a"): {"answer": "aa"}})
+    with pytest.raises(ValueError, match="takes answer, which the rows of 1 of 2 prompts lack"):
+        score(["a", "new"], ["aa", "aa"])
+
+
+def test_a_function_may_change_what_it_is_given(tmp_path):
+    (tmp_path / "f.py").write_text(
+        "def f(prompts, texts, tags):\n"
+        "    for x, y, tag in zip(prompts, texts, tags):\n"
+        "        x.append({'role': 'assistant', 'content': y})\n"
+        "        tag.append(y)\n"
+        "    return [float(len(x) + len(tag)) for x, tag in zip(prompts, tags)]\n"
+    )
+    chat = [{"role": "user", "content": "Hi"}]
+    score = load_scorer(f"{tmp_path}/f.py:f", "reward", columns={key(chat): {"tags": []}})
+    assert [score([chat], ["Yes"]).tolist() for _ in range(2)] == [[3], [3]]
+    assert len(chat) == 1
+
+
 @pytest.mark.parametrize(
     "name, message",
     [

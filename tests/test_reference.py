@@ -32,6 +32,20 @@ def test_a_second_run_draws_nothing_and_a_larger_K_only_what_is_missing(tmp_path
     assert draw.log[2:] == [(0, CHUNK, 8, 12), (CHUNK, 5, 8, 12)]
 
 
+def test_samples_that_are_added_tie_with_those_that_are_equal(tmp_path):
+    """A later call's scores differ by a rounding, as of a text with others beside it."""
+
+    def draw(index, first, count):
+        answer = torch.arange(first, first + count).remainder(3).expand(len(index), -1)
+        tokens = answer.int()[..., None]
+        logprobs = tokens.float()
+        return Reference(answer + 1e-6 * first, tokens, logprobs, torch.ones_like(tokens).bool())
+
+    cached(draw, PROMPTS, 6, tmp_path, "key")
+    found = cached(draw, PROMPTS, 12, tmp_path, "key")
+    assert torch.equal(found.r_ref, found.tokens[..., 0].float())
+
+
 def test_another_policy_reward_or_prompt_is_drawn_again(tmp_path):
     draw = Draw()
     cached(draw, PROMPTS, 4, tmp_path, "key")

@@ -17,6 +17,7 @@ from minictrl.methods import get_method
 from minictrl.models import load_policy, load_scorer
 from minictrl.reference import Reference
 from minictrl.rollout import reference_key, reference_samples
+from minictrl.sampling import texts_of
 from minictrl.task import load_task
 from minictrl.theory import beta_for_kl
 from minictrl.transforms import FLOOR, get_transform
@@ -53,6 +54,19 @@ def test_the_reward_is_phi_of_the_calibrated_reward_over_beta(small):
     assert torch.allclose(torch.tensor(got), expected.float(), rtol=1e-5)
 
 
+def test_a_completion_that_is_a_sample_ties_with_it(tmp_path):
+    """A batch's other texts move a score by a rounding, so the sample's own reward is taken."""
+    settings = SMALL | {"max_new_tokens": 1, "K": 60, "cache": str(tmp_path)}
+    reward = ctrl_reward("reviews", "identity", beta=1.0, **settings)
+    config = Config(task="reviews", transform="identity", beta=1.0, **settings).resolved()
+    task = load_task(config, "train")
+    drawn = calibrate(task, config, tmp_path / "no run")
+    texts = texts_of(task.tokenizer, task.ids.tolist(), drawn.tokens, drawn.mask)
+    got = [reward([task.prompts[i]] * 60, texts[i]) for i in range(8)]
+    expected = calibrated_reward(drawn.r_ref, drawn.r_ref)
+    assert torch.allclose(torch.tensor(got), expected, atol=1e-6)
+
+
 def test_chat_completions_and_prompts_that_were_not_calibrated_are_scored(small):
     _, task, reward = small
     new = [{"role": "user", "content": "What of the film?"}]
@@ -72,7 +86,7 @@ def test_a_verifiers_beta_is_that_of_its_levels(small, tmp_path):
     reward = ctrl_reward("reviews", "exp10", kl=0.4, **settings)
     config = Config(task="reviews", transform="exp10", kl=0.4, **settings).resolved()
     task = load_task(config, "train")
-    r_ref = calibrate(task, config, tmp_path / "no run")
+    r_ref = calibrate(task, config, tmp_path / "no run").r_ref
     method = get_method("ppo")(config)
     beta = method.beta_for(0.4, r_ref)
     assert beta != method.beta
@@ -130,7 +144,7 @@ def test_shares_of_the_prompts_fill_the_cache_of_a_single_process(small, tmp_pat
         )
         reference_samples(part, 2, seed=0, cache=config.cache, name="")
     files = {path.name: path.stat().st_mtime_ns for path in Path(tmp_path).iterdir()}
-    assert calibrate(many, config, tmp_path / "no-run").shape == (160, 2)
+    assert calibrate(many, config, tmp_path / "no-run").r_ref.shape == (160, 2)
     # nothing was drawn again
     assert {path.name: path.stat().st_mtime_ns for path in Path(tmp_path).iterdir()} == files
 

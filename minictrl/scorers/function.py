@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import inspect
 import sys
@@ -29,22 +30,38 @@ def load_function(
     """
     function = find_function(spec, role)
     known = sorted({name for row in columns.values() for name in row})
-    wanted, missing = wanted_columns(function, known)
+    wanted, needed = wanted_columns(function, known)
+    missing = [name for name in needed if name not in known]
     if missing:
         raise ValueError(
             f"{role} {spec} takes {', '.join(missing)}, which no prompt's row has (it has "
             f"{', '.join(known) or 'nothing else'}); rename the column or the argument"
         )
 
+    def check_rows(prompts: list[str]):
+        """Raises ValueError if the row of a prompt (`data.key`) lacks a column that is needed."""
+        for name in needed:
+            without = [prompt for prompt in prompts if columns.get(prompt, {}).get(name) is None]
+            if without:
+                raise ValueError(
+                    f"{role} {spec} takes {name}, which the rows of {len(without)} of "
+                    f"{len(prompts)} prompts lack, the first {without[0][:60]!r}: add it, or give "
+                    "the argument a default"
+                )
+
+    check_rows(list(columns))
+
     def call(prompts: list[Prompt], texts: list[str]) -> list:
         rows = [columns.get(key(prompt), {}) for prompt in prompts]
         fields = {name: [row.get(name) for row in rows] for name in wanted}
-        scores = function(list(prompts), list(texts), **fields)
+        prompts, fields = copy.deepcopy((list(prompts), fields))  # the function may change them
+        scores = function(prompts, list(texts), **fields)
         if isinstance(scores, (dict, set, frozenset, str)):  # whose items are no scores in order
             raise TypeError(f"it gives a {type(scores).__name__}; return a list of numbers")
         return list(islice(scores, len(texts) + 1))  # it may never end
 
     def evaluate(prompts: list[Prompt], texts: list[str]) -> Tensor:
+        check_rows([key(prompt) for prompt in prompts])
         try:
             exact = torch.as_tensor(call(prompts, texts), dtype=torch.float64).detach()
         except (Exception, SystemExit) as error:  # whatever the user's function does
@@ -102,7 +119,7 @@ def find_function(spec: str, role: str) -> Callable:
 
 
 def wanted_columns(function: Callable, known: list[str]) -> tuple[list[str], list[str]]:
-    """(the columns that a function takes behind (prompts, texts), those of them that are missing).
+    """(the columns that a function takes behind (prompts, texts), those without a default).
 
     `**` stands for all.
     """
@@ -110,8 +127,8 @@ def wanted_columns(function: Callable, known: list[str]) -> tuple[list[str], lis
     if any(p.kind is p.VAR_KEYWORD for p in arguments):
         return known, []
     named = [p for p in arguments if p.kind is not p.VAR_POSITIONAL]
-    missing = [p.name for p in named if p.default is p.empty and p.name not in known]
-    return [p.name for p in named if p.name in known], missing
+    needed = [p.name for p in named if p.default is p.empty]
+    return [p.name for p in named if p.name in known], needed
 
 
 def culprit(call: Callable, prompts: list, texts: list[str]) -> str:
