@@ -136,7 +136,7 @@ def get_transform(
                 "theory.beta_for_kl gives it"
             )
         return Transform(name, fixed_point(name, procedure, n, beta))
-    if tilt:
+    if tilt and name not in CLOSED_FORMS:
         t = float(tilt[1])
         if not 0 < abs(t) <= MAX_T:
             raise ValueError(f"transform {name!r}: use a t between -{MAX_T} and {MAX_T}, not 0")
@@ -146,7 +146,7 @@ def get_transform(
         raise ValueError(f"unknown transform {name!r}; known: exp<t> (exp5, exp-10, …), {known}")
     if name == "log" and K is not None:
         return Transform(name, lambda u: log(u.clamp(min=1 / (2 * K))))
-    top = CLOSED_FORMS[name](torch.ones(1))
+    top = torch.as_tensor(CLOSED_FORMS[name](torch.ones(1)))
     if not top.isfinite().all():
         raise ValueError(
             f"transform {name!r}: Phi(1) is {top.item()}, and the best of K samples has C_hat = 1; "

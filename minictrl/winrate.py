@@ -49,9 +49,19 @@ def win_rates(
 
 
 def weights(select: Tensor, select_ref: Tensor, procedure: str, n: int) -> tuple[Tensor, Tensor]:
-    """(P, M) and (P, M'): how often each response of pi and of pi_ref is kept. Float64 scores."""
+    """(P, M) and (P, M'): how often each response of pi and of pi_ref is kept. Float64 scores.
+
+    Raises ValueError if these aren't probabilities.
+    """
     weigh = get_procedure(procedure).weights
-    return weigh(select, n, select_ref), weigh(select_ref, n)
+    both = weigh(select, n, select_ref), weigh(select_ref, n)
+    for each in both:
+        if each.min() < -1e-9 or (each.sum(1) - 1).abs().max() > 1e-6:
+            raise ValueError(
+                f"procedure {procedure}: its weights of {each.shape[1]} samples are no "
+                "probabilities; they are nowhere negative and sum to 1 per prompt"
+            )
+    return both
 
 
 def kept_scores(

@@ -12,6 +12,7 @@ import torch
 from minictrl import theory
 from minictrl.calibration import calibrated_reward
 from minictrl.procedures import cells, get_procedure
+from minictrl.procedures.base import ByRank
 from minictrl.procedures.masses import mass_win_rate
 from minictrl.winrate import win_rate, win_rates
 
@@ -193,3 +194,43 @@ def test_too_few_samples_are_named_with_how_many_it_takes():
         theory.at_kl("exp10", 1.0, "median", 1100)
     with pytest.raises(ValueError, match="'soft0.001': use a temperature of at least 0.01"):
         win_rates(u, u, u, u, "soft0.001", 4)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        lambda mass, edges, n: 2 * mass,
+        lambda mass, edges, n: -mass,
+        lambda mass, edges, n: mass[..., :-1],
+        lambda mass, edges, n: None,
+    ],
+)
+def test_a_function_that_gives_no_masses_is_told(given):
+    with pytest.raises(ValueError, match="as many, nowhere negative, that sum to 1"):
+        theory.at_kl("exp10", 1.0, given, 4)
+    with pytest.raises(ValueError, match="a procedure gave"):
+        theory.optimal_win_rate(1.0, given, 4)
+    with pytest.raises(ValueError, match="a procedure gave"):
+        theory.win_rate(torch.ones(100), given, 4)
+
+
+def test_a_procedure_without_a_gradient_is_told():
+    with pytest.raises(ValueError, match="make it differentiable"):
+        theory.optimal_win_rate(1.0, lambda mass, edges, n: mass.detach(), 4)
+
+
+@pytest.mark.parametrize("weights", [[0, 1, 0], [0, 0, 0, 0], [1, -1, 1, 1], [1, 1, 1, math.nan]])
+def test_rank_weights_that_are_none_are_told(weights):
+    class Mine(ByRank):
+        def rank_weights(self, n):
+            return weights
+
+    with pytest.raises(ValueError, match="4 weights, one per rank"):
+        Mine().weights(torch.rand(2, 8).double(), 4)
+
+
+def test_weights_that_are_no_probabilities_are_told(monkeypatch):
+    monkeypatch.setattr(get_procedure("bon"), "weights", lambda select, *_: select.abs() + 1)
+    r = torch.rand(4, 3, 8)
+    with pytest.raises(ValueError, match="procedure bon: its weights of 8 samples"):
+        win_rates(*r, "bon", 2)

@@ -52,8 +52,14 @@ class ByRank(Procedure):
         raise NotImplementedError
 
     def lowest(self, n: int) -> list[float]:
-        """W_0 .. W_N."""
-        total = list(accumulate(self.rank_weights(n), initial=0))
+        """W_0 .. W_N. Raises ValueError on weights that are none."""
+        weights = self.rank_weights(n)
+        if len(weights) != n or min(weights) < 0 or not 0 < sum(weights) < math.inf:
+            raise ValueError(
+                f"rank_weights({n}) of {type(self).__module__} gave {str(weights)[:60]}: return "
+                f"{n} weights, one per rank, nowhere negative and not all 0"
+            )
+        total = list(accumulate(weights, initial=0))
         return [each / total[-1] for each in total]
 
     def mass_after(self, mass: Tensor, edges: Tensor, n: int) -> Tensor:

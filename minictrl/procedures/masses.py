@@ -27,10 +27,25 @@ def mass_win_rate(mass: Tensor, ref: Tensor, procedure: str | MassMap, n: int) -
 
     mass, ref: (..., G), each summing to 1 over the cells. A tie counts one half. Differentiable.
     Returns a scalar, the mean over any leading dimensions: prompts, or the procedures of a mix.
+    Raises ValueError if the procedure gives no masses.
     """
     T, edges = mass_map(procedure), cdf(ref)
-    ref_after = T(ref, edges, n)
-    return (T(mass, edges, n) * (ref_after.cumsum(-1) - ref_after / 2)).sum(-1).mean()
+    after, ref_after = (masses_after(T, each, edges, n) for each in (mass, ref))
+    return (after * (ref_after.cumsum(-1) - ref_after / 2)).sum(-1).mean()
+
+
+def masses_after(T: MassMap, mass: Tensor, edges: Tensor, n: int) -> Tensor:
+    """T(mass, edges, n). Raises ValueError unless that is a mass for each cell, of 1 in all."""
+    after = T(mass, edges, n)
+    shape = tuple(getattr(after, "shape", ()))
+    if shape[-1:] == mass.shape[-1:]:
+        known = after.detach()
+        if known.min() >= -1e-6 and (known.sum(-1) - 1).abs().max() <= 1e-3:
+            return after
+    raise ValueError(
+        f"a procedure gave {shape or type(after).__name__} for masses {tuple(mass.shape)}: return "
+        "as many, nowhere negative, that sum to 1"
+    )
 
 
 def at_least_1(name: str, n: int) -> int:

@@ -117,6 +117,8 @@ def ascend(
 def _evaluate(T: MassMap, n: int, ref: Tensor, log_ratio: Tensor, scale: float) -> _State:
     mass = (ref * log_ratio.exp()).requires_grad_()
     win = mass_win_rate(mass, ref, T, n)
+    if not win.requires_grad:
+        raise ValueError("a procedure's result does not depend on `mass`: make it differentiable")
     (Phi,) = torch.autograd.grad(win, mass)
     return _State(log_ratio, scale, mass.detach(), Phi - Phi[-1], win.item())
 
