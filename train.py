@@ -34,6 +34,7 @@ Where it departs from the paper:
 """
 
 import copy
+import shlex
 import time
 from dataclasses import replace
 from functools import partial
@@ -120,7 +121,7 @@ def train(config: Config, resume: bool):
     save_policy(task.policy, task.tokenizer, out / "policy")
     print(
         f"{summary(runs.finished_metrics(out)[-1], config)}, {time.monotonic() - start:.0f} s. "
-        f"Now: python evaluate.py {out}"
+        f"Now: python evaluate.py {shlex.quote(str(out))}"
     )
 
 

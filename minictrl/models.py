@@ -8,6 +8,7 @@ copies are found.
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -138,7 +139,8 @@ def check_saved(path: Path):
         if not file.is_file() or sha256_of(file) != sha256:
             raise ValueError(
                 f"{file}: has changed since {path / SUMS} was written; save it again: python "
-                f"train.py --resume --out {path.parent}; or delete {SUMS} if you did that"
+                f"train.py --resume --out {shlex.quote(str(path.parent))}; or delete {SUMS} if you "
+                "did that"
             )
 
 

@@ -67,7 +67,7 @@ def write_card(run: Path, config: Config, table: list[dict]):
         judge=f" and by the judge, {config.judge}" if config.judge else "",
     )
     with in_one_step(run / "policy" / "README.md") as path:
-        path.write_text(text)
+        path.write_text(text, encoding="utf-8")
 
 
 def write_page(folders: list[Path], suffix: str, file: Path):
@@ -112,7 +112,7 @@ the same prompt that a response beats.</p>
 {drawn}{body}<h2>Samples</h2>{side_by_side(samples)}</html>
 """
     with in_one_step(file) as path:
-        path.write_text(page)
+        path.write_text(page, encoding="utf-8")
 
 
 def win_rates(axis, *, tables: dict[str, list[dict]], case: tuple[str, int]):

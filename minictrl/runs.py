@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import platform
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -171,7 +172,8 @@ def load_finished(run: Path) -> Config:
     config = load_config(run)
     if not has_policy(Path(run)):
         raise ValueError(
-            f"{run}: has no policy yet; finish it first: python train.py --resume --out {run}"
+            f"{run}: has no policy yet; finish it first: python train.py --resume --out "
+            f"{shlex.quote(str(run))}"
         )
     check_saved(Path(run) / "policy")
     return config
@@ -333,7 +335,7 @@ class Training:
         if self.stopped:
             print(
                 f"stopped after step {self.step}; go on with: "
-                f"python train.py --resume --out {self.out}"
+                f"python train.py --resume --out {shlex.quote(str(self.out))}"
             )
 
     def log(self, batch: Batch, stats: dict[str, float]) -> None:
@@ -364,7 +366,7 @@ class Training:
         save = not broken or (isinstance(error, BadStep) and not kept)
         if save and self.learner.updates == self.updates:
             self._save()
-        go_on = f"python train.py --resume --out {self.out}"
+        go_on = f"python train.py --resume --out {shlex.quote(str(self.out))}"
         if not broken:
             return f"step {self.step + 1}: {error}; once that is mended, go on with: {go_on}"
         if isinstance(error, BadStep):
@@ -395,9 +397,10 @@ class Training:
                 self.learner.restore(tensors)
                 self.rows = json.loads(metadata["rows"])
             except (ValueError, RuntimeError, KeyError) as error:
-                raise ValueError(
-                    f"{path} is damaged ({first_line(error)}): start again with --overwrite"
-                ) from None
+                fix = "start again with --overwrite"
+                if has_policy(self.out):
+                    fix = f"delete {path.parent}; the run is finished, and its policy is saved"
+                raise ValueError(f"{path} is damaged ({first_line(error)}): {fix}") from None
         if self.rows:
             last = self.rows[-1]
             self.step, self.tokens, self.seconds = last["step"], last["tokens"], last["seconds"]

@@ -8,6 +8,7 @@ import warnings
 from dataclasses import dataclass
 from functools import cached_property
 
+import torch
 from torch import Tensor, nn
 
 from minictrl.config import Config
@@ -158,3 +159,21 @@ def try_scorers(scorers: list[Scorer | None], prompts: list) -> None:
     }
     for scorer in filter(None, scorers):
         scorer(list(patterns.values()), ["."] * len(patterns))
+        if scorer.tokenizer is None:
+            warn_of_function(scorer, prompts[0])
+
+
+def warn_of_function(scorer: Scorer, prompt: Prompt) -> None:
+    """Warns if a text's score depends on the texts beside it, or on chance: scores of many calls
+    are compared with each other.
+    """
+    texts = [" Yes.", " No, not at all."]
+    together = scorer([prompt] * 2, texts)
+    alone = torch.cat([scorer([prompt], [text]) for text in texts])
+    if not torch.allclose(together, alone, rtol=1e-3):
+        warnings.warn(
+            f"{scorer.role} {scorer.name} gave {together.tolist()} for two texts together and "
+            f"{alone.tolist()} for each alone: scores of different calls are compared, so let a "
+            "text's score depend on itself and its prompt alone",
+            stacklevel=3,
+        )

@@ -189,25 +189,23 @@ def levels_of(r_ref: Tensor) -> Tensor:
     occurs only once among all P M rewards, the reward is taken for continuous: the sample's share
     is spread over CUT cells, and G is M CUT instead of M.
     """
+    return _levels(r_ref)[0]
+
+
+def _levels(r_ref: Tensor) -> tuple[Tensor, Tensor]:
+    """(`levels_of`, whether the level has several samples), (P, G) each."""
     order = r_ref.double().sort(1).values
-    shares = _tie_counts(order) / order.shape[1]
-    _, which, counts = order.unique(return_inverse=True, return_counts=True)
-    once = counts[which] == 1  # (P, M)
+    below, up_to = ranks(order, order)
+    last = up_to == 1 + torch.arange(order.shape[1])  # where a level's share is put
+    counts = (up_to - below).double() * last  # (P, M)
+    shares, several = counts / order.shape[1], counts > 1
+    _, which, everywhere = order.unique(return_inverse=True, return_counts=True)
+    once = everywhere[which] == 1  # (P, M)
     if not once.any():
-        return shares
+        return shares, several
     whole = torch.eye(CUT, dtype=torch.float64)[-1]
     spread = torch.where(once[..., None], torch.full_like(whole, 1 / CUT), whole)  # (P, M, CUT)
-    return (shares[..., None] * spread).flatten(1)
-
-
-def _tie_counts(order: Tensor) -> Tensor:
-    """(P, M) how many equal samples each level has, at its last one; 0 at its others.
-
-    order: (P, M) in rising order.
-    """
-    below, up_to = ranks(order, order)
-    last = up_to == 1 + torch.arange(order.shape[1])
-    return (up_to - below).double() * last
+    return (shares[..., None] * spread).flatten(1), several.repeat_interleave(CUT, 1)
 
 
 def tied(r_ref: Tensor, procedure: str | MassMap, n: int) -> bool:
@@ -215,12 +213,13 @@ def tied(r_ref: Tensor, procedure: str | MassMap, n: int) -> bool:
     its levels tell more than the theory of a continuous reward. r_ref: (P, M).
 
     It depends on the procedure: a reward that is capped ties after Best-of-N, one with many
-    refusals after Worst-of-N.
+    refusals after Worst-of-N. Where most levels have a single sample, as of a whole number with
+    many values, M samples are too few to know them, and the reward counts as continuous.
     """
-    counts = _tie_counts(r_ref.double().sort(1).values)
-    ref = counts / r_ref.shape[1]
-    kept = mass_map(procedure)(ref, cdf(ref), n)
-    return (kept * (counts > 1)).square().sum(1).mean().item() > TIED
+    ref, several = _levels(r_ref)
+    ties = mass_map(procedure)(ref, cdf(ref), n).square()  # of two draws, by level
+    real, total = ((ties * each).sum(1).mean().item() for each in (several, 1))
+    return real > TIED and real > total / 2
 
 
 # ---- the optimum of any procedure (Theorem 1) ----

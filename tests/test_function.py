@@ -9,6 +9,7 @@ import evaluate
 import train
 from minictrl.data import key
 from minictrl.models import load_scorer
+from minictrl.task import try_scorers
 
 REWARD = '''
 def vowels(prompts, texts):
@@ -87,6 +88,16 @@ def test_a_row_without_a_column_that_is_needed_is_refused(file):
     score = load_scorer(f"{file}:right", "reward", columns={key("a"): {"answer": "aa"}})
     with pytest.raises(ValueError, match="takes answer, which the rows of 1 of 2 prompts lack"):
         score(["a", "new"], ["aa", "aa"])
+
+
+def test_a_score_that_depends_on_the_texts_beside_it_is_said(tmp_path):
+    (tmp_path / "f.py").write_text(
+        "def own(prompts, texts): return [len(y) for y in texts]\n"
+        "def relative(prompts, texts): return [len(y) - len(texts[0]) for y in texts]\n"
+    )
+    try_scorers([load_scorer(f"{tmp_path}/f.py:own", "reward")], ["a"])  # no warning
+    with pytest.warns(UserWarning, match="let a text's score depend on itself"):
+        try_scorers([load_scorer(f"{tmp_path}/f.py:relative", "reward")], ["a"])
 
 
 def test_a_function_may_change_what_it_is_given(tmp_path):

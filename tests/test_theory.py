@@ -311,6 +311,8 @@ def test_what_ties_depends_on_the_procedure():
         capped = r.scatter(1, at, 2.0 if ends == "bon" else -1.0)
         for procedure, n in cases:
             assert theory.tied(capped, procedure, n) == (n == 1 or procedure == ends)
+    assert not any(theory.tied((300 * r[:, :20]).round(), *case) for case in cases)
+    assert all(theory.tied((4 * r).round(), *case) for case in cases)
 
 
 @pytest.mark.parametrize("low, high", [(0.0, 0.8), (0.25, 1.0)])

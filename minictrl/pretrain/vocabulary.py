@@ -20,7 +20,7 @@ def prune(
     tokens are left is cut as before. Writes the tokenizer to `folder`.
     """
     tokenizer.save_pretrained(folder)
-    core = json.loads((folder / "tokenizer.json").read_text())
+    core = json.loads((folder / "tokenizer.json").read_text("utf-8"))
     vocab, bpe = tokenizer.get_vocab(), core["model"]["type"] == "BPE"
     order = sorted(kept_tokens(tokenizer, core, texts, size), key=vocab.get)
     new = {token: i for i, token in enumerate(order)}
@@ -36,8 +36,8 @@ def prune(
     for token in ((core["post_processor"] or {}).get("special_tokens") or {}).values():
         token["ids"] = [new[name] for name in token["tokens"]]
     core["padding"] = core["truncation"] = None
-    (folder / "tokenizer.json").write_text(json.dumps(core, ensure_ascii=False))
-    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer.json").write_text(json.dumps(core, ensure_ascii=False), "utf-8")
+    config = json.loads((folder / "tokenizer_config.json").read_text("utf-8"))
     config.pop("added_tokens_decoder", None)
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1))
     small = AutoTokenizer.from_pretrained(folder)

@@ -76,7 +76,11 @@ def load_function(
 
     used = {prompt: [row.get(name) for name in wanted] for prompt, row in columns.items()}
     file, _, name = spec.rpartition(":")
-    return [name, Path(file).read_text(), used if wanted else None], evaluate
+    return [
+        name,
+        Path(file).read_bytes().decode(errors="replace"),
+        used if wanted else None,
+    ], evaluate
 
 
 def as_float32(exact: Tensor, name: str) -> Tensor:

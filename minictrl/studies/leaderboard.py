@@ -94,7 +94,7 @@ def main(argv: list[str] | None = None):
     save_runs(rows, args.folder / "leaderboard.safetensors")
     page = args.folder / "leaderboard.md"
     with in_one_step(page) as path:
-        path.write_text(page_of(rows, args.folder, args.quick))
+        path.write_text(page_of(rows, args.folder, args.quick), encoding="utf-8")
     print(f"{page}: {len(set(column(rows, 'method')))} methods")
 
 
