@@ -39,9 +39,10 @@ LARGEST = torch.finfo(torch.float32).max
 def read_reference(file: str, config: Config, task: Task) -> Reference:
     """The first K completions of each of the task's prompts, as reference samples.
 
-    Log-probabilities are the policy's, rewards the file's, or where it has none the reward model's.
-    Raises ValueError on a prompt that the file lacks or has fewer than K completions for, on
-    rewards that are not the reward model's, and on completions that are not the policy's.
+    Log-probabilities are the policy's, rewards the file's. Where it has none, or texts are longer
+    than --max-new-tokens and are cut there, rewards are the reward model's. Raises ValueError on a
+    prompt that the file lacks or has fewer than K completions for, on rewards that are not the
+    reward model's, and on completions that are not the policy's.
     """
     rows = {}
     for name, row in convert(read_own(file), partial(completions_of, column=config.column)):
@@ -65,10 +66,15 @@ def read_reference(file: str, config: Config, task: Task) -> Reference:
         )
     texts = [texts[: config.K] for texts, _ in found]
     given = [rewards and rewards[: config.K] for _, rewards in found]
-    r_ref = torch.tensor(given).float() if all(given) else score(task.reward, task.prompts, texts)
+    tokens, mask, cut = encoded(task, texts)
     if all(given):
+        r_ref = torch.tensor(given).float()
         check_rewards(file, task, texts, r_ref)
-    reference = encoded(task, texts, r_ref, config.micro_batch)
+    if cut:
+        texts = texts_of(task.tokenizer, task.ids.tolist(), tokens, mask)
+    if cut or not all(given):
+        r_ref = score(task.reward, task.prompts, texts)
+    reference = with_logprobs(task, r_ref, tokens, mask, config.micro_batch)
     check_policy(file, task, reference)
     return reference
 
@@ -90,9 +96,10 @@ def completions_of(row, column: str | None) -> tuple[str, tuple[list[str], list[
     return key(prompt), (texts, rewards)
 
 
-def encoded(task: Task, texts: list[list[str]], r_ref: Tensor, size: int) -> Reference:
-    """Texts as the policy's tokens (P, K, T) with EOS, cut and padded to the longest response of a
-    run; and their log-probabilities."""
+def encoded(task: Task, texts: list[list[str]]) -> tuple[Tensor, Tensor, int]:
+    """(tokens (P, K, T) of the policy's tokenizer with EOS, mask, how many texts are cut): cut and
+    padded to the longest response of a run.
+    """
     P, K, T = len(texts), len(texts[0]), task.max_new_tokens
     ids = [
         row
@@ -102,8 +109,8 @@ def encoded(task: Task, texts: list[list[str]], r_ref: Tensor, size: int) -> Ref
     cut = sum(len(row) > T for row in ids)
     if cut:
         warnings.warn(
-            f"{cut} of {P * K} reference samples are longer than --max-new-tokens {T} and are cut "
-            "there; their rewards are those of the whole texts",
+            f"{cut} of {P * K} reference samples are longer than --max-new-tokens {T}: they are "
+            "cut there, and all are scored again",
             stacklevel=2,
         )
     rows = [torch.tensor([*row, task.tokenizer.eos_token_id][:T]) for row in ids]
@@ -112,13 +119,17 @@ def encoded(task: Task, texts: list[list[str]], r_ref: Tensor, size: int) -> Ref
     tokens = torch.full(mask.shape, task.tokenizer.pad_token_id).masked_scatter(
         mask, torch.cat(rows)
     )
+    return tokens.view(P, K, T), mask.view(P, K, T), cut
+
+
+def with_logprobs(task: Task, r_ref: Tensor, tokens: Tensor, mask: Tensor, size: int) -> Reference:
+    """Samples (P, K, T) with rewards (P, K) and the policy's log-probabilities."""
+    P, K, _ = tokens.shape
     of = torch.arange(P).repeat_interleave(K)
-    batch = with_prompts(
-        task, Batch(prompt_index=of, tokens=tokens, mask=mask.float()).to(task.ids.device)
-    )
+    rows = Batch(prompt_index=of, tokens=tokens.flatten(0, 1), mask=mask.flatten(0, 1).float())
+    batch = with_prompts(task, rows.to(task.ids.device))
     logprobs, _ = forward_all(task.policy, None, batch, size)
-    shaped = [x.cpu().view(P, K, -1) for x in (tokens.int(), logprobs, mask)]
-    return Reference(r_ref, *shaped)
+    return Reference(r_ref, tokens.int(), logprobs.cpu().view(P, K, -1), mask)
 
 
 def continuations(tokenizer, prompt: str, texts: list[str]) -> list[list[int]]:

@@ -214,12 +214,14 @@ def tied(r_ref: Tensor, procedure: str | MassMap, n: int) -> bool:
 
     It depends on the procedure: a reward that is capped ties after Best-of-N, one with many
     refusals after Worst-of-N. Where most levels have a single sample, as of a whole number with
-    many values, M samples are too few to know them, and the reward counts as continuous.
+    many values, M samples are too few to know them, and the reward counts as continuous. Ties of a
+    few prompts don't count either: the mean over prompts is beyond TIED by two standard errors.
     """
     ref, several = _levels(r_ref)
     ties = mass_map(procedure)(ref, cdf(ref), n).square()  # of two draws, by level
-    real, total = ((ties * each).sum(1).mean().item() for each in (several, 1))
-    return real > TIED and real > total / 2
+    real, total = ((ties * each).sum(1) for each in (several, 1))  # (P,)
+    error = real.std() / len(real) ** 0.5 if len(real) > 1 else 0.0
+    return bool(real.mean() - 2 * error > TIED and real.mean() > total.mean() / 2)
 
 
 # ---- the optimum of any procedure (Theorem 1) ----

@@ -10,6 +10,8 @@ import train
 from minictrl import exchange
 from minictrl.config import Config
 from minictrl.reference import Reference
+from minictrl.rollout import score
+from minictrl.sampling import texts_of
 from minictrl.task import load_task
 
 FLAGS = "--prompts 12 --K 8 --steps 2 --batch 6 --G 2 --max-new-tokens 12".split()
@@ -51,9 +53,22 @@ def test_a_runs_own_samples_come_back_as_they_were(run, rows, tmp_path):
 
 def test_samples_that_all_end_early_have_the_samplers_length():
     config = Config(prompts=12, K=2, max_new_tokens=12).resolved()
-    texts = [[" a", " b"]] * 12
-    found = exchange.encoded(load_task(config, "train"), texts, torch.zeros(12, 2), 64)
+    task, texts = load_task(config, "train"), [[" a", " b"]] * 12
+    tokens, mask, cut = exchange.encoded(task, texts)
+    found = exchange.with_logprobs(task, torch.zeros(12, 2), tokens, mask, 64)
     assert found.tokens.shape == found.logprobs.shape == found.mask.shape == (12, 2, 12)
+    assert cut == 0
+
+
+def test_samples_that_are_cut_have_the_rewards_of_what_is_left(rows, tmp_path):
+    file = write(tmp_path / "f.jsonl", rows)
+    config = Config(prompts=12, K=8, max_new_tokens=5, reference=file).resolved()
+    task = load_task(config, "train")
+    with pytest.warns(UserWarning, match="they are cut there, and all are scored"):
+        found = exchange.read_reference(file, config, task)
+    texts = texts_of(task.tokenizer, task.ids.tolist(), found.tokens, found.mask)
+    assert found.tokens.shape == (12, 8, 5)
+    torch.testing.assert_close(found.r_ref, score(task.reward, task.prompts, texts))
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
