@@ -27,6 +27,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from minictrl import runs
 from minictrl.config import CALIBRATION, TASKS, Config
@@ -62,50 +63,62 @@ def ctrl_reward(
     config = settings_of(task_or_run, {"transform": transform, "kl": kl, "beta": beta} | settings)
     method = get_method("ppo")(config)
     task = load_task(config, "train")
-    device = task.policy.device
-    drawn = calibrate(task, config, Path(task_or_run))
-    task.policy.cpu()  # the GPU is the trainer's now
-    beta = config.beta or method.beta_for(config.kl, drawn.r_ref)
-    known = {key(prompt): drawn[i] for i, prompt in enumerate(task.prompts)}  # each of K samples
-
-    def draw_new(prompts: list[Prompt]):
-        """Samples of pi_ref for the prompts that were not calibrated."""
-        new = list({key(prompt): prompt for prompt in prompts if key(prompt) not in known}.values())
-        if new:
-            texts = [text_of(config, task.tokenizer, prompt) for prompt in new]
-            with resident(task.policy, device):
-                samples, r_ref = sample_and_score(
-                    replace(task, prompts=new, texts=texts),
-                    task.policy,
-                    range(len(new)),
-                    num_samples=config.K,
-                    seed=config.seed_for(CALIBRATION),
-                )
-            drawn = Reference(r_ref, samples.tokens, samples.logprobs, samples.mask.bool())
-            known.update((key(prompt), drawn[i]) for i, prompt in enumerate(new))
-
-    def rewards_of_samples(prompt: Prompt) -> dict[str, float]:
-        """Text -> reward of a prompt's samples: a completion that is one of them ties with it."""
-        before = encode_prompts(task.tokenizer, [text_of(config, task.tokenizer, prompt)])
-        samples = known[key(prompt)]
-        (texts,) = texts_of(task.tokenizer, before, samples.tokens[None], samples.mask[None])
-        return dict(zip(texts, samples.r_ref.tolist(), strict=True))
+    calibration = Calibration(task, config, Path(task_or_run))
+    beta = config.beta or method.beta_for(config.kl, calibration.r_ref(task.prompts))
 
     def reward(prompts: list[Prompt], completions: list, **_) -> list[float]:
         if not prompts:
             return []
-        draw_new(prompts)
+        r_ref = calibration.r_ref(prompts)
         texts = [y if isinstance(y, str) else y[-1]["content"] for y in completions]
         scores = task.reward(prompts, texts).tolist()
-        same = {key(prompt): prompt for prompt in prompts}
-        same = {name: rewards_of_samples(prompt) for name, prompt in same.items()}
-        r = [same[key(x)].get(y, score) for x, y, score in zip(prompts, texts, scores)]
+        same = calibration.rewards_of_samples(prompts)
+        r = [known.get(y, score) for known, y, score in zip(same, texts, scores)]
         r = torch.tensor(r)[:, None]  # (B, 1)
-        r_ref = torch.stack([known[key(prompt)].r_ref for prompt in prompts])  # (B, K)
         return method.in_nats(method.Phi.of_rewards(r, r_ref), beta, r_ref)[:, 0].tolist()
 
     reward.__name__ = f"ctrl_{config.transform}"  # what TRL logs it under
     return reward
+
+
+class Calibration:
+    """K samples of pi_ref for each prompt; those of a new prompt are drawn when it first comes."""
+
+    def __init__(self, task: Task, config: Config, run: Path):
+        self.task, self.config, self.device = task, config, task.policy.device
+        drawn = calibrate(task, config, run)
+        task.policy.cpu()  # the GPU is the trainer's now
+        self.known = {key(prompt): drawn[i] for i, prompt in enumerate(task.prompts)}
+
+    def r_ref(self, prompts: list[Prompt]) -> Tensor:
+        """(B, K) the rewards of each prompt's samples."""
+        new = {key(x): x for x in prompts if key(x) not in self.known}
+        if new:
+            self._draw(list(new.values()))
+        return torch.stack([self.known[key(prompt)].r_ref for prompt in prompts])
+
+    def rewards_of_samples(self, prompts: list[Prompt]) -> list[dict[str, float]]:
+        """Of each prompt, text -> reward of its samples: a completion that is one ties with it."""
+        found = {}
+        for name, prompt in {key(prompt): prompt for prompt in prompts}.items():
+            samples, tokenizer = self.known[name], self.task.tokenizer
+            before = encode_prompts(tokenizer, [text_of(self.config, tokenizer, prompt)])
+            (texts,) = texts_of(tokenizer, before, samples.tokens[None], samples.mask[None])
+            found[name] = dict(zip(texts, samples.r_ref.tolist(), strict=True))
+        return [found[key(prompt)] for prompt in prompts]
+
+    def _draw(self, prompts: list[Prompt]):
+        texts = [text_of(self.config, self.task.tokenizer, prompt) for prompt in prompts]
+        with resident(self.task.policy, self.device):
+            samples, r_ref = sample_and_score(
+                replace(self.task, prompts=prompts, texts=texts),
+                self.task.policy,
+                range(len(prompts)),
+                num_samples=self.config.K,
+                seed=self.config.seed_for(CALIBRATION),
+            )
+        drawn = Reference(r_ref, samples.tokens, samples.logprobs, samples.mask.bool())
+        self.known.update((key(prompt), drawn[i]) for i, prompt in enumerate(prompts))
 
 
 def settings_of(task_or_run: str | Path, given: dict) -> Config:

@@ -37,19 +37,7 @@ def load_function(
             f"{role} {spec} takes {', '.join(missing)}, which no prompt's row has (it has "
             f"{', '.join(known) or 'nothing else'}); rename the column or the argument"
         )
-
-    def check_rows(prompts: list[str]):
-        """Raises ValueError if the row of a prompt (`data.key`) lacks a column that is needed."""
-        for name in needed:
-            without = [prompt for prompt in prompts if columns.get(prompt, {}).get(name) is None]
-            if without:
-                raise ValueError(
-                    f"{role} {spec} takes {name}, which the rows of {len(without)} of "
-                    f"{len(prompts)} prompts lack, the first {without[0][:60]!r}: add it, or give "
-                    "the argument a default"
-                )
-
-    check_rows(list(columns))
+    check_rows(f"{role} {spec}", needed, columns, list(columns))
 
     def call(prompts: list[Prompt], texts: list[str]) -> list:
         rows = [columns.get(key(prompt), {}) for prompt in prompts]
@@ -61,7 +49,7 @@ def load_function(
         return list(islice(scores, len(texts) + 1))  # it may never end
 
     def evaluate(prompts: list[Prompt], texts: list[str]) -> Tensor:
-        check_rows([key(prompt) for prompt in prompts])
+        check_rows(f"{role} {spec}", needed, columns, [key(prompt) for prompt in prompts])
         try:
             exact = torch.as_tensor(call(prompts, texts), dtype=torch.float64).detach()
         except (Exception, SystemExit) as error:  # whatever the user's function does
@@ -133,6 +121,21 @@ def wanted_columns(function: Callable, known: list[str]) -> tuple[list[str], lis
     named = [p for p in arguments if p.kind is not p.VAR_POSITIONAL]
     needed = [p.name for p in named if p.default is p.empty]
     return [p.name for p in named if p.name in known], needed
+
+
+def check_rows(name: str, needed: list[str], columns: dict[str, dict], prompts: list[str]):
+    """Raises ValueError if the row of a prompt lacks a column that the function needs.
+
+    columns: rows by prompt (`data.key`).
+    """
+    for column in needed:
+        without = [prompt for prompt in prompts if columns.get(prompt, {}).get(column) is None]
+        if without:
+            raise ValueError(
+                f"{name} takes {column}, which the rows of {len(without)} of {len(prompts)} "
+                f"prompts lack, the first {without[0][:60]!r}: add it, or give the argument a "
+                "default"
+            )
 
 
 def culprit(call: Callable, prompts: list, texts: list[str]) -> str:
