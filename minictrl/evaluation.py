@@ -217,7 +217,6 @@ def table_of(
     kl, kl_stderr = mean_stderr(kls)
     select, select_ref = pi.scores["reward"], pi_ref.scores["reward"]
     P, M = select.shape
-    levels = theory.levels_of(select_ref)
     if config.procedure == "rewind" and theory.tied(select_ref, "rewind", config.n):
         warnings.warn(
             f"rewards tie, and rewind's threshold is a quantile: {M} samples do not say which "
@@ -228,7 +227,7 @@ def table_of(
     for procedure, n in cases:
         at = (kl, procedure, n)
         tied = theory.tied(select_ref, procedure, n)
-        law = {"levels": levels} if tied else {"K": config.K}
+        law = {"levels": theory.levels_of(select_ref)} if tied else {"K": config.K}
         shared = {
             "kl": kl,
             "kl_stderr": kl_stderr,

@@ -189,23 +189,24 @@ def levels_of(r_ref: Tensor) -> Tensor:
     occurs only once among all P M rewards, the reward is taken for continuous: the sample's share
     is spread over CUT cells, and G is M CUT instead of M.
     """
-    return _levels(r_ref)[0]
+    counts, once = _levels(r_ref)
+    shares = counts / r_ref.shape[1]
+    if not once.any():
+        return shares
+    whole = torch.eye(CUT, dtype=torch.float64)[-1]
+    spread = torch.where(once[..., None], torch.full_like(whole, 1 / CUT), whole)  # (P, M, CUT)
+    return (shares[..., None] * spread).flatten(1)
 
 
 def _levels(r_ref: Tensor) -> tuple[Tensor, Tensor]:
-    """(`levels_of`, whether the level has several samples), (P, G) each."""
+    """(how many samples a level has, at its last one, 0 at its others; whether its value occurs
+    only once among all P M rewards), (P, M) each, the samples in rising order.
+    """
     order = r_ref.double().sort(1).values
     below, up_to = ranks(order, order)
-    last = up_to == 1 + torch.arange(order.shape[1])  # where a level's share is put
-    counts = (up_to - below).double() * last  # (P, M)
-    shares, several = counts / order.shape[1], counts > 1
+    last = up_to == 1 + torch.arange(order.shape[1])
     _, which, everywhere = order.unique(return_inverse=True, return_counts=True)
-    once = everywhere[which] == 1  # (P, M)
-    if not once.any():
-        return shares, several
-    whole = torch.eye(CUT, dtype=torch.float64)[-1]
-    spread = torch.where(once[..., None], torch.full_like(whole, 1 / CUT), whole)  # (P, M, CUT)
-    return (shares[..., None] * spread).flatten(1), several.repeat_interleave(CUT, 1)
+    return (up_to - below).double() * last, everywhere[which] == 1
 
 
 def tied(r_ref: Tensor, procedure: str | MassMap, n: int) -> bool:
@@ -217,9 +218,11 @@ def tied(r_ref: Tensor, procedure: str | MassMap, n: int) -> bool:
     many values, M samples are too few to know them, and the reward counts as continuous. Ties of a
     few prompts don't count either: the mean over prompts is beyond TIED by two standard errors.
     """
-    ref, several = _levels(r_ref)
+    counts, once = _levels(r_ref)
+    ref = counts / r_ref.shape[1]
     ties = mass_map(procedure)(ref, cdf(ref), n).square()  # of two draws, by level
-    real, total = ((ties * each).sum(1) for each in (several, 1))  # (P,)
+    real = (ties * (counts > 1)).sum(1)  # (P,)
+    total = (ties / torch.where(once, CUT, 1)).sum(1)  # as they are in `levels_of`
     error = real.std() / len(real) ** 0.5 if len(real) > 1 else 0.0
     return bool(real.mean() - 2 * error > TIED and real.mean() > total.mean() / 2)
 
