@@ -57,7 +57,7 @@ def prepare():
     from test_models import GPT2, SIZE, TEMPLATE, save
     from transformers import GPT2ForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
-    from minictrl.studies.sweep import METHODS, SCALES
+    from minictrl.studies.sweep import SCALES, VARIANTS
 
     torch.set_num_threads(1)
     programs = {program: main_of(program) for program in USUAL}
@@ -82,7 +82,7 @@ def prepare():
     programs[EXCHANGE]("run --out completions.jsonl".split())
     shutil.copytree("run", SWEEP)
     config = json.loads((SWEEP / "config.json").read_text()) | SCALES[True]["train"]
-    config |= METHODS["exp10"] | {"kl": 0.5, "seed": 0, "cache": "results/cache"}
+    config |= VARIANTS["exp10"] | {"kl": 0.5, "seed": 0, "cache": "results/cache"}
     (SWEEP / "config.json").write_text(json.dumps(config))
     unsealed(SWEEP)
 
