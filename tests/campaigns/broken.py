@@ -20,7 +20,7 @@ MEMORY = (
 PLACES = {  # what runs out of memory above so many rows
     "update": (update, "forward", lambda args: len(args[2])),
     "sampler": (PrefixCache, "step", lambda args: len(args[1])),
-    "scorer": (models, "finite", lambda args: 0),  # replaced in `hungry`
+    "scorer": (models, "check_finite", lambda args: 0),  # replaced in `hungry`
     "evaluation": (evaluation, "kl_of", lambda args: len(args[2])),
 }
 
