@@ -34,13 +34,12 @@ Where it departs from the paper:
 """
 
 import copy
-import shlex
 import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from minictrl.cli import Parser, run_script
+from minictrl.cli import Parser, command, run_script
 from minictrl.config import CALIBRATION, Config
 
 # What imports torch is imported inside functions: --help and a mistyped flag answer at once.
@@ -121,7 +120,7 @@ def train(config: Config, resume: bool):
     save_policy(task.policy, task.tokenizer, out / "policy")
     print(
         f"{summary(runs.finished_metrics(out)[-1], config)}, {time.monotonic() - start:.0f} s. "
-        f"Now: python evaluate.py {shlex.quote(str(out))}"
+        f"Now: {command('evaluate.py', out)}"
     )
 
 

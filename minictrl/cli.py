@@ -3,6 +3,7 @@
 import argparse
 import os
 import re
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -65,6 +66,11 @@ def one_line(text: object) -> str:
     """A message on one line that a terminal shows as it is, without the middle of a long one."""
     line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
     return line if len(line) <= LONGEST else f"{line[: LONGEST - 200]} … {line[-200:]}"
+
+
+def command(*words: object) -> str:
+    """`python WORDS`, to paste: of a path with a space in its name, too."""
+    return f"python {shlex.join(map(str, words))}"
 
 
 def program() -> str:

@@ -20,6 +20,7 @@ from torch.nn.functional import kl_div, log_softmax
 from minictrl import files, runs, theory
 from minictrl.batch import Batch
 from minictrl.calibration import calibrated_reward, leave_one_out_calibration
+from minictrl.cli import command
 from minictrl.config import TEST, TEST_REF, Config
 from minictrl.files import (
     NUMBER,
@@ -185,14 +186,14 @@ def read(run: Path, suffix: str = "") -> list[dict]:
 def read_tensors(run: Path, name: str, suffix: str = "") -> dict[str, Tensor]:
     """The tensors of a run's wins or by_prompt. Raises ValueError if they are damaged."""
     path = parts_of(run, suffix)[name]
-    with reading(path, f"evaluate the run again: python evaluate.py {run}"):
+    with reading(path, f"evaluate the run again: {command('evaluate.py', run)}"):
         return load_file(path)
 
 
 def read_samples(run: Path, suffix: str = "") -> list[dict]:
     """The rows of a run's samples.jsonl. Raises ValueError if it is damaged."""
     path = parts_of(run, suffix)["samples"]
-    with reading(path, f"evaluate the run again: python evaluate.py {run}"):
+    with reading(path, f"evaluate the run again: {command('evaluate.py', run)}"):
         rows = read_rows(path)
         check_columns(rows, SAMPLE)
     return rows
@@ -226,8 +227,9 @@ def table_of(
     verified = all(r in (0.0, 1.0) for r in torch.cat([select, select_ref], 1).unique().tolist())
     for procedure, n in cases:
         at = (kl, procedure, n)
-        tied = theory.tied(select_ref, procedure, n)
-        law = {"levels": theory.levels_of(select_ref)} if tied else {"K": config.K}
+        levels = theory.tied_levels(select_ref, procedure, n)
+        tied = levels is not None
+        law = {"levels": levels} if tied else {"K": config.K}
         shared = {
             "kl": kl,
             "kl_stderr": kl_stderr,

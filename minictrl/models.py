@@ -8,7 +8,6 @@ copies are found.
 from __future__ import annotations
 
 import os
-import shlex
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from minictrl.cli import command
 from minictrl.config import TASKS
 from minictrl.data import ASSETS, Prompt
 from minictrl.files import digest, sha256_of, sync, writing
@@ -138,8 +138,8 @@ def check_saved(path: Path):
         file = path / Path(name).name
         if not file.is_file() or sha256_of(file) != sha256:
             raise ValueError(
-                f"{file}: has changed since {path / SUMS} was written; save it again: python "
-                f"train.py --resume --out {shlex.quote(str(path.parent))}; or delete {SUMS} if you "
+                f"{file}: has changed since {path / SUMS} was written; save it again: "
+                f"{command('train.py', '--resume', '--out', path.parent)}; or delete {SUMS} if you "
                 "did that"
             )
 

@@ -34,6 +34,12 @@ class Reference:
     def __getitem__(self, index) -> Reference:
         return Reference(*(getattr(self, f.name)[index] for f in fields(self)))
 
+    @classmethod
+    def of(cls, samples, r: Tensor) -> Reference:
+        """`sampling.Samples` with their rewards r (P, K), on the CPU."""
+        tokens, mask = samples.tokens.int().cpu(), samples.mask.bool().cpu()
+        return cls(r, tokens, samples.logprobs.cpu(), mask)
+
     def with_known_rewards(self, r: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
         """Rewards r (P, G) of responses (P, G, T) to the same prompts, but the one that is kept
         here where a response is one of the samples.

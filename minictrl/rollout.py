@@ -165,11 +165,11 @@ def reference_samples(task: Task, K: int, *, seed: int, cache: str, name: str) -
     check_room(K * len(task.texts), task.max_new_tokens, "--K or --samples, --prompts")
 
     def draw(index: list[int], first: int, count: int) -> Reference:
-        samples, r = sample_and_score(
-            task, task.policy, index, num_samples=count, seed=seed, first_sample=first
+        return Reference.of(
+            *sample_and_score(
+                task, task.policy, index, num_samples=count, seed=seed, first_sample=first
+            )
         )
-        tokens, mask = samples.tokens.int().cpu(), samples.mask.bool().cpu()
-        return Reference(r, tokens, samples.logprobs.cpu(), mask)
 
     def bar(chunks):
         return tqdm(chunks, name, disable=None)

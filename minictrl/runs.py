@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import platform
 import re
-import shlex
 import shutil
 import signal
 import subprocess
@@ -25,7 +24,7 @@ from tqdm import tqdm
 import minictrl
 from minictrl.batch import Batch
 from minictrl.budget import Budget
-from minictrl.cli import first_line
+from minictrl.cli import command, first_line
 from minictrl.config import Config, is_run
 from minictrl.files import (
     NUMBER,
@@ -172,8 +171,8 @@ def load_finished(run: Path) -> Config:
     config = load_config(run)
     if not has_policy(Path(run)):
         raise ValueError(
-            f"{run}: has no policy yet; finish it first: python train.py --resume --out "
-            f"{shlex.quote(str(run))}"
+            f"{run}: has no policy yet; finish it first: "
+            f"{command('train.py', '--resume', '--out', run)}"
         )
     check_saved(Path(run) / "policy")
     return config
@@ -335,7 +334,7 @@ class Training:
         if self.stopped:
             print(
                 f"stopped after step {self.step}; go on with: "
-                f"python train.py --resume --out {shlex.quote(str(self.out))}"
+                f"{command('train.py', '--resume', '--out', self.out)}"
             )
 
     def log(self, batch: Batch, stats: dict[str, float]) -> None:
@@ -366,7 +365,7 @@ class Training:
         save = not broken or (isinstance(error, BadStep) and not kept)
         if save and self.learner.updates == self.updates:
             self._save()
-        go_on = f"python train.py --resume --out {shlex.quote(str(self.out))}"
+        go_on = command("train.py", "--resume", "--out", self.out)
         if not broken:
             return f"step {self.step + 1}: {error}; once that is mended, go on with: {go_on}"
         if isinstance(error, BadStep):

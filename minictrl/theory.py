@@ -227,6 +227,11 @@ def tied(r_ref: Tensor, procedure: str | MassMap, n: int) -> bool:
     return bool(real.mean() - 2 * error > TIED and real.mean() > total.mean() / 2)
 
 
+def tied_levels(r_ref: Tensor, procedure: str | MassMap, n: int) -> Tensor | None:
+    """`levels_of` a reward that is `tied`; None of one that counts as continuous."""
+    return levels_of(r_ref) if tied(r_ref, procedure, n) else None
+
+
 # ---- the optimum of any procedure (Theorem 1) ----
 
 

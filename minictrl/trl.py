@@ -117,7 +117,7 @@ class Calibration:
                 num_samples=self.config.K,
                 seed=self.config.seed_for(CALIBRATION),
             )
-        drawn = Reference(r_ref, samples.tokens, samples.logprobs, samples.mask.bool())
+        drawn = Reference.of(samples, r_ref)
         self.known.update((key(prompt), drawn[i]) for i, prompt in enumerate(prompts))
 
 

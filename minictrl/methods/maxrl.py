@@ -29,12 +29,10 @@ class Method(Online):
 
     def beta_for(self, kl: float, r_ref: Tensor | None = None) -> float:
         """The transform's beta over |t E[Phi]| there, because the gradient of the log has 1 / E."""
-        c, levels = self.config, None
-        beta, transform = super().beta_for(kl, r_ref), c.transform
-        if r_ref is not None and theory.tied(r_ref, c.procedure, c.n):
-            levels = theory.levels_of(r_ref)
-        mass, ref = theory.policy_at_kl(transform, kl, "standard", 1, levels=levels)
-        expected = (mass * get_transform(transform)(centres(ref))).sum(-1).mean()
+        c, beta = self.config, super().beta_for(kl, r_ref)
+        levels = None if r_ref is None else theory.tied_levels(r_ref, c.procedure, c.n)
+        mass, ref = theory.policy_at_kl(c.transform, kl, "standard", 1, levels=levels)
+        expected = (mass * get_transform(c.transform)(centres(ref))).sum(-1).mean()
         return beta / abs(self.t * float(expected))
 
     def reward(self, r: Tensor, r_ref: Tensor, Phi_C: Tensor, beta: float) -> Tensor:

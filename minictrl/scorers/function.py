@@ -49,7 +49,8 @@ def load_function(
         return list(islice(scores, len(texts) + 1))  # it may never end
 
     def evaluate(prompts: list[Prompt], texts: list[str]) -> Tensor:
-        check_rows(f"{role} {spec}", needed, columns, [key(prompt) for prompt in prompts])
+        if needed:
+            check_rows(f"{role} {spec}", needed, columns, [key(prompt) for prompt in prompts])
         try:
             exact = torch.as_tensor(call(prompts, texts), dtype=torch.float64).detach()
         except (Exception, SystemExit) as error:  # whatever the user's function does

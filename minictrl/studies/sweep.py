@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 import minictrl
 from minictrl import evaluation, runs
-from minictrl.cli import Parser, whole
+from minictrl.cli import Parser, command, whole
 from minictrl.config import Config
 from minictrl.methods import METHODS
 from minictrl.models import load_policy, load_scorer
@@ -209,13 +209,14 @@ def table(folder: Path, settings: dict, split: str, prompts: int, samples: int) 
         if name not in wins or "kl" not in by_prompt or wins[name].shape != by_prompt["kl"].shape:
             raise ValueError(
                 f"{folder}: its win rates by prompt are not those of its eval.json; evaluate it "
-                f"again: python evaluate.py {folder}"
+                f"again: {command('evaluate.py', folder)}"
             )
         if (row["prompts"], row["samples"]) != (prompts, samples):
             raise ValueError(
                 f"{folder}: was evaluated on {row['prompts']} prompts with {row['samples']} "
-                f"samples, not {prompts} with {samples}; evaluate it again: python evaluate.py "
-                f"{folder} --prompts {prompts} --samples {samples} --split {split}"
+                f"samples, not {prompts} with {samples}; evaluate it again: "
+                f"{command('evaluate.py', folder)} --prompts {prompts} --samples {samples} --split "
+                f"{split}"
             )
         row |= {"wins": wins[name].numpy(), "kls": by_prompt["kl"].numpy()}
         row |= {"made_from": made_from, "commit": extra.get("commit")}
