@@ -66,6 +66,8 @@ def main(argv=None):
     other_models = {role: model for role, model in given.items() if model}
     suffix = evaluation.file_suffix(args.split, other_models)
     for run, config in zip(args.runs, configs, strict=True):
+        evaluation.check(run, config, args.split)
+    for run, config in zip(args.runs, configs, strict=True):
         table = evaluation.evaluate(
             run,
             config,
@@ -76,12 +78,8 @@ def main(argv=None):
             device=args.device or config.device,
             other_models=other_models,
         )
-        first, asked = table[0], f" (--kl {config.kl:g})" if config.kl else ""
-        print(
-            f"\n{run}: {first['prompts']} {args.split} prompts, {first['samples']} responses each, "
-            f"KL {first['kl']:.3f} ± {first['kl_stderr']:.3f} "
-            f"nats{asked}\n\n{evaluation.markdown(table)}\n"
-        )
+        print(f"\n{run}: {evaluation.headline(config, args.split, table[0])}")
+        print(f"\n{evaluation.markdown(table)}\n")
         print(evaluation.models_line(config, other_models))
         print(figures.draw(run, suffix, table))
         if not suffix:

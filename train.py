@@ -117,11 +117,26 @@ def train(config: Config, resume: bool):
     if training.stopped:
         return 130
 
+    check_finite(task, config)
     save_policy(task.policy, task.tokenizer, out / "policy")
     print(
         f"{summary(runs.finished_metrics(out)[-1], config)}, {time.monotonic() - start:.0f} s. "
         f"Now: {command('evaluate.py', out)}"
     )
+
+
+def check_finite(task, config: Config):
+    """Raises ValueError on a policy that the last update has ruined: no later step would tell."""
+    from minictrl.sampling import NotFinite, sample
+
+    options = dict(num_samples=1, max_new_tokens=1, seed=0)
+    try:
+        sample(task.policy, task.tokenizer, task.texts[:1], **options)
+    except NotFinite:
+        raise ValueError(
+            f"--lr {config.lr:g}: the last update left a policy whose logits are not finite; train "
+            "again with a lower one and --overwrite"
+        ) from None
 
 
 def load_and_check(config: Config):
@@ -167,7 +182,7 @@ def summary(last: dict, config: Config) -> str:
 
 
 def online(training, config, task, method, reference, pi_ref):
-    """PPO: G responses per prompt from the current policy, then an update on them."""
+    """Online methods: G responses per prompt from the current policy, then an update on them."""
     from minictrl.baselines import BASELINES
     from minictrl.ppo import explained_variance
     from minictrl.rollout import indices_of_step, shown_responses
@@ -217,8 +232,8 @@ def draw_rollout(task, pi_ref, index, reference, step: int, config: Config):
 def offline(training, config, task, method, reference, pi_ref):
     """Epochs over the reference samples of the calibration.
 
-    These methods keep the theory's beta and may end at another KL than its own. So the last step
-    also draws responses, and its metrics say which KL came out.
+    These methods keep the theory's beta, because nothing steers it while they train. So the KL may
+    differ from the one asked for, and the last step also draws responses to measure it.
     """
     from minictrl.rollout import indices_of_step, with_prompts
 

@@ -20,7 +20,9 @@ from minictrl.update import Learner, forward_all
 
 
 def value(batch: Batch, task: Task, r_ref: Tensor, learner: Learner, config: Config) -> Batch:
-    """GAE with a value head, which starts at 0: so R is taken without the mean of the others'."""
+    """GAE with a value head. The head starts at 0, so R is centred first: the mean R of the other
+    responses is taken off.
+    """
     _, values = forward_all(learner.policy, learner.value_head, batch, config.micro_batch)
     centred = replace(batch, R=ppo.loo_advantages(batch.R[None])[0])
     return _gae(batch, token_rewards(centred), values, config.lam)

@@ -14,8 +14,8 @@ WIDE = 12.0  # in log beta: by how much the bracket grows until it holds the KL
 BISECTIONS = 60
 # of the controller
 DRIFT = 0.2  # share of the error that the target takes over at each step
-ERROR = (-0.5, 1.5)  # log(kl_ref / kl) is kept between these
-TARGET = (1 / 20, 4)  # target / kl is kept between these
+ERROR_BOUNDS = (-0.5, 1.5)  # log(kl_ref / kl) is kept between these
+TARGET_BOUNDS = (1 / 20, 4)  # target / kl is kept between these
 
 
 def beta_for(transform: str, kl: float, *, procedure: str, n: int, K: int | None) -> float:
@@ -76,7 +76,7 @@ class Budget:
 
     kl / kl_ref reacts at once; `target` starts at `kl` and drifts by (kl / kl_ref)^DRIFT a step (a
     proportional-integral controller, in logarithms). Steering a KL and not beta makes a step mean
-    the same for every transform. log(kl_ref / kl) and target / kl are kept within ERROR and TARGET.
+    the same for every transform. log(kl_ref / kl) and target / kl are kept within their bounds.
 
     beta_at: KL -> beta, by the theory of the run's method. beta: fixed, where kl is None.
     """
@@ -96,8 +96,9 @@ class Budget:
         """
         if self.kl is None:
             return self.beta
-        error = bounded(math.log(max(kl_ref, 1e-9) / self.kl), ERROR)
-        self.target = self.kl * bounded(self.target / self.kl * math.exp(-DRIFT * error), TARGET)
+        error = bounded(math.log(max(kl_ref, 1e-9) / self.kl), ERROR_BOUNDS)
+        moved = self.target / self.kl * math.exp(-DRIFT * error)
+        self.target = self.kl * bounded(moved, TARGET_BOUNDS)
         try:
             self.beta = self.beta_at(self.target * math.exp(-error))
         except OutOfReach:

@@ -19,8 +19,8 @@ def calibrated_reward(r: Tensor, r_ref: Tensor) -> Tensor:
             "(B, K) with B and K at least 1; give each prompt its own row"
         )
     z, y = _as_floats(r_ref=r_ref, r=r)
-    beaten = _twice_the_wins(y.reshape(len(r), -1).contiguous(), z)  # (B, M)
-    return (beaten / (2 * z.shape[1])).reshape(r.shape)
+    below, up_to = ranks(y.reshape(len(r), -1), z)  # (B, M); a tie is in up_to alone
+    return ((below + up_to).to(z) / (2 * z.shape[1])).reshape(r.shape)
 
 
 def leave_one_out_calibration(r_ref: Tensor) -> Tensor:
@@ -35,14 +35,8 @@ def leave_one_out_calibration(r_ref: Tensor) -> Tensor:
             "per prompt, which are compared with each other"
         )
     (z,) = _as_floats(r_ref=r_ref)
-    others = _twice_the_wins(z.contiguous(), z) - 1  # no sample meets itself
-    return others / (2 * (z.shape[1] - 1))
-
-
-def _twice_the_wins(y: Tensor, z: Tensor) -> Tensor:
-    """(B, M) how often each of y (B, M) beats one of z (B, K), a win counting 2, a tie 1."""
-    below, up_to = ranks(y, z)
-    return (below + up_to).to(y.dtype)
+    below, up_to = ranks(z, z)
+    return (below + up_to - 1).to(z) / (2 * (z.shape[1] - 1))  # - 1: no sample meets itself
 
 
 def ranks(y: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:

@@ -50,8 +50,11 @@ def check_file(parser: Parser, flag: str, path: Path | None):
     """A file that is to be written at the end can be: its directory is there, and it is none."""
     if path and path.is_dir():
         parser.error(f"{flag} {path}: is a directory; give a file in it")
-    if path and not path.absolute().parent.is_dir():
+    folder = path.absolute().parent if path else None
+    if path and not folder.is_dir():
         parser.error(f"{flag} {path}: there is no such directory; make it first")
+    if path and not os.access(folder, os.W_OK):
+        parser.error(f"{flag} {path}: its directory can't be written; give another path")
 
 
 def first_line(error: Exception) -> str:
@@ -92,12 +95,14 @@ def run_script(main):
         sys.exit(141)
     except (ValueError, OSError) as error:
         if isinstance(error, OSError) and error.filename:
-            error = f"{error.filename}: {error.strerror}; give another path, or make room for it"
+            room = "" if isinstance(error, FileNotFoundError) else ", or make room for it"
+            error = f"{error.filename}: {error.strerror}; give another path{room}"
         print(f"{program()}: error: {one_line(error)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print(
-            f"{program()}: stopped; the same command (train.py: with --resume) goes on",
+            f"{program()}: stopped; the same command goes on (train.py: with --resume, once it has "
+            "begun a step)",
             file=sys.stderr,
         )
         sys.exit(130)

@@ -27,7 +27,7 @@ Prompt = str | list[dict]
 
 
 def load_prompts(
-    task_or_data: str, split: str = "train", *, column: str | None = None, data_split: str = "train"
+    task_or_file: str, split: str = "train", *, column: str | None = None, data_split: str = "train"
 ) -> list[Prompt]:
     """The prompts of a task or of a user's data, in a fixed order, each once.
 
@@ -36,15 +36,15 @@ def load_prompts(
     (`Config.column`). Raises ValueError on an unknown task or split, data that can't be read, and a
     bad line, naming its number.
     """
-    return [row[0] for row in load_rows(task_or_data, split, column=column, data_split=data_split)]
+    return [row[0] for row in load_rows(task_or_file, split, column=column, data_split=data_split)]
 
 
 def load_rows(
-    task_or_data: str, split: str, *, column: str | None = None, data_split: str = "train"
+    task_or_file: str, split: str, *, column: str | None = None, data_split: str = "train"
 ) -> list[tuple[Prompt, dict]]:
     """(prompt, the other columns of its row) of each prompt, as `load_prompts`."""
     check_split(split)
-    name = str(task_or_data)
+    name = str(task_or_file)
     if name not in TASKS:
         rows = convert(read_own(name, data_split), partial(row_of, column=column))
         rows = unique(rows, whose=name)

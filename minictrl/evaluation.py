@@ -43,7 +43,7 @@ from minictrl.procedures import get_procedure
 from minictrl.reference import Reference
 from minictrl.rollout import batch_of, reference_samples, sample_and_score, score
 from minictrl.sampling import Samples, texts_of
-from minictrl.task import Task, load_task, scorer_of, try_scorers
+from minictrl.task import Task, load_task, rows_of, scorer_of, try_scorers
 from minictrl.transforms import Transform
 from minictrl.winrate import kept_scores, mean_stderr, win_rates
 
@@ -108,6 +108,22 @@ def evaluate(
     sums = {part: sha256_of(path) for part, path in parts.items()}
     write_sealed(eval_path(run, suffix), {"rows": table, "models": models, "parts": sums})
     return table
+
+
+def check(run: Path, config: Config, split: str):
+    """What can be wrong with a finished run is found here, before anything is drawn: its metrics,
+    its files, a directory that can't be written.
+    """
+    runs.finished_metrics(run)
+    for name in runs.PATHS:
+        file = runs.file_of(getattr(config, name))
+        if file.suffix in (".py", ".jsonl", ".csv", ".parquet") and not file.exists():
+            raise ValueError(
+                f"{run}: its --{name} {file} is no file in {Path.cwd()}; evaluate it from the "
+                "directory where it was trained, or put the file back"
+            )
+    rows_of(config, split)
+    files.check_writable(run)
 
 
 def draw_both(
@@ -362,6 +378,15 @@ def markdown(table: list[dict]) -> str:
         expected = [percent(first[name]) for name in ("theory", "optimal", *passes)]
         lines.append([first["procedure"], str(first["n"]), *measured, *expected])
     return files.markdown(head, lines)
+
+
+def headline(config: Config, split: str, row: dict) -> str:
+    """What a table is of. row: one of its rows."""
+    asked = f" (--kl {config.kl:g})" if config.kl else ""
+    known = row["kl_stderr"] is not None and math.isfinite(row["kl_stderr"])
+    error = f" ± {row['kl_stderr']:.3f}" if known else ""
+    drawn = f"{row['prompts']} {split} prompts, {row['samples']} responses each"
+    return f"{drawn}, KL {row['kl']:.3f}{error} nats{asked}"
 
 
 def models_line(config: Config, other_models: dict[str, str]) -> str:

@@ -23,7 +23,7 @@ from minictrl.cli import Parser, check_file, run_script
 from minictrl.config import CALIBRATION, Config
 from minictrl.data import convert, key, read_own, row_of
 from minictrl.files import in_one_step, write_rows
-from minictrl.lm.prompts import encode_prompts
+from minictrl.lm.prompts import encode_prompts, eos_ids
 from minictrl.reference import Reference
 from minictrl.rollout import reference_key, score, with_prompts
 from minictrl.sampling import sample, texts_of
@@ -74,7 +74,7 @@ def read_reference(file: str, config: Config, task: Task) -> Reference:
         texts = texts_of(task.tokenizer, task.ids.tolist(), tokens, mask)
     if cut or not all(given):
         r_ref = score(task.reward, task.prompts, texts)
-    reference = with_logprobs(task, r_ref, tokens, mask, config.micro_batch)
+    reference = likeliest(task, r_ref, tokens, mask, config.micro_batch)
     check_policy(file, task, reference)
     return reference
 
@@ -120,6 +120,16 @@ def encoded(task: Task, texts: list[list[str]]) -> tuple[Tensor, Tensor, int]:
         mask, torch.cat(rows)
     )
     return tokens.view(P, K, T), mask.view(P, K, T), cut
+
+
+def likeliest(task: Task, r_ref: Tensor, tokens: Tensor, mask: Tensor, size: int) -> Reference:
+    """`with_logprobs` of the end token, of several that a policy may have, that it gives most: a
+    text doesn't say which one ended it.
+    """
+    ended = (tokens == task.tokenizer.eos_token_id) & mask
+    ends = eos_ids(task.policy, task.tokenizer).tolist()
+    tried = (with_logprobs(task, r_ref, tokens.masked_fill(ended, end), mask, size) for end in ends)
+    return max(tried, key=lambda reference: float(reference.logprobs.double().sum()))
 
 
 def with_logprobs(task: Task, r_ref: Tensor, tokens: Tensor, mask: Tensor, size: int) -> Reference:

@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import os
+import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -44,6 +45,17 @@ def delete_leftovers(path: Path):
     """Delete what killed writers of `path` have left. Only where no one else writes it now."""
     for left in path.parent.glob(f"{path.name}.*.tmp"):
         left.unlink()
+
+
+def check_writable(folder: Path):
+    """Raises ValueError on a directory that no file can be made in."""
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"{folder}: can't be written ({error.strerror}); give another path, or make room"
+        ) from None
 
 
 @contextmanager

@@ -24,11 +24,13 @@ from minictrl.files import digest, sha256_of, sync, writing
 from minictrl.lm.device import resolve_device
 from minictrl.lm.hub import from_hub
 from minictrl.lm.identity import config_of, tokenizer_of
-from minictrl.lm.prompts import known_ends
+from minictrl.lm.kvcache import arguments
+from minictrl.lm.logprobs import response_logits
+from minictrl.lm.prompts import check_ids, known_ends, left_pad
 from minictrl.scorers.classifier import load_classifier
 from minictrl.scorers.function import load_function
 from minictrl.scorers.generative import QUESTION, load_generative
-from minictrl.scorers.text import set_precision
+from minictrl.scorers.text import is_causal, set_precision
 
 SUMS = "SHA256SUMS"  # of a saved policy's files
 SEES = 0.01  # of the largest logit: what a causal model's never move by when the next token changes
@@ -80,35 +82,54 @@ def load_policy(
             f"policy {name}: neither tokenizer nor config has an EOS token, so no response could "
             "end; set eos_token in its tokenizer_config.json"
         )
+    check_ids(model, tokenizer, [ends[:1]])
     tokenizer.eos_token = eos
-    if (
-        tokenizer.pad_token_id is None
-        or tokenizer.pad_token_id >= model.get_input_embeddings().num_embeddings
-    ):
+    known = model.get_input_embeddings().num_embeddings
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= known:
         tokenizer.pad_token = tokenizer.eos_token
     return model, tokenizer
 
 
 @torch.no_grad()
 def check_family(model: nn.Module, name: str) -> None:
-    """Raises ValueError on a policy whose layers keep more than keys and values, or whose tokens
-    see those that follow: a config doesn't say that, two texts with one beginning do.
+    """Raises ValueError on a policy whose layers keep more than keys and values, whose tokens see
+    those that follow, or whose padding moves its positions.
+
+    A config doesn't say the last two. Two texts with one beginning do, and one text with and
+    without padding.
     """
+    kind = f"policy {name}: a {type(model).__name__}"
+    if model.config.get_text_config() is not model.config:
+        raise ValueError(f"{kind} reads more than text; give its text model, or another")
     kinds = set(getattr(model.config, "layer_types", None) or ()) - ATTENTION
     if kinds or getattr(model, "_is_stateful", False):
         raise ValueError(
-            f"policy {name}: a {type(model).__name__} has layers with a state of their own "
+            f"{kind} has layers with a state of their own "
             f"({', '.join(sorted(kinds)) or 'recurrent'}), which the samples of a prompt can't "
             "share; use a model with attention alone"
         )
     last = model.get_input_embeddings().num_embeddings - 1
     ids = torch.tensor([[0, 0], [0, last]])
-    a, b = model(ids, attention_mask=torch.ones_like(ids)).logits[:, 0].float()
-    if (a - b).abs().max() > SEES * a.abs().max():
+    logits = model(ids, attention_mask=torch.ones_like(ids)).logits.float()
+    if differ(*logits[:, 0]):
         raise ValueError(
-            f"policy {name}: a {type(model).__name__} with this config is an encoder, which sees "
-            "the tokens that follow; give a causal model, or use it as --base of pretraining"
+            f"{kind} with this config is an encoder, which sees the tokens that follow; give a "
+            "causal model, or use it as --base of pretraining"
         )
+    if not {"past_key_values", "cache"} & arguments(type(model)):
+        raise ValueError(f"{kind} keeps no keys and values, which sampling needs; give another")
+    prompts = left_pad([[0, last], [0, last, 0, last]], pad=0)
+    padded, _ = response_logits(model, *prompts, ids[:, :1], torch.ones_like(ids[:, :1]))
+    if differ(logits[1, 1], padded[0]):
+        raise ValueError(
+            f"{kind} counts its positions from the padding, or not from 0, so that a prompt's "
+            "samples would depend on the prompts beside it; give another model"
+        )
+
+
+def differ(a: Tensor, b: Tensor) -> bool:
+    """Whether logits (V,) of one text are further apart than rounding explains."""
+    return bool((a - b).abs().max() > SEES * a.abs().max())
 
 
 def save_policy(model: nn.Module, tokenizer, path: Path):
@@ -207,7 +228,23 @@ def load_scorer(
     before = digest(model, *options)  # as it was saved
     if tokenizer is not None:
         set_precision(model, device)
+        check_padding(model, tokenizer, f"{role} model {name}", evaluate)
     return Scorer(name_or_path, role, evaluate, before, tokenizer, prefixes)
+
+
+def check_padding(model: nn.Module, tokenizer, name: str, evaluate: Callable) -> None:
+    """Raises ValueError on an encoder that reads the padding of its batch: a text's score would
+    depend on the texts beside it. A causal model reads no padding, which stands on the right.
+    """
+    if is_causal(model):
+        return
+    prompts, texts = [[{"role": "user", "content": "a"}]] * 2, ["a", "a b c d e f"]
+    together, (alone,) = evaluate(prompts, texts)[0], evaluate(prompts[:1], texts[:1])
+    if (together - alone).abs() > 1e-3 * max(1, alone.abs()):
+        raise ValueError(
+            f"{name}: gave {together:.4g} for a text beside a longer one and {alone:.4g} for it "
+            f"alone, because a {type(model).__name__} reads the padding; give another"
+        )
 
 
 def parted(name: str) -> tuple[str, str]:
@@ -228,6 +265,7 @@ def check_finite(
         text = f" and the text {texts[first][:60]!r}" if texts else ""
         raise ValueError(
             f"{role} model {name} gave {int(bad.sum())} of {scores.numel()} scores that are not "
-            f"finite, the first on the prompt {str(prompts[first])[:60]!r}{text}: use another"
+            f"finite, the first on the prompt {str(prompts[first])[:60]!r}{text}: give a model "
+            "or a function whose scores are finite as float32"
         )
     return scores.float().cpu()

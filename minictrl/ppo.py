@@ -81,8 +81,9 @@ def gae(
         if not 0 <= value <= 1:
             raise ValueError(f"{name} is {value}: must be between 0 and 1")
     mask = _check(mask, token_rewards=token_rewards, values=values)
-    token_rewards = token_rewards.masked_fill(~mask, 0)
-    values = values.masked_fill(~mask, 0).to(token_rewards)
+    dtype = torch.promote_types(token_rewards.dtype, values.dtype)
+    dtype = torch.promote_types(dtype, torch.float32)
+    token_rewards, values = (x.masked_fill(~mask, 0).to(dtype) for x in (token_rewards, values))
     advantages = torch.zeros_like(values)
     next_value = next_advantage = torch.zeros_like(values[:, 0])
     # behind the mask all terms are 0, so each response starts from 0
@@ -143,9 +144,7 @@ def loo_advantages(returns: Tensor) -> Tensor:
 
     returns: (P, G), the KL inside: `token_rewards(...).sum(1).view(P, G)`. Returns (P, G), the same
     for all tokens of a response. The baseline doesn't contain the sample itself, so the gradient is
-    unbiased and its scale right for any G >= 2. (Lower variance still: `gae(token_rewards,
-    baseline, mask, lam=1)` with this baseline, returns - advantages, on every token; a token then
-    isn't blamed for the KL of the tokens before it.)
+    unbiased and its scale right for any G >= 2.
     """
     if returns.dim() != 2 or returns.shape[1] < 2:
         raise ValueError(
@@ -197,7 +196,7 @@ def value_loss(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
 
 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
-    """1 - Var(returns - values) / Var(returns) over tokens: 1 a perfect value head, 0 a constant, <
+    """1 - Var(returns - values) / Var(returns) over tokens: 1 perfect values, 0 a constant, <
     0 worse than one.
 
     0 where the returns don't vary.

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from minictrl import figures
 from minictrl.cli import Parser, run_script
-from minictrl.files import write_csv
+from minictrl.files import check_writable, write_csv
 from minictrl.studies import beyond, curves, hedge, reward, sweep, trained
 
 STUDIES = {
@@ -44,6 +44,7 @@ def main(argv: list[str] | None = None):
         parser.error("--out DIR is missing: say where the files go")
     sweep.resize(args)
     args.out.mkdir(parents=True, exist_ok=True)
+    check_writable(args.out)
     for name in args.names:
         reproduce(name, args.out, args.quick)
 

@@ -111,7 +111,9 @@ def prefix_rewards(task: Task, batch: Batch, P: int) -> Tensor:
 
 
 def check_prefix_rewards(task: Task):
-    """Raises ValueError if `prefix_rewards` can't ask the task's reward model."""
+    """Raises ValueError if `prefix_rewards` can't ask the reward model. It reads one response of
+    the greatest length to the longest prompt, to see.
+    """
     reward = task.reward
     if reward.tokenizer is None:
         return
@@ -125,6 +127,9 @@ def check_prefix_rewards(task: Task):
             f"--baseline prefix: the reward model {reward.tokenizer.name_or_path} {why}; use "
             "--baseline loo"
         )
+    longest = max(range(len(task.texts)), key=lambda i: len(task.texts[i]))
+    tokens = torch.full((1, task.max_new_tokens), task.tokenizer.eos_token_id)
+    reward.of_prefixes([task.prompts[longest]], tokens, torch.ones(tokens.shape))
 
 
 def shown_responses(task: Task, batch: Batch, r: Tensor) -> list[tuple]:

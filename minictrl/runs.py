@@ -108,13 +108,17 @@ def check(out: Path, settings: dict, config: Config, *, resume: bool, overwrite:
             f"--out {out}: holds a run already; add --resume or --overwrite, or give another --out"
         )
     for name in (*PATHS, "cache"):
-        file = re.sub(r"(?<=\.py):.*", "", getattr(config, name) or "")
-        path = Path(parted(file)[0])
+        path = file_of(getattr(config, name))
         if path.name and path.exists() and path.resolve().is_relative_to(out.resolve()):
             raise ValueError(
                 f"--{name} {path}: lies in {out}, which --overwrite deletes; give another --out"
             )
     return config
+
+
+def file_of(name: str | None) -> Path:
+    """The file or directory that a name may stand for, without :FUNCTION and #LABEL."""
+    return Path(parted(re.sub(r"(?<=\.py):.*", "", name or ""))[0])
 
 
 def holds_run(out: Path) -> bool:

@@ -12,7 +12,9 @@ never copied. Rows of the same step are decoded together, in waves of prompts of
 recorded as a CUDA graph and replayed until the rows change.
 """
 
+import math
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -99,10 +101,14 @@ def sample(
     of a GPU), halved when a GPU runs out of memory; it changes no sample. Raises ValueError on no
     prompts, one that is not text or too long, a number out of range, logits that are not finite.
     """
-    _need_at_least(1, num_samples=num_samples, max_new_tokens=max_new_tokens, batch_size=batch_size)
+    size = 1 if batch_size is None else batch_size
+    _need_at_least(1, num_samples=num_samples, max_new_tokens=max_new_tokens, batch_size=size)
     _need_at_least(0, first_sample=first_sample)
-    if not temperature > 0:
-        raise ValueError(f"temperature={temperature}: must be positive")
+    if not hasattr(seed, "__index__"):
+        raise ValueError(f"seed={seed!r}: must be a whole number")
+    if not isinstance(temperature, (int, float)) or not 0 < temperature < math.inf:
+        raise ValueError(f"temperature={temperature!r}: must be positive and finite")
+    prompts = prompts if isinstance(prompts, str) else list(prompts)
     ids = encode_prompts(tokenizer, prompts)
     check_lengths(model, prompts, ids, max_new_tokens)
     B, M, T = len(prompts), num_samples, max_new_tokens
@@ -113,14 +119,10 @@ def sample(
     # made outside inference_mode: what is returned may enter a forward that needs gradients
     tokens = torch.full((B * M, T), pad, device=device)
     mask, logprobs = torch.zeros(2, B * M, T, device=device).unbind()
-    order = np.array(sorted(range(B), key=lambda i: -len(ids[i])))  # similar lengths go together
-    prompt_of, sample_of = np.repeat(order, M), np.tile(np.arange(M), B)  # the queue
 
-    def in_waves(size: int) -> None:
+    def draw_all(size: int) -> None:
         cache = (RepeatedCache if is_plain(model) else PrefixCache)(model)
-        size = size // M * M or size  # whole prompts, if one fits
-        for first in range(0, B * M, size):
-            x, m = prompt_of[first : first + size], sample_of[first : first + size]
+        for x, m in _waves(ids, M, size):  # (R,) each
             unique, group = np.unique(x, return_inverse=True)
             u = uniforms(seed, keys[x], m + first_sample, T)
             u, row, group = (torch.from_numpy(v).to(device) for v in (u, x * M + m, group))
@@ -133,14 +135,31 @@ def sample(
 
     with torch.inference_mode(), decoding(model):
         fitting = batch_size or fitting_rows(model, max(map(len, ids)), T)
-        halving(min(B * M, fitting), in_waves)
+        halving(min(B * M, fitting), draw_all)
+    _check_finite(logprobs, prompts)
+    return _samples(tokenizer, ids, tokens, mask, logprobs, M)
+
+
+def _waves(ids: list[list[int]], M: int, size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(prompt, sample) of each row of each wave, (R,) both: at most `size` rows, prompts of similar
+    length together, and whole prompts if one fits.
+    """
+    longest_first = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
+    prompt, sample = np.repeat(longest_first, M), np.tile(np.arange(M), len(ids))
+    size = size // M * M or size
+    for first in range(0, len(prompt), size):
+        yield prompt[first : first + size], sample[first : first + size]
+
+
+def _check_finite(logprobs: Tensor, prompts: list[str]) -> None:
+    """Raises NotFinite with the prompt of the first row (B M, T) that is not finite."""
     bad = (~logprobs.isfinite().all(1)).nonzero().flatten().tolist()
     if bad:
+        prompt = prompts[bad[0] * len(prompts) // len(logprobs)]
         raise NotFinite(
-            f"the policy's logits are not finite on the prompt {prompts[bad[0] // M][:60]!r}: "
-            "check its weights and dtype (float16 overflows)"
+            f"the policy's logits are not finite on the prompt {prompt[:60]!r}: check its weights "
+            "and dtype (float16 overflows)"
         )
-    return _samples(tokenizer, ids, tokens, mask, logprobs, M)
 
 
 def _samples(
@@ -181,7 +200,7 @@ def _head_rows(model) -> int:
     return 2**18 // V if V <= 4096 else 256
 
 
-def _need_at_least(least: int, **numbers: int | None) -> None:
+def _need_at_least(least: int, **numbers: int) -> None:
     for name, value in numbers.items():
-        if value is not None and value < least:
-            raise ValueError(f"{name}={value}: must be at least {least}")
+        if not hasattr(value, "__index__") or value < least:
+            raise ValueError(f"{name}={value!r}: must be a whole number of at least {least}")

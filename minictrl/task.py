@@ -109,9 +109,10 @@ def read_prompts(
         if len(prompts) == config.prompts:
             break
     if not prompts:
-        raise ValueError(
-            f"--max-prompt-tokens {limit}: every prompt of {config.task} is longer; use more"
-        )
+        why = f"longer than --max-prompt-tokens {limit}; use more"
+        if not longer:
+            why = "a training prompt too; give other data"
+        raise ValueError(f"--task {config.task}: every {split} prompt is {why}")
     warn_of(config, split, tokenizer, prompts, longer)
     check_ids(model, tokenizer, encoded)
     check_lengths(model, texts, encoded, config.max_new_tokens)

@@ -14,13 +14,11 @@ import torch
 from torch import Tensor
 
 from minictrl.calibration import calibrated_reward
-from minictrl.procedures.cells import midpoints
 from minictrl.procedures.masses import MassMap, at_least_1
 from minictrl.procedures.optimum import FIXED_POINTS, fixed_point
 
 MAX_T = 80  # e^80 is still a float32
 FLOOR = 10.0  # nats
-GRID = 10_000  # midpoints of [0, 1]
 
 
 def identity(u: Tensor) -> Tensor:
@@ -64,30 +62,30 @@ RAW = {
 
 @dataclass(frozen=True)
 class Transform:
-    """Phi: called with u (any shape, in [0, 1]) it gives Phi(u) in u's shape, dtype and device."""
+    """Phi: called with u (any shape, in [0, 1]) it gives Phi(u) in u's shape and device, as float32
+    at least, because float16 ends at 65,504.
+    """
 
     name: str
     Phi: Callable[[Tensor], Tensor]
     calibrated = True  # so that every prompt's reward has the same law under pi_ref
 
     def __call__(self, u: Tensor) -> Tensor:
-        return self.Phi(u)
+        return self.Phi(u.to(torch.promote_types(u.dtype, torch.float32)))
 
     def of_rewards(self, r: Tensor, r_ref: Tensor) -> Tensor:
         """Phi(C_hat) (B, M) of rewards r (B, M) against r_ref (B, K), in float64."""
         return self.Phi(calibrated_reward(r.double(), r_ref.double()))
 
-    def in_nats(self, Phi_C: Tensor, beta: float, Phi_ref: Tensor | None = None) -> Tensor:
+    def in_nats(self, Phi_C: Tensor, beta: float, r_ref: Tensor) -> Tensor:
         """R = Phi(C_hat) / beta in nats, raised to log Z - FLOOR where it is lower.
 
         At that floor the optimum pi_ref e^R / Z keeps e^-FLOOR of pi_ref's probability; less would
         change nothing. Without a floor exp-10 at 1 nat has R = -1,043 at C_hat = 0, and a few such
-        samples make up the whole gradient. Phi_ref: (P, K) Phi(C_hat) of pi_ref's samples, whose
-        mean e^R is a prompt's Z; None: C_hat is uniform on [0, 1].
+        samples make up the whole gradient. Phi_C: (P, G). r_ref: (P, K) rewards of pi_ref's
+        samples, whose mean e^R is the prompt's Z. Returns (P, G).
         """
-        if Phi_ref is None:
-            Phi_ref = self.Phi(midpoints(GRID))
-        log_Z = log_partition(Phi_ref.double() / beta)
+        log_Z = log_partition(self.of_rewards(r_ref, r_ref) / beta)  # (P, 1)
         return (Phi_C / beta).clamp(min=(log_Z - FLOOR).to(Phi_C))
 
 
@@ -105,7 +103,7 @@ class RawReward(Transform):
     def of_rewards(self, r: Tensor, r_ref: Tensor) -> Tensor:
         return self.Phi(r, r_ref)
 
-    def in_nats(self, Phi_C: Tensor, beta: float, Phi_ref: Tensor | None = None) -> Tensor:
+    def in_nats(self, Phi_C: Tensor, beta: float, r_ref: Tensor) -> Tensor:
         return Phi_C / beta
 
 

@@ -6,9 +6,9 @@
     from minictrl.trl import ctrl_reward
 
     prompts = Dataset.from_list([{"prompt": prompt} for prompt in load_prompts("helpful")[:1000]])
-    RLOOTrainer("Qwen/Qwen2.5-0.5B-Instruct", ctrl_reward("helpful", "exp10"),
-    train_dataset=prompts, args=RLOOConfig(beta=1.0, temperature=1.0, max_completion_length=256,
-    num_generations=8)).train()
+    reward = ctrl_reward("helpful", "exp10")
+    args = RLOOConfig(beta=1.0, temperature=1.0, max_completion_length=256, num_generations=8)
+    RLOOTrainer("Qwen/Qwen2.5-0.5B-Instruct", reward, train_dataset=prompts, args=args).train()
 
 RLOO's objective is ours: E[R] - beta KL(pi || pi_ref), k1 summed over the response. R is divided by
 CTRL's beta here, so **TRL's beta is 1.0**, and nothing may rescale rewards (reward_clip_range,
@@ -75,7 +75,7 @@ def ctrl_reward(
         same = calibration.rewards_of_samples(prompts)
         r = [known.get(y, score) for known, y, score in zip(same, texts, scores)]
         r = torch.tensor(r)[:, None]  # (B, 1)
-        return method.in_nats(method.Phi.of_rewards(r, r_ref), beta, r_ref)[:, 0].tolist()
+        return method.Phi.in_nats(method.Phi.of_rewards(r, r_ref), beta, r_ref)[:, 0].tolist()
 
     reward.__name__ = f"ctrl_{config.transform}"  # what TRL logs it under
     return reward

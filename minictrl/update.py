@@ -91,8 +91,10 @@ def freeze(policy: nn.Module, layers: int | None) -> None:
         raise ValueError(f"--layers {layers}: the policy has {count} blocks; use at most {count}")
     policy.requires_grad_(True)
     named = [(name.rpartition(".")[2], module) for name, module in policy.named_modules()]
-    embeddings = [  # BLOOM's have a norm of their own
-        module for name, module in named if isinstance(module, nn.Embedding) or "embed" in name
+    embeddings = [  # BLOOM's have a norm of their own, OPT-350m's a projection
+        module
+        for name, module in named
+        if isinstance(module, nn.Embedding) or "embed" in name or name == "project_in"
     ]
     lower = blocks[0][: -(layers or count)]
     for module in (*lower, *embeddings, policy.get_output_embeddings()):
@@ -110,7 +112,8 @@ def make_learner(policy: nn.Module, *, value_head: bool, lr: float = HEAD_LR) ->
     """
     head = None
     if value_head:
-        head = nn.Linear(policy.config.hidden_size, 1, device=policy.device)
+        width = policy.get_output_embeddings().weight.shape[1]  # OPT-350m's is not its hidden_size
+        head = nn.Linear(width, 1, device=policy.device)
         nn.init.zeros_(head.weight)
         nn.init.zeros_(head.bias)
     trained = [p for p in policy.parameters() if p.requires_grad]
@@ -206,8 +209,9 @@ def update(
 def _gradients(
     learner: Learner, batch: Batch, loss: Loss, index: Tensor, micro_batch: int
 ) -> dict[str, Tensor]:
-    """Gradients of the mean loss over the rows of an index, and the means of its statistics and of
-    itself."""
+    """Leaves the gradients of the mean loss over the rows of an index in the model; returns the row
+    means of the loss and of its statistics.
+    """
     learner.optimizer.zero_grad()
     totals = defaultdict(float)
     for piece in batch.pieces(index, micro_batch):

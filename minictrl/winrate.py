@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from minictrl.calibration import ranks
 from minictrl.procedures import get_procedure
 from minictrl.procedures.masses import at_least_1
 
@@ -78,10 +79,8 @@ def beaten(judge: Tensor, judge_ref: Tensor, weight_ref: Tensor) -> Tensor:
 
     judge: (P, M). judge_ref, weight_ref: (P, M').
     """
-    order, by = judge_ref.sort(1)
-    cumulative = pad(weight_ref.gather(1, by).cumsum(1), (1, 0))  # (P, M' + 1)
-    below = torch.searchsorted(order, judge)  # (P, M)
-    up_to = torch.searchsorted(order, judge, right=True)
+    cumulative = pad(weight_ref.gather(1, judge_ref.argsort(1)).cumsum(1), (1, 0))  # (P, M' + 1)
+    below, up_to = ranks(judge, judge_ref)  # (P, M)
     return (cumulative.gather(1, below) + cumulative.gather(1, up_to)) / 2
 
 

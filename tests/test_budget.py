@@ -86,7 +86,7 @@ def test_a_verifiers_beta_and_floor_are_those_of_its_levels(transform):
     method = get_method("ppo")(Config(transform=transform).resolved())
     r_ref = (torch.arange(100) < 20).float().expand(3, -1)
     beta = method.beta_for(1.5, r_ref)
-    R = method.in_nats(method.Phi.of_rewards(r_ref, r_ref), beta, r_ref).double()
+    R = method.Phi.in_nats(method.Phi.of_rewards(r_ref, r_ref), beta, r_ref).double()
     p = R.softmax(1)
     kl = (p * (p * 100).log()).sum(1)
     torch.testing.assert_close(kl, torch.full((3,), 1.5).double(), rtol=1e-3, atol=0)
@@ -99,11 +99,11 @@ def test_a_prompts_R_does_not_depend_on_the_others_of_its_batch():
     method = get_method("ppo")(Config(transform="exp-10").resolved())
     r_ref = torch.stack([(torch.arange(100) < 20).float(), torch.linspace(0, 1, 100)])
     beta = method.beta_for(1.0)
-    both = method.in_nats(method.Phi.of_rewards(r_ref, r_ref), beta, r_ref)
+    both = method.Phi.in_nats(method.Phi.of_rewards(r_ref, r_ref), beta, r_ref)
     for i in range(2):
         own = r_ref[i : i + 1]
         assert torch.equal(
-            both[i : i + 1], method.in_nats(method.Phi.of_rewards(own, own), beta, own)
+            both[i : i + 1], method.Phi.in_nats(method.Phi.of_rewards(own, own), beta, own)
         )
 
 

@@ -60,6 +60,21 @@ def test_samples_that_all_end_early_have_the_samplers_length():
     assert cut == 0
 
 
+def test_of_two_end_tokens_the_likelier_one_is_taken():
+    task = load_task(Config(prompts=12, K=2, max_new_tokens=12).resolved(), "train")
+    own, word = task.tokenizer.eos_token_id, task.tokenizer(" the")["input_ids"][0]
+    tokens, mask, _ = exchange.encoded(task, [[" a", " b"]] * 12)
+    for end in (own, word):  # what the policy gives to either after " a"
+        task.policy.generation_config.eos_token_id = [own, end]
+        found = exchange.likeliest(task, torch.zeros(12, 2), tokens, mask, 64)
+        each = exchange.with_logprobs(
+            task, torch.zeros(12, 2), tokens.masked_fill((tokens == own) & mask, end), mask, 64
+        )
+        with_own = exchange.with_logprobs(task, torch.zeros(12, 2), tokens, mask, 64)
+        best = max(each.logprobs.sum(), with_own.logprobs.sum())
+        assert found.logprobs.sum() == pytest.approx(best.item(), rel=1e-6)
+
+
 def test_samples_that_are_cut_have_the_rewards_of_what_is_left(rows, tmp_path):
     file = write(tmp_path / "f.jsonl", rows)
     config = Config(prompts=12, K=8, max_new_tokens=5, reference=file).resolved()

@@ -129,6 +129,16 @@ def test_what_a_function_does_wrong_is_one_line(name, message, file):
         load_scorer(f"{file}:{name}", "reward")(["a", "b"], ["abcd", "abc"])
 
 
+@pytest.mark.parametrize("bad", ["None", "'good'"])
+def test_a_score_that_is_no_number_is_named_with_its_text(bad, tmp_path):
+    (tmp_path / "f.py").write_text(
+        f"def f(prompts, texts): return [{bad} if y == ' b' else 1.0 for y in texts]\n"
+    )
+    with pytest.raises(ValueError, match="on the prompt 'x' and the text ' b'") as caught:
+        load_scorer(f"{tmp_path}/f.py:f", "reward")(["x"] * 3, [" a", " b", " c"])
+    assert "; return a list of one number per text" in str(caught.value)
+
+
 def test_scores_that_float32_cannot_tell_apart_are_said(file):
     file.write_text("def far(prompts, texts):\n    return [1e9 + len(text) for text in texts]\n")
     with pytest.warns(UserWarning, match="scores that differ tie as float32"):

@@ -19,7 +19,7 @@ import evaluate
 import train
 from minictrl import runs
 from minictrl.config import Config
-from minictrl.files import read_sealed
+from minictrl.files import check_writable, read_sealed, write_sealed
 from minictrl.task import load_task
 
 ROOT = Path(__file__).parent.parent
@@ -66,6 +66,7 @@ ROOT = Path(__file__).parent.parent
         (["--method", "ipo", "--K", "1"], "--K 1"),
         (["--transform", "standardised", "--K", "1"], "--K 1"),
         (["--method", "qrpo", "--transform", "none"], "calibrated"),
+        (["--transform", "none", "--kl", "5", "--K", "8"], "reach less than 2.08 nats"),
         (["--judge", ""], "--judge is empty"),
         (["--cache="], "--cache= is empty"),
         (["--column", "text"], "knows where its prompts are"),
@@ -181,6 +182,36 @@ def test_prompts_of_ones_own_that_are_longer_than_asked_for_are_left_out(tmp_pat
     with pytest.warns(UserWarning, match="1 longer prompts of .*p.jsonl are left out"):
         few = load_task(replace(config, max_prompt_tokens=6), "train").prompts
     assert len(few) == 11
+
+
+def test_where_no_held_out_prompt_is_left_the_split_is_named(tmp_path):
+    prompts = [f"{i}" + " long" * 40 * (i % 10 == 9) for i in range(30)]
+    task = prompts_file(tmp_path / "p.jsonl", prompts)
+    with pytest.raises(ValueError, match="every test prompt is longer than --max-prompt-tokens 20"):
+        train.main(["--task", task, "--max-prompt-tokens", "20", "--out", str(tmp_path / "run")])
+
+
+def test_what_a_run_lacks_is_found_before_any_run_is_evaluated(short_run, tmp_path, monkeypatch):
+    """A relative name from another directory, metrics that are gone."""
+    monkeypatch.chdir(tmp_path)
+    other = tmp_path / "other"
+    shutil.copytree(short_run, other)
+    before = (short_run / "eval.json").read_bytes()
+    stored = read_sealed(other / "config.json")
+    write_sealed(other / "config.json", stored | {"task": "data/prompts.jsonl"})
+    with pytest.raises(ValueError, match="other: its --task data/prompts.jsonl is no file in"):
+        evaluate.main([str(short_run), str(other), "--prompts", "8", "--samples", "4"])
+    write_sealed(other / "config.json", stored)
+    (other / "metrics.jsonl").unlink()
+    with pytest.raises(ValueError, match="holds no step"):
+        evaluate.main([str(short_run), str(other), "--prompts", "8", "--samples", "4"])
+    assert (short_run / "eval.json").read_bytes() == before
+
+
+def test_a_directory_that_cant_be_written_is_named(tmp_path):
+    check_writable(tmp_path)
+    with pytest.raises(ValueError, match="gone: can't be written"):
+        check_writable(tmp_path / "gone")
 
 
 def test_a_directory_of_a_tasks_name_is_no_data(tmp_path, monkeypatch):

@@ -230,3 +230,12 @@ def test_tpos_rows_are_groups_of_a_prompts_samples_with_their_own_R():
     batch = replace(rows, prompt=torch.zeros(12, 3), prompt_mask=torch.ones(12, 3))
     batch = replace(batch, mask=batch.mask * (torch.arange(5) < 2))
     assert batch.cut().tokens.shape == (12, 8, 2) and batch.cut().R.shape == (12, 8)
+
+
+@pytest.mark.parametrize(
+    "advantages, n",
+    [(max_at_n_advantages, 2), (leave_two_out_advantages, 2), (tail_extrapolated_advantages, 8)],
+)
+def test_advantages_of_whole_numbers_are_not_cut(advantages, n):
+    g = torch.tensor([[0, 0, 1, 1]])
+    torch.testing.assert_close(advantages(g, n), advantages(g.float(), n))

@@ -301,3 +301,11 @@ def test_shapes_that_do_not_match_are_refused():
     ):
         with pytest.raises(ValueError, match="must be"):
             call()
+
+
+@pytest.mark.parametrize("kind", [torch.int64, torch.bfloat16])
+def test_rewards_of_another_dtype_round_no_value(kind):
+    rewards, values = torch.tensor([[0.0, 0, 1]]), torch.tensor([[0.5, 0.6, 0.7]])
+    expected = gae(rewards, values, torch.ones(1, 3))
+    for got, want in zip(gae(rewards.to(kind), values, torch.ones(1, 3)), expected):
+        torch.testing.assert_close(got, want)

@@ -10,6 +10,8 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForSequenceClassification,
+    MistralConfig,
+    MistralForSequenceClassification,
 )
 
 import train
@@ -58,6 +60,22 @@ def test_a_prompt_too_long_for_the_context_loses_its_beginning(tmp_path):
     tokens, mask = ragged(["x" * 300])
     with pytest.raises(ValueError, match="context of 256 tokens is shorter than a response of 301"):
         score.of_prefixes(["x"], tokens, mask)
+
+
+def test_a_window_shorter_than_the_text_is_refused_at_the_start(tmp_path):
+    config = MistralConfig(**SIZE, num_labels=1, sliding_window=16)
+    reward = save(tmp_path / "reward", MistralForSequenceClassification(config))
+    tokens, mask = ragged([" is good"])
+    score = load_scorer(reward, "reward", device="cpu")
+    [short] = score.of_prefixes(["The"], tokens, mask)
+    torch.testing.assert_close(short[-1:], score(["The"], [" is good"]), atol=1e-4, rtol=0)
+    with pytest.raises(ValueError, match="see 16 tokens back, .* has up to 18; use --baseline loo"):
+        score.of_prefixes(["The film "], tokens, mask)
+    policy = save(tmp_path / "policy", GPT2LMHeadModel(GPT2))
+    flags = ["--policy", policy, "--reward", reward, "--out", str(tmp_path / "run")]
+    with pytest.raises(ValueError, match="see 16 tokens back"):
+        train.main([*flags, "--prompts", "4", "--baseline", "prefix"])
+    assert not (tmp_path / "run" / "config.json").exists()
 
 
 def test_what_ends_a_prefix_sees_the_prompt_its_prefix_and_itself():

@@ -18,6 +18,7 @@ from minictrl.lm.prompts import response_texts
 from minictrl.models import load_policy, load_scorer
 from minictrl.pretrain.fitting import fit, load_start, mean, save_fitted
 from minictrl.pretrain.from_pairs import chosen_share, sft_rows, train_pairs_task, wilson
+from minictrl.pretrain.pairs import load_pairs
 from minictrl.scorers.text import encoded, written
 
 WORDS = {"chosen": ("kind", "good", "nice"), "rejected": ("rude", "poor", "dull")}
@@ -136,6 +137,15 @@ def test_the_share_of_chosen_answers_counts_ties_half():
     pairs = [("x", str(a), str(b)) for a, b in ((2, 1), (1, 1), (1, 2), (3, 1))]
     read = lambda _, texts: torch.tensor([float(text) for text in texts])  # noqa: E731
     assert chosen_share(read, pairs) == 0.625
+
+
+def test_pairs_of_one_answer_are_left_out_and_counted(tmp_path):
+    file = tmp_path / "pairs.jsonl"
+    rows = [{"prompt": f"p{i}", "chosen": "a", "rejected": "ab"[i % 3 > 0]} for i in range(30)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.warns(UserWarning, match="10 of 30 pairs have the same answer twice"):
+        pairs = load_pairs(str(file), "train")
+    assert {(chosen, rejected) for _, chosen, rejected in pairs} == {("a", "b")}
 
 
 def test_four_pairs_of_four_prove_little():

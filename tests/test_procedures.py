@@ -234,3 +234,9 @@ def test_weights_that_are_no_probabilities_are_told(monkeypatch):
     r = torch.rand(4, 3, 8)
     with pytest.raises(ValueError, match="procedure bon: its weights of 8 samples"):
         win_rates(*r, "bon", 2)
+
+
+def test_best_of_500_of_1000_weighs_the_largest_by_a_half():
+    weights = get_procedure("bon").weights(torch.arange(1000.0).double()[None], 500)[0]
+    assert weights[-1] == pytest.approx(0.5) and weights.sum() == pytest.approx(1)
+    assert weights[-2] == pytest.approx(0.5 * 500 / 999)

@@ -5,6 +5,7 @@ Tiny random models. Where tokens must be equal they are float64: rounding in flo
 draw.
 """
 
+import math
 from functools import partialmethod
 
 import numpy as np
@@ -285,6 +286,12 @@ def test_dropout_is_off_while_sampling():
         (dict(num_samples=0), "num_samples=0"),
         (dict(temperature=0.0), "temperature=0"),
         (dict(batch_size=0), "batch_size=0"),
+        (dict(num_samples=2.0), "num_samples=2.0: must be a whole number"),
+        (dict(num_samples=None), "num_samples=None"),
+        (dict(temperature="1"), "temperature='1'"),
+        (dict(temperature=math.inf), "temperature=inf"),
+        (dict(seed=1.5), "seed=1.5: must be a whole number"),
+        (dict(prompts=(text for text in ())), "no prompts"),
     ],
 )
 def test_bad_input_is_named(change, says):

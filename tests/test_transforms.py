@@ -11,6 +11,8 @@ from minictrl.transforms import FLOOR, get_transform
 
 u = torch.linspace(0, 1, 201)  # the values of C_hat at K = 100
 
+UNIFORM = cells.midpoints(10_000)[None]
+
 
 @pytest.mark.parametrize(
     "name", ["identity", "log", "exp5", "exp-10", "exp0.5", "bon_fp", "won_fp", "optimal"]
@@ -66,7 +68,7 @@ def test_rewinds_optimum_jumps_down_at_its_threshold():
 def test_the_floor_bounds_the_objective_and_leaves_its_optimum_where_it_is(name):
     beta, grid = theory.beta_for_kl(name, 1.0), cells.midpoints(100_000)
     Phi = get_transform(name, beta=beta)
-    free, floored = Phi(grid) / beta, Phi.in_nats(Phi(grid), beta)
+    free, floored = Phi(grid) / beta, Phi.in_nats(Phi(grid), beta, UNIFORM)[0]
     log_Z = free.logsumexp(0) - math.log(len(grid))
     assert floored.min() >= log_Z - FLOOR - 1e-3
     assert (free.softmax(0) - floored.softmax(0)).abs().sum() / 2 < 1e-4  # total variation
@@ -75,7 +77,7 @@ def test_the_floor_bounds_the_objective_and_leaves_its_optimum_where_it_is(name)
     if name == "exp10":
         assert torch.equal(free, floored)  # spans less than the floor
     raw = torch.tensor([-1e3, 2.0])
-    assert torch.equal(get_transform("none").in_nats(raw, beta), raw / beta)
+    assert torch.equal(get_transform("none").in_nats(raw, beta, UNIFORM), raw / beta)
 
 
 @pytest.mark.parametrize("name, procedure", [("exp-10", "won"), ("log", "bon")])
@@ -84,7 +86,11 @@ def test_the_floor_costs_nothing_far_from_pi_ref_either(name, procedure):
     beta = theory.beta_for_kl(name, 4.0, procedure=procedure)
     Phi = get_transform(name, procedure=procedure, beta=beta)
     free = theory.at_kl(name, 4.0, procedure, 4)
-    (_, (floored,)) = theory.tradeoff(lambda u: Phi.in_nats(Phi(u), beta), procedure, 4, [1.0])
+
+    def tilted(u):
+        return Phi.in_nats(Phi(u), beta, UNIFORM).view_as(u)
+
+    (_, (floored,)) = theory.tradeoff(tilted, procedure, 4, [1.0])
     assert abs(free - floored) < 5e-4
 
 
@@ -126,3 +132,9 @@ def test_a_transform_without_an_upper_end_is_refused(monkeypatch):
     with pytest.raises(ValueError, match=r"'logit': Phi\(1\) is inf.*bound it"):
         get_transform("logit")
     assert get_transform("log")(torch.zeros(1)).isfinite()  # the lower end is bounded by K
+
+
+def test_phi_of_half_precision_does_not_overflow():
+    for name in ("exp20", "bon_fp"):
+        Phi = get_transform(name, beta=1.0)
+        assert torch.equal(Phi(u.half()), Phi(u.half().float()))

@@ -10,15 +10,25 @@ from tokenizers import Tokenizer, decoders, models, normalizers, processors
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    BartConfig,
+    BartForCausalLM,
     BertConfig,
     BertForSequenceClassification,
     BloomConfig,
     BloomForCausalLM,
+    FNetConfig,
+    FNetForSequenceClassification,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
     GPT2ForSequenceClassification,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
+    OpenAIGPTConfig,
+    OpenAIGPTLMHeadModel,
+    OPTConfig,
+    OPTForCausalLM,
     Phi3Config,
     Phi3ForCausalLM,
     PreTrainedTokenizerFast,
@@ -30,7 +40,7 @@ import train
 from minictrl.lm.prompts import encode_prompts, response_texts
 from minictrl.models import load_policy, load_scorer
 from minictrl.sampling import sample
-from minictrl.update import freeze
+from minictrl.update import freeze, make_learner
 
 
 def metaspace() -> PreTrainedTokenizerFast:
@@ -259,3 +269,62 @@ def test_a_norm_of_the_embeddings_is_not_trained():
 def test_more_blocks_than_there_are_is_refused():
     with pytest.raises(ValueError, match="--layers 9: the policy has 2 blocks; use at most 2"):
         freeze(GPT2LMHeadModel(GPT2), 9)
+
+
+def test_a_policy_whose_padding_moves_its_positions_is_refused(tmp_path):
+    config = BartConfig(
+        vocab_size=300, d_model=32, decoder_layers=1, decoder_attention_heads=2,
+        decoder_ffn_dim=32, max_position_embeddings=64,
+    )  # fmt: skip
+    save(tmp_path, BartForCausalLM(config))
+    with pytest.raises(ValueError, match="BartForCausalLM counts its positions from the padding"):
+        load_policy(str(tmp_path))
+
+
+def test_a_policy_without_a_cache_is_refused(tmp_path):
+    config = OpenAIGPTConfig(vocab_size=300, n_embd=32, n_layer=1, n_head=2, n_positions=64)
+    save(tmp_path, OpenAIGPTLMHeadModel(config))
+    with pytest.raises(ValueError, match="keeps no keys and values"):
+        load_policy(str(tmp_path))
+
+
+def test_an_encoder_that_reads_its_padding_is_refused(tmp_path):
+    config = FNetConfig(
+        vocab_size=300, hidden_size=32, num_hidden_layers=1, intermediate_size=32, num_labels=1,
+        max_position_embeddings=64, tpu_short_seq_length=64,
+    )  # fmt: skip
+    save(tmp_path, FNetForSequenceClassification(config))
+    with pytest.raises(ValueError, match="reads the padding"):
+        load_scorer(str(tmp_path), "reward", device="cpu")
+
+
+def test_a_label_of_several_that_may_hold_together_has_its_own_log_odds(tmp_path):
+    labels = {0: "toxic", 1: "threat", 2: "insult"}
+    config = BertConfig(**SIZE, id2label=labels, problem_type="multi_label_classification")
+    model = BertForSequenceClassification(config).eval()
+    save(tmp_path, model)
+    score = load_scorer(f"{tmp_path}#threat", "reward", device="cpu")
+    with torch.no_grad():
+        expected = model(**tokenizer()("It was bad", return_tensors="pt")).logits[0, 1]
+    assert score(["It was"], [" bad"]).item() == pytest.approx(expected.item(), abs=1e-5)
+
+
+def test_a_model_of_text_and_images_is_refused_by_name(tmp_path):
+    text = dict(vocab_size=300, hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
+                num_key_value_heads=1, head_dim=16, intermediate_size=32)  # fmt: skip
+    sight = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+    config = Gemma3Config(text_config=text, vision_config=sight)
+    save(tmp_path, Gemma3ForConditionalGeneration(config))
+    with pytest.raises(ValueError, match="reads more than text; give its text model"):
+        load_policy(str(tmp_path))
+
+
+def test_a_projection_below_the_blocks_is_not_trained_and_a_value_head_fits_behind_one():
+    config = OPTConfig(
+        vocab_size=300, hidden_size=32, word_embed_proj_dim=16, num_hidden_layers=2, ffn_dim=32,
+        num_attention_heads=2, max_position_embeddings=64,
+    )  # fmt: skip
+    policy = OPTForCausalLM(config)
+    freeze(policy, 1)
+    assert not policy.model.decoder.project_in.weight.requires_grad
+    assert make_learner(policy, value_head=True).value_head.in_features == 16

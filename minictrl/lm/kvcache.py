@@ -72,7 +72,7 @@ def forward(model, ids: Tensor, cache=None, *, last: int = 0, **kwargs):
     """
     plain = is_plain(model)
     model = model if plain else model.base_model
-    names = _arguments(type(model))
+    names = arguments(type(model))
     if plain and "logits_to_keep" in names:
         kwargs["logits_to_keep"] = last
     if cache is not None:
@@ -84,7 +84,7 @@ def forward(model, ids: Tensor, cache=None, *, last: int = 0, **kwargs):
 
 
 @functools.cache
-def _arguments(model_class) -> frozenset[str]:
+def arguments(model_class) -> frozenset[str]:
     return frozenset(inspect.signature(model_class.forward).parameters)
 
 

@@ -106,5 +106,6 @@ def check_lengths(model, prompts, ids, max_new_tokens: int) -> None:
         raise ValueError(
             f"prompt {longest} ({prompts[longest][:40]!r}…) has {len(ids[longest])} tokens; with "
             f"max_new_tokens={max_new_tokens} that is more than the model's context of {context}: "
-            "shorten the prompt or the response"
+            "shorten it or the response (train.py: --max-prompt-tokens leaves it out, "
+            "--max-new-tokens cuts the response)"
         )

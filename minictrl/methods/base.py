@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor
 from minictrl import budget, ppo, theory
 from minictrl.batch import Batch
 from minictrl.config import Config
+from minictrl.procedures import get_procedure
+from minictrl.procedures.cells import OutOfReach
 from minictrl.procedures.masses import mass_win_rate
 from minictrl.procedures.optimum import FIXED_POINTS
 from minictrl.reference import Reference
@@ -45,6 +48,14 @@ class Method:
         """
         halves = torch.tensor([0.5, 0.5], dtype=torch.float64)
         mass_win_rate(halves, halves, config.procedure, config.n)  # raises if n is too large
+        procedure = get_procedure(config.procedure)
+        try:
+            procedure.weights(torch.zeros(1, procedure.samples(config.n)), config.n)
+        except NotImplementedError:
+            raise ValueError(
+                f"--procedure {config.procedure}: has no `weights`, without which no run could be "
+                "evaluated; add them to its file"
+            ) from None
         solved_for = FIXED_POINTS.get(config.transform) or config.procedure
         if solved_for != config.procedure:
             warnings.warn(
@@ -66,6 +77,11 @@ class Method:
         """
         c = self.config
         if c.transform in RAW and r_ref is None:
+            if kl >= math.log(c.K):
+                raise OutOfReach(
+                    f"--kl {kl:g}: {c.K} samples without their calibration reach less than "
+                    f"{math.log(c.K):.2f} nats; use a smaller --kl, or more samples (--K)"
+                )
             return None
         if r_ref is not None and (c.transform in RAW or theory.tied(r_ref, c.procedure, c.n)):
             return budget.empirical_beta(self.Phi.of_rewards(r_ref, r_ref), kl)
@@ -73,10 +89,6 @@ class Method:
         if c.kl is not None and kl > c.kl:  # a step's, to bring a policy that lags to the budget
             K, kl = None, min(kl, theory.MAX_KL)
         return budget.beta_for(c.transform, kl, procedure=c.procedure, n=c.n, K=K)
-
-    def in_nats(self, Phi_C: Tensor, beta: float, r_ref: Tensor) -> Tensor:
-        """R (P, G) = Phi(C_hat) / beta with its floor (`Transform.in_nats`). r_ref: (P, K)."""
-        return self.Phi.in_nats(Phi_C, beta, self.Phi.of_rewards(r_ref, r_ref))
 
     def loss(
         self, logprobs: Tensor, values: Tensor | None, batch: Batch
@@ -115,7 +127,7 @@ class Online(Method):
 
         r: (P, G) rewards. r_ref: (P, K) those of pi_ref. Phi_C: (P, G) Phi(C_hat).
         """
-        return self.in_nats(Phi_C, beta, r_ref)
+        return self.Phi.in_nats(Phi_C, beta, r_ref)
 
     def with_loss_inputs(self, batch: Batch, reference: Reference, beta: float) -> Batch:
         """The batch, with what else the loss reads. reference: the samples of its prompts."""

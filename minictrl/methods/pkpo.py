@@ -32,7 +32,10 @@ class Method(Online):
         if config.procedure == "standard":
             return
         if config.n > config.K:
-            raise ValueError(f"--n {config.n}: more than the --K {config.K} reference samples")
+            raise ValueError(
+                f"--n {config.n}: more than the --K {config.K} reference samples; use a "
+                "smaller n, or more samples"
+            )
         if config.n > cls.largest_n(config.G):
             raise ValueError(
                 f"--n {config.n}: {config.method} looks for the best of n among the --G {config.G} "
@@ -81,6 +84,7 @@ def max_at_n_advantages(g: Tensor, n: int, baseline: bool = True) -> Tensor:
     the group's mean: that multiplies them by 1 - n/G, against an unscaled KL.
     """
     check_samples("g", g, n, least=2 if baseline else 1)
+    g = g.to(torch.promote_types(g.dtype, torch.float32))
     G = g.shape[1]
     values, order = g.double().sort(1)
     subsets = math.comb(G, n)

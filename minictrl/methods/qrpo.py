@@ -44,7 +44,7 @@ def check_calibrated(config: Config) -> None:
 def reference_R(method: Base, r_ref: Tensor, beta: float) -> Tensor:
     """(P, K) R of the reference samples, each calibrated against the prompt's other K - 1."""
     C_hat = leave_one_out_calibration(r_ref)
-    return method.in_nats(method.Phi(C_hat.double()), beta, r_ref)
+    return method.Phi.in_nats(method.Phi(C_hat.double()), beta, r_ref)
 
 
 def qrpo_loss(logprobs: Tensor, ref_logprobs: Tensor, R: Tensor, log_Z: float | Tensor) -> Tensor:

@@ -57,7 +57,7 @@ def main(argv=None):
     add("--students", type=Path, metavar="DIR", help=text)
     text = "one step, of the teachers where --teachers is given alone, else of the students"
     add("--only", choices=teachers.STEPS, help=text)
-    text = "of the teacher's text, some 17,000 tokens each (150)"
+    text = "of the teacher's text, some 17,000 tokens each (default 24)"
     add("--shards", type=whole(), default=24, help=text)
     add("--task", help="instead, models from preference pairs: a task or a .jsonl file")
     add("--policy", help="pairs: what to start from (default: the task's policy)")

@@ -7,6 +7,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,6 +26,7 @@ from minictrl.scorers.text import scorer_tokenizer
 from minictrl.update import Learner
 
 SAVE_SECONDS = 300  # between checkpoints
+WARMUP = 20  # steps
 RNG = "rng"  # dropout's generator in a checkpoint, beside what a `Learner` has
 
 
@@ -99,46 +101,47 @@ def fit(
     minutes, from which an interrupted call goes on. Out of GPU memory, a batch is tried again in
     smaller micro-batches. Raises ValueError if one row alone doesn't fit.
     """
-    gpu = model.device.type == "cuda"
-    if gpu:
+    if model.device.type == "cuda":
         model.gradient_checkpointing_enable()
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=weight_decay
     )
     rng = random.Random(seed)
-    schedule = [chunk for _ in range(epochs) for chunk in shuffled(rows, batch, rng)]
+    batches = [chunk for _ in range(epochs) for chunk in shuffled(rows, batch, rng)]
     model.train()
     torch.manual_seed(seed)  # of dropout
     checkpoint = checkpoint_of(out)
     first, saved = resume(checkpoint, model, optimizer), time.monotonic()
-    for step, chunk in enumerate(bar := tqdm(schedule, out.name, disable=None)):
+    for step, chunk in enumerate(bar := tqdm(batches, out.name, disable=None)):
         if step < first:
             continue
         if time.monotonic() - saved > SAVE_SECONDS:
             save_step(checkpoint, model, optimizer, step)
             saved = time.monotonic()
-        optimizer.param_groups[0]["lr"] = lr * min(1, (step + 1) / 20) * (1 - step / len(schedule))
-
-        def gradients(micro_batch: int, chunk=chunk) -> float:
-            optimizer.zero_grad()
-            total = 0.0
-            for i in range(0, len(chunk), micro_batch):
-                with torch.autocast("cuda", torch.bfloat16, enabled=gpu):
-                    value = loss(chunk[i : i + micro_batch]) / len(chunk)
-                value.backward()
-                total += float(value.detach())
-            return total
-
-        total, micro_batch = halving(micro_batch, gradients)
-        norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        if not norm.isfinite():
+        share = min(1, (step + 1) / WARMUP) * (1 - step / len(batches))
+        optimizer.param_groups[0]["lr"] = lr * share
+        value, micro_batch = halving(micro_batch, partial(gradients, model, loss, chunk))
+        if not nn.utils.clip_grad_norm_(model.parameters(), 1.0).isfinite():
             raise ValueError(
-                f"{out.name}: the gradient of step {step + 1} of {len(schedule)} is not finite, "
-                f"and has changed no weight; use a lower --lr than {lr:g}, or --device cpu"
+                f"{out.name}: the gradient of step {step + 1} of {len(batches)} is not finite, "
+                f"and has changed no weight; use a lower --lr than {lr:g} and a new --out, or "
+                "--device cpu"
             )
         optimizer.step()
-        bar.set_postfix_str(f"loss {total:.3f}")
+        bar.set_postfix_str(f"loss {value:.3f}")
     model.eval()
+
+
+def gradients(model: nn.Module, loss: Callable, batch: list, micro_batch: int) -> float:
+    """Leaves the gradients of a batch's mean loss in the model, from micro-batches; returns it."""
+    model.zero_grad()
+    total = 0.0
+    for i in range(0, len(batch), micro_batch):
+        with torch.autocast("cuda", torch.bfloat16, enabled=model.device.type == "cuda"):
+            value = loss(batch[i : i + micro_batch]) / len(batch)
+        value.backward()
+        total += float(value.detach())
+    return total
 
 
 def checkpoint_of(out: Path) -> Path:

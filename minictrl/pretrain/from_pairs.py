@@ -79,12 +79,7 @@ def train_pairs_task(
         if not 0 < value < math.inf:
             raise ValueError(f"--{flag} {value}: use a positive number")
     place, out = resolve_device(device), Path(out)
-    train, test = (
-        load_pairs(task, split, column=column, skip_bad=skip_bad) for split in ("train", "test")
-    )
-    for pairs in (train, test):
-        random.Random(seed).shuffle(pairs)
-    train, test = train[:limit], test[:limit]
+    train, test = read_pairs(task, limit, seed, column=column, skip_bad=skip_bad)
     halves = halved(task, train, test)
     options = dict(epochs=epochs, batch=batch, micro_batch=micro_batch, lr=lr, seed=seed)
     settings = dict(options, task=task, policy=policy, base=base, limit=limit, tokens=max_tokens)
@@ -102,10 +97,29 @@ def train_pairs_task(
     start = base or str(out / "policy")
     if base is None:
         sides = pair_rows(start, [*halves, test], max_tokens)
+    return result | train_scorers(start, out, sides, test, place, **options)
+
+
+def read_pairs(task: str, limit: int | None, seed: int, **rules) -> list[list[Pair]]:
+    """Training and test pairs in random order, at most `limit` of each. rules: of `load_pairs`."""
+    parts = [load_pairs(task, split, **rules) for split in ("train", "test")]
+    for pairs in parts:
+        random.Random(seed).shuffle(pairs)
+    return [pairs[:limit] for pairs in parts]
+
+
+def train_scorers(
+    start: str, out: Path, sides: list[list], test: list[Pair], device: torch.device, **options
+) -> dict[str, float]:
+    """Trains the reward model and the judge where `out` lacks them; returns what they do on test.
+
+    sides: `pair_rows` of the reward model's half, the judge's half and the test.
+    """
     *parts, held_out = sides
+    result = {}
     for part, role in zip(parts, ("reward", "judge")):
         if not (out / role / "config.json").is_file():
-            bradley_terry(start, out / role, part, held_out, place, **options)
+            bradley_terry(start, out / role, part, held_out, device, **options)
         scorer = load_scorer(str(out / role), role, device=device)
         result |= report(role, chosen_share(scorer, test), len(test), len(part))
     return result

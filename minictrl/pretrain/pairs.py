@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from functools import partial
 
 from minictrl.config import TASKS
@@ -23,7 +24,7 @@ Pair = tuple[Prompt, str, str]  # prompt, chosen, rejected
 
 
 def load_pairs(
-    task_or_data: str,
+    task_or_file: str,
     split: str = "train",
     *,
     column: str | None = None,
@@ -39,23 +40,32 @@ def load_pairs(
     prompts are. split: as in `load_prompts`, by prompt.
     """
     check_split(split)
-    if task_or_data not in TASKS:
+    if task_or_file not in TASKS:
         function = partial(pair_of, column=column)
-        pairs = convert(read_own(task_or_data), function, skip_bad=bool(skip_bad))
+        pairs = differing(convert(read_own(task_or_file), function, skip_bad=bool(skip_bad)))
         held_out = {key(prompt) for prompt, _, _ in unique(pairs)[9::10]}
         return [pair for pair in pairs if (key(pair[0]) in held_out) == (split == "test")]
-    entry = TASKS[task_or_data]
+    entry = TASKS[task_or_file]
     source = entry.get("pairs", entry.get("data"))
     if source is None:
         raise ValueError(
-            f"task {task_or_data!r} has no preference pairs: use a file, or one of "
+            f"task {task_or_file!r} has no preference pairs: use a file, or one of "
             f"{', '.join(name for name in TASKS if 'data' in TASKS[name])}"
         )
-    return convert(
-        read_hub(source, split),
-        pair_of,
-        skip_bad=source["skip_bad"] if skip_bad is None else skip_bad,
-    )
+    skip_bad = source["skip_bad"] if skip_bad is None else skip_bad
+    return differing(convert(read_hub(source, split), pair_of, skip_bad=skip_bad))
+
+
+def differing(pairs: list[Pair]) -> list[Pair]:
+    """The pairs of two answers; one answer given twice teaches nothing, and a warning says so."""
+    kept = [pair for pair in pairs if pair[1] != pair[2]]
+    if len(kept) < len(pairs):
+        warnings.warn(
+            f"{len(pairs) - len(kept)} of {len(pairs)} pairs have the same answer twice, and are "
+            "left out",
+            stacklevel=3,
+        )
+    return kept
 
 
 def pair_of(row, column: str | None = None) -> Pair:

@@ -216,7 +216,7 @@ def train_student_policy(
     """
     torch.manual_seed(seed)
     model = small_gpt2(teacher, tokenizer, n_embd=n_embd, n_layer=n_layer, n_head=n_head)
-    lessons, own = reviews + written, len(reviews.ids)
+    lessons, of_reviews = reviews + written, len(reviews.ids)
     rows = repeat * lessons.rows[: len(reviews.rows)] + lessons.rows[len(reviews.rows) :]
     length = sum(len(part) for _, part in rows) / len(rows)
 
@@ -229,11 +229,10 @@ def train_student_policy(
         index = torch.cat([torch.arange(part.start, part.stop) for _, part in chunk])  # (n,)
         hidden = model.transformer(ids).last_hidden_state[:, :-1][kept]
         logq = model.lm_head(hidden).log_softmax(-1)  # (n, V)
-        p = lessons.logprobs[index].float().softmax(-1)
-        soft = -(p * logq.gather(1, lessons.ids[index].long())).sum(-1)
-        exact = -logq.gather(1, ids[:, 1:][kept][:, None])[:, 0]
-        share = hard * (index < own)
-        return ((1 - share) * soft + share * exact).sum() / length
+        own = ids[:, 1:][kept]  # (n,) the text's own tokens
+        share = hard * (index < of_reviews)
+        each = distillation_loss(logq, own, lessons.ids[index], lessons.logprobs[index], share)
+        return each.sum() / length
 
     fit(
         model,
@@ -248,6 +247,19 @@ def train_student_policy(
         weight_decay=0.1,
     )
     save_fitted(model.half(), tokenizer, out)
+
+
+def distillation_loss(
+    logq: Tensor, own: Tensor, ids: Tensor, logprobs: Tensor, share: Tensor
+) -> Tensor:
+    """(n,) nats: cross-entropy to the teacher's likeliest tokens, for a share to the own token.
+
+    logq: (n, V) of the student. own: (n,) tokens. ids, logprobs: (n, top). share: (n,) in [0, 1].
+    """
+    p = logprobs.float().softmax(-1)
+    soft = -(p * logq.gather(1, ids.long())).sum(-1)
+    hard = -logq.gather(1, own[:, None])[:, 0]
+    return (1 - share) * soft + share * hard
 
 
 # --- reward model and judge ---

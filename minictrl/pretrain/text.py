@@ -23,6 +23,7 @@ from minictrl.files import in_one_step
 from minictrl.models import load_policy, save_policy
 from minictrl.pretrain.ratings import cuts, split_of
 from minictrl.pretrain.vocabulary import prune
+from minictrl.sampling import Samples
 
 TEMPERATURE = 0.8  # of all that the student learns from: it leaves the teacher fewer accidents
 
@@ -75,7 +76,7 @@ def write_text(
 
     NNNNN.jsonl.gz: a line {"prompt", "texts", "ended"} for each prompt.
     NNNNN.safetensors: tokens (prompts, num_samples, T), EOS from the end on; ids and logprobs of
-    the likeliest tokens, (prompts, num_samples, T, top), as `recorded` has them but ids in int32.
+    the likeliest tokens, (prompts, num_samples, T, top), as `recorded` has them.
     """
     out.mkdir(parents=True, exist_ok=True)
     todo = [i for i in range(shards) if not (out / f"{i:05}.jsonl.gz").is_file()]
@@ -89,7 +90,7 @@ def write_text(
         generator = torch.Generator().manual_seed(seed + turn)
         order = torch.randperm(len(texts), generator=generator).tolist()
         part = [texts[j] for j in order[first : first + prompts]]
-        with recorded(len(part) * num_samples, max_new_tokens, top) as (ids, logprobs):
+        with recorded(len(part) * num_samples, max_new_tokens, top) as taught:
             drawn = sampling.sample(
                 model,
                 tokenizer,
@@ -99,22 +100,17 @@ def write_text(
                 temperature=TEMPERATURE,
                 seed=seed + 1000 + turn,
             )
-        shape = (len(part), num_samples, max_new_tokens, top)
-        save_file(
-            {
-                "tokens": drawn.tokens.to(torch.int32),
-                "logprobs": logprobs.view(shape),
-                "ids": ids.to(torch.int32).view(shape),
-            },
-            out / f"{i:05}.safetensors",
-        )
-        ended = (drawn.tokens == tokenizer.eos_token_id).any(-1).tolist()
-        rows = [
-            {"prompt": x, "texts": y, "ended": e}
-            for x, y, e in zip(part, drawn.texts, ended, strict=True)
-        ]
-        lines = "".join(json.dumps(row) + "\n" for row in rows)
-        # the last of the two: the shard is whole
-        with in_one_step(out / f"{i:05}.jsonl.gz") as path:
-            path.write_bytes(gzip.compress(lines.encode()))
+        save_shard(out / f"{i:05}", part, drawn, *taught, tokenizer.eos_token_id)
         print(f"text: shard {i}, {int(drawn.mask.sum())} tokens", flush=True)
+
+
+def save_shard(path: Path, prompts: list, drawn: Samples, ids: Tensor, logprobs: Tensor, eos: int):
+    """PATH.safetensors, then PATH.jsonl.gz, which says that the shard is whole."""
+    P, M, T = drawn.tokens.shape
+    taught = {"ids": ids.view(P, M, T, -1), "logprobs": logprobs.view(P, M, T, -1)}
+    save_file({"tokens": drawn.tokens.int()} | taught, f"{path}.safetensors")
+    ended = (drawn.tokens == eos).any(-1).tolist()
+    rows = zip(prompts, drawn.texts, ended, strict=True)
+    lines = (json.dumps({"prompt": x, "texts": y, "ended": e}) + "\n" for x, y, e in rows)
+    with in_one_step(Path(f"{path}.jsonl.gz")) as temporary:
+        temporary.write_bytes(gzip.compress("".join(lines).encode()))

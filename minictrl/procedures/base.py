@@ -64,26 +64,31 @@ class ByRank(Procedure):
 
     def mass_after(self, mass: Tensor, edges: Tensor, n: int) -> Tensor:
         F, W = cdf(mass), self.lowest(n)
-        # Most W_k are 0, or 1. That constant is taken off all of them, and its terms are left out:
-        # `kept` moves as a whole, which its differences don't see.
-        constant = 0 if W.count(0) >= W.count(1) else 1
-        kept = torch.zeros_like(F)
-        for k, each in enumerate(W):
-            if each != constant:
-                ways = math.comb(n, k)
-                if ways > sys.float_info.max:
-                    raise ValueError(f"n {n}: too many draws to be ranked; use at most 1000")
-                kept = kept + (each - constant) * ways * F**k * (1 - F) ** (n - k)
+        kept = torch.zeros_like(F)  # but for a constant, which the differences don't see
+        for k, each in varying(W)[1]:
+            ways = math.comb(n, k)
+            if ways > sys.float_info.max:
+                raise ValueError(f"n {n}: too many draws to be ranked; use at most 1000")
+            kept = kept + each * ways * F**k * (1 - F) ** (n - k)
         return kept.diff()
 
     def weights(self, select: Tensor, n: int, select_ref: Tensor | None = None) -> Tensor:
         M, W = select.shape[1], self.lowest(n)
 
+        constant, terms = varying(W)
+        subsets = math.comb(M, n)
+
         def kept(m: int) -> float:
-            ways = (math.comb(m, k) * math.comb(M - m, n - k) for k in range(n + 1))
-            return sum(each * (way / math.comb(M, n)) for each, way in zip(W, ways))
+            ways = ((math.comb(m, k) * math.comb(M - m, n - k), each) for k, each in terms)
+            return constant + sum(each * (way / subsets) for way, each in ways)
 
         return by_rank(select, [kept(m) for m in range(M + 1)])
+
+
+def varying(W: list[float]) -> tuple[int, list[tuple[int, float]]]:
+    """(c, [(k, W_k - c) where that isn't 0]), c being 0 or 1: most W_k are one of the two."""
+    constant = 0 if W.count(0) >= W.count(1) else 1
+    return constant, [(k, each - constant) for k, each in enumerate(W) if each != constant]
 
 
 def by_rank(select: Tensor, lowest: list[float]) -> Tensor:

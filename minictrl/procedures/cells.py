@@ -31,8 +31,12 @@ def grid(cells: int) -> Tensor:
 
 @lru_cache(maxsize=8)
 def spacings(K: int) -> Tensor:
-    """(prompts, K + 1) gaps between K sorted draws of C under pi_ref: what each C_hat = k / K
-    covers, per prompt. 2,000 prompts, or fewer where K is large and they differ less.
+    """(prompts, K + 1) gaps between K sorted uniform draws: what each C_hat = k / K covers, per
+    prompt.
+
+    The theory of K samples is the mean over these simulated prompts, from a fixed seed: 2,000, or
+    fewer where K is large and they differ less. Their error is 0.2 points of a win rate at K = 5,
+    less than 0.05 at K = 100.
     """
     prompts = min(2000, max(10, 4_000_000 // K))
     gaps = -torch.log1p(
@@ -90,8 +94,8 @@ class OutOfReach(ValueError):
 def tilt_to_kl(
     Phi: Tensor, kl: float, ref: Tensor, base: Tensor | float = 0.0, scale: float | None = None
 ) -> tuple[Tensor, float]:
-    """(log pi/pi_ref, scale) of the tilt at this KL: Newton's method in a bracket, for KL rises
-    with scale.
+    """(log pi/pi_ref, scale) of the tilt at this KL, scale being 1/beta: Newton's method in a
+    bracket, because KL rises with scale.
 
     Raises OutOfReach: a Phi that is largest on a part of [0, 1] has no KL above -log of that part.
     """

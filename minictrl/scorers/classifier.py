@@ -7,6 +7,7 @@ forward pass: `prefix_scores`.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 
 import torch
@@ -19,6 +20,8 @@ from minictrl.lm.prompts import left_pad
 from minictrl.scorers.text import by_length, in_batches, scorer_tokenizer, written
 
 GAP = " \0"  # in a response's place; a chat template may strip its space
+# a label's logit is by itself its log-odds, or its score
+APART = ("multi_label_classification", "regression")
 
 
 def load_classifier(name: str, role: str, label: str, device: torch.device):
@@ -29,7 +32,8 @@ def load_classifier(name: str, role: str, label: str, device: torch.device):
     """
     model = from_hub(AutoModelForSequenceClassification, f"{role} model", name, dtype="auto").eval()
     head = getattr(model, "score", None)  # of a causal model, read at the last token
-    at_end = head is not None and model.config.pad_token_id is None  # else that isn't padding
+    given = model.config.get_text_config().pad_token_id
+    at_end = head is not None and given is None  # else that isn't padding
     tokenizer = scorer_tokenizer(model, name, role)
     padding = None if at_end else tokenizer.pad_token_id
     labels = [model.config.id2label[i] for i in range(model.config.num_labels)]
@@ -42,10 +46,9 @@ def load_classifier(name: str, role: str, label: str, device: torch.device):
         head.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
 
     def of_logits(logits: Tensor) -> Tensor:  # (…, labels) -> (…)
-        logits = logits.float()
-        if len(labels) == 1:
-            return logits[..., 0]
-        this = labels.index(label)
+        logits, this = logits.float(), labels.index(label) if label else 0
+        if len(labels) == 1 or model.config.problem_type in APART:
+            return logits[..., this]
         others = torch.cat([logits[..., :this], logits[..., this + 1 :]], -1)
         return logits[..., this] - others.logsumexp(-1)
 
@@ -98,6 +101,12 @@ def prefix_scores(
             f"tokens is shorter than a response of {T}; use --baseline loo"
         )
     heads, tails = [head[-room:] for head, _ in around], torch.tensor([tail for _, tail in around])
+    longest = max(map(len, heads)) + T - 1 + S
+    if longest > (window := window_of(model)):
+        raise ValueError(
+            f"reward model {tokenizer.name_or_path}: its layers see {window:g} tokens back, and a "
+            f"prompt with its response has up to {longest}; use --baseline loo"
+        )
     tokens, tails, lengths = tokens.to(device), tails.to(device), mask.sum(1).int().tolist()
 
     def read(rows: list[int]) -> Tensor:
@@ -116,6 +125,13 @@ def prefix_scores(
     sizes = [len(head) + (1 + S) * n for head, n in zip(heads, lengths, strict=True)]
     scores = by_length(model, tokenizer, device, sizes, read)
     return torch.where(mask.cpu() > 0, scores, scores[:, :1])
+
+
+def window_of(model: nn.Module) -> float:
+    """How many tokens back every layer sees; infinite without sliding or chunked attention."""
+    config = model.config.get_text_config()
+    names = ("sliding_window", "attention_chunk_size")
+    return min(getattr(config, name, None) or math.inf for name in names)
 
 
 def surroundings(

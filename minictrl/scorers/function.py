@@ -28,20 +28,20 @@ def load_function(
     is no such file, function or column, or the file can't be run; `evaluate` does where the
     function raises, naming the prompt, or gives something else than B numbers.
     """
-    function = find_function(spec, role)
-    known = sorted({name for row in columns.values() for name in row})
+    function, name = find_function(spec, role), f"{role} {spec}"
+    known = sorted({column for row in columns.values() for column in row})
     wanted, needed = wanted_columns(function, known)
-    missing = [name for name in needed if name not in known]
+    missing = [column for column in needed if column not in known]
     if missing:
         raise ValueError(
-            f"{role} {spec} takes {', '.join(missing)}, which no prompt's row has (it has "
+            f"{name} takes {', '.join(missing)}, which no prompt's row has (it has "
             f"{', '.join(known) or 'nothing else'}); rename the column or the argument"
         )
-    check_rows(f"{role} {spec}", needed, columns, list(columns))
+    check_rows(name, needed, columns, list(columns))
 
     def call(prompts: list[Prompt], texts: list[str]) -> list:
         rows = [columns.get(key(prompt), {}) for prompt in prompts]
-        fields = {name: [row.get(name) for row in rows] for name in wanted}
+        fields = {column: [row.get(column) for row in rows] for column in wanted}
         prompts, fields = copy.deepcopy((list(prompts), fields))  # the function may change them
         scores = function(prompts, list(texts), **fields)
         if isinstance(scores, (dict, set, frozenset, str)):  # whose items are no scores in order
@@ -50,26 +50,37 @@ def load_function(
 
     def evaluate(prompts: list[Prompt], texts: list[str]) -> Tensor:
         if needed:
-            check_rows(f"{role} {spec}", needed, columns, [key(prompt) for prompt in prompts])
-        try:
-            exact = torch.as_tensor(call(prompts, texts), dtype=torch.float64).detach()
-        except (Exception, SystemExit) as error:  # whatever the user's function does
-            at = culprit(call, prompts, texts)
-            raise ValueError(f"{role} {spec} fails with {describe(error)}{at}") from error
-        if exact.shape != (len(texts),):
-            raise ValueError(
-                f"{role} {spec} gave {tuple(exact.shape)} for {len(texts)} texts: return one "
-                "number per text"
-            )
-        return as_float32(exact, f"{role} {spec}")
+            check_rows(name, needed, columns, [key(prompt) for prompt in prompts])
+        return as_float32(scores_of(call, prompts, texts, name), name)
 
-    used = {prompt: [row.get(name) for name in wanted] for prompt, row in columns.items()}
-    file, _, name = spec.rpartition(":")
-    return [
-        name,
-        Path(file).read_bytes().decode(errors="replace"),
-        used if wanted else None,
-    ], evaluate
+    used = {prompt: [row.get(column) for column in wanted] for prompt, row in columns.items()}
+    file, _, function_name = spec.rpartition(":")
+    source = Path(file).read_bytes().decode(errors="replace")
+    return [function_name, source, used if wanted else None], evaluate
+
+
+def scores_of(call: Callable, prompts: list[Prompt], texts: list[str], name: str) -> Tensor:
+    """call(prompts, texts) as float64 (B,). Raises ValueError where it fails, naming the prompt, or
+    gives something else than B numbers.
+    """
+
+    def numbers(prompts: list, texts: list[str]) -> Tensor:
+        scores = call(prompts, texts)
+        try:
+            return torch.as_tensor(scores, dtype=torch.float64).detach()
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(f"{error}; return a list of one number per text") from None
+
+    try:
+        exact = numbers(prompts, texts)
+    except (Exception, SystemExit) as error:  # whatever the user's function does
+        at = culprit(numbers, prompts, texts)
+        raise ValueError(f"{name} fails with {describe(error)}{at}") from error
+    if exact.shape != (len(texts),):
+        raise ValueError(
+            f"{name} gave {tuple(exact.shape)} for {len(texts)} texts: return one number per text"
+        )
+    return exact
 
 
 def as_float32(exact: Tensor, name: str) -> Tensor:

@@ -90,4 +90,4 @@ def log_odds(
             del head.forward
         return logits[:, 0] - logits[:, 1]  # the rest of the vocabulary cancels
 
-    return in_batches(model, tokenizer, device, asked, read)
+    return in_batches(model, tokenizer, device, asked, read, open_end=True)

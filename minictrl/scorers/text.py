@@ -159,10 +159,13 @@ def token_ids(tokenizer, texts: list[str]) -> list[list[int]]:
 
 def longest_text(model: nn.Module, tokenizer) -> int:
     """Tokens that a scorer can read at once."""
-    longest = getattr(model.config, "max_position_embeddings", None) or tokenizer.model_max_length
+    config = model.config.get_text_config()
+    longest = getattr(config, "max_position_embeddings", None) or 0
+    longest = longest if longest > 0 else tokenizer.model_max_length  # XLNet has -1
     for name, module in model.named_modules():
-        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None):
-            longest = module.num_embeddings - module.padding_idx - 1  # RoBERTa counts from there
+        padding = getattr(module, "padding_idx", None)
+        if name.endswith("position_embeddings") and padding is not None:
+            longest = len(module.weight) - padding - 1  # RoBERTa counts from there
     return min(tokenizer.model_max_length, longest)
 
 
@@ -177,7 +180,7 @@ def scorer_tokenizer(model: nn.Module, name: str, role: str):
     )
     tokenizer.model_max_length = longest_text(model, tokenizer)
     if tokenizer.pad_token is None:
-        given = getattr(model.config, "pad_token_id", None)
+        given = model.config.get_text_config().pad_token_id
         in_text = given is not None and 0 <= given < len(tokenizer)
         pad = tokenizer.convert_ids_to_tokens(given) if in_text else tokenizer.unk_token
         tokenizer.pad_token = pad or tokenizer.eos_token
@@ -188,16 +191,20 @@ def scorer_tokenizer(model: nn.Module, name: str, role: str):
             "knows; set pad_token in its tokenizer_config.json"
         )
     # a causal classifier reads the last token that isn't it
-    model.config.pad_token_id = tokenizer.pad_token_id
+    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     return tokenizer
+
+
+def is_causal(model: nn.Module) -> bool:
+    """Whether a scorer is a causal model: it has a score head, or an LM's."""
+    return getattr(model, "score", None) is not None or model.get_output_embeddings() is not None
 
 
 def set_precision(model: nn.Module, device: torch.device) -> None:
     """float32; bfloat16 of a causal model on a GPU, but for a score head, whose scores would be
     tied, and for what is no parameter, such as rotary frequencies.
     """
-    score = getattr(model, "score", None)
-    if device.type != "cuda" or score is None and model.get_output_embeddings() is None:
+    if device.type != "cuda" or not is_causal(model):
         model.float()
         return
     for name, p in model.named_parameters():
@@ -205,10 +212,18 @@ def set_precision(model: nn.Module, device: torch.device) -> None:
 
 
 def in_batches(
-    model: nn.Module, tokenizer, device: torch.device, texts: list, read: Callable
+    model: nn.Module, tokenizer, device: torch.device, texts: list, read: Callable, open_end=False
 ) -> Tensor:
-    """read(inputs) -> (B,) of all texts, or pairs of texts, in batches alike in length."""
+    """read(inputs) -> (B,) of all texts, or pairs of texts, in batches alike in length.
+
+    open_end: the text goes on, so an EOS that the tokenizer puts behind it is left out.
+    """
     rows = encoded(tokenizer, texts)
+    for row, text in zip(rows, texts) if open_end else ():
+        if row["input_ids"][-1] == tokenizer.eos_token_id and not text.endswith(
+            tokenizer.eos_token
+        ):
+            row["input_ids"].pop()
     lengths = [len(row["input_ids"]) for row in rows]
     check_ids(model, tokenizer, [row["input_ids"] for row in rows])
     if max(lengths, default=0) >= tokenizer.model_max_length:

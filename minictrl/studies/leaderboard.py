@@ -84,6 +84,8 @@ def main(argv: list[str] | None = None):
     sweep.resize(args)
     scale = sweep.SCALES[args.quick]
     beside = load_runs(args.beside, scale) if args.beside else []
+    if beside:  # what would be refused at the end is refused now
+        sweep.same_models([*beside, {"run": "today's default task", "made_from": sweep.digests()}])
     chosen = {name: VARIANTS[name] for name in args.methods or VARIANTS}
     sweep.sweep(args.folder, args.quick, chosen)
     scale["done"] = True  # the other methods have the runs that are there

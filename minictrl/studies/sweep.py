@@ -128,8 +128,8 @@ def sweep(
     same_models(rows)
     if not rows:
         raise ValueError(
-            f"{out / scale['folder']} has no finished run of {', '.join(methods)}: leave --done "
-            "out to train them"
+            f"{out / scale['folder']} has no finished run of {', '.join(methods)}: train one, "
+            "without --done and at a KL that it reaches"
         )
     return rows
 
@@ -226,6 +226,13 @@ def table(folder: Path, settings: dict, split: str, prompts: int, samples: int) 
 def place_of(name: str, value):
     """A setting's value, of a path the same whatever directory it is seen from."""
     return Path(value).resolve() if name in runs.PATHS and value else value
+
+
+def digests() -> dict[str, str | None]:
+    """Those of the default task, as its runs keep them."""
+    config = Config().resolved()
+    task = load_task(config, "train")
+    return runs.digests_of(config, task, load_scorer(config.judge, "judge"))
 
 
 def same_models(rows: Rows):
