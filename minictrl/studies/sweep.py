@@ -28,13 +28,14 @@ from minictrl.studies.tables import Rows
 from minictrl.task import Task, load_task
 
 # What the studies call a method: settings of train.py beside --kl and --seed. The transforms by
-# PPO, every file of methods/ as it is, and some of them with other settings.
+# PPO, every file of methods/ as it is, and some of them with other settings. tea is left out: while
+# N is at most G, it draws pkpo's advantages.
 CTRL = ("identity", "log", "exp5", "exp10", "exp-5", "exp-10", "bon_fp")
 OTHERS = ("none", "ipo", "bonbon", "bond", "grpo", "grpo_fixed")  # made for no procedure
 VARIANTS = {
     **{name: {"transform": name} for name in (*CTRL, "none")},
     "won_fp": {"transform": "won_fp", "procedure": "won"},
-    **{name: {"method": name} for name in METHODS if name != "ppo"},
+    **{name: {"method": name} for name in METHODS if name not in ("ppo", "tea")},
     "qrpo exp10": {"method": "qrpo", "transform": "exp10"},
     "qrpo exp-10": {"method": "qrpo", "transform": "exp-10"},
     "pkpo won": {"method": "pkpo", "procedure": "won"},
