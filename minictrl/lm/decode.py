@@ -17,7 +17,7 @@ LOOK = 32  # steps on a GPU between looks at who is alive, after which a step is
 class Wave:
     """R rows, decoded into the rows `row` of `out`: tokens, mask and logprobs, (all rows, T) each.
 
-    prompt_ids, prompt_mask: (G, L). group: (R,) prompt of a row. u: (R, T, 2).
+    prompt_ids, prompt_mask: (P, L). group: (R,) prompt of a row. u: (R, T, 2).
     A step reads no number back from the tensors, and leaves what it changes in their place: so it
     can be recorded.
     """

@@ -67,7 +67,7 @@ def padded_head(model) -> Callable[[Tensor], Tensor]:
 
 
 def forward(model, ids: Tensor, cache=None, *, last: int = 0, **kwargs):
-    """transformers' output for ids (N, L): of the model without its head, or of the whole in the
+    """transformers' output for ids (B, L): of the model without its head, or of the whole in the
     plain path. last: positions whose logits are read there, from the end (0: all).
     """
     plain = is_plain(model)
@@ -89,7 +89,7 @@ def arguments(model_class) -> frozenset[str]:
 
 
 class PrefixCache(Cache):
-    """Keys and values of G prompts and, in buffers made once, of the response tokens of R rows,
+    """Keys and values of P prompts and, in buffers made once, of the response tokens of R rows,
     each on a prompt.
     """
 
@@ -99,16 +99,16 @@ class PrefixCache(Cache):
         self.layers = []  # where transformers looks to make a mask; ours are ready made
 
     def prefill(self, ids: Tensor, mask: Tensor, group: Tensor, T: int) -> Tensor:
-        """Last hidden states (R, D) after each row's prompt; ids, mask: (G, P); group: (R,)."""
-        P, on = ids.shape[1], mask.bool()
-        causal = torch.ones(P, P, dtype=torch.bool, device=ids.device).tril()
-        # (G, 1, P, P)
-        see = causal & on[:, None, None] | torch.eye(P, dtype=torch.bool, device=ids.device)
-        # a layer each: pairs (G, H, P, D), (R, H, T, D)
+        """Last hidden states (R, D) after each row's prompt; ids, mask: (P, L); group: (R,)."""
+        L, on = ids.shape[1], mask.bool()
+        causal = torch.ones(L, L, dtype=torch.bool, device=ids.device).tril()
+        # (P, 1, L, L)
+        see = causal & on[:, None, None] | torch.eye(L, dtype=torch.bool, device=ids.device)
+        # a layer each: pairs (P, H, L, D), (R, H, T, D)
         self.prompt, self.own, self.t = [], [], None
         state = self._forward(ids, see, (mask.cumsum(1) - 1).clamp(min=0))
         self.group, self.T = group, T
-        self.bias = torch.where(on, 0.0, -torch.inf)[:, None, None]  # (G, 1, 1, P)
+        self.bias = torch.where(on, 0.0, -torch.inf)[:, None, None]  # (P, 1, 1, L)
         self._place_rows()
         return state[group]
 
@@ -147,19 +147,19 @@ class PrefixCache(Cache):
         self._place_rows()
 
     def _place_rows(self) -> None:
-        """Index from rows to (G, k), the rows of a prompt side by side with gaps, and back; for
+        """Index from rows to (P, k), the rows of a prompt side by side with gaps, and back; for
         each of H heads.
         """
-        G, H, R = len(self.bias), self.prompt[0][0].shape[1], len(self.group)
-        count = self.group.bincount(minlength=G)
+        P, H, R = len(self.bias), self.prompt[0][0].shape[1], len(self.group)
+        count = self.group.bincount(minlength=P)
         order, k = self.group.argsort(stable=True), int(count.max())
         rank = torch.arange(R, device=order.device) - (count.cumsum(0) - count)[self.group[order]]
-        row = order.new_zeros(G, 1, k)  # a gap computes row 0 once more, and is never read
+        row = order.new_zeros(P, 1, k)  # a gap computes row 0 once more, and is never read
         row[self.group[order], 0, rank] = order
         head = torch.arange(H, device=order.device)
-        self.side_by_side = (row * H + head[:, None]).flatten()  # (G H k) into (R H)
+        self.side_by_side = (row * H + head[:, None]).flatten()  # (P H k) into (R H)
         place = torch.empty_like(order).index_copy_(0, order, self.group[order] * H * k + rank)
-        self.back = (place[:, None] + head * k).flatten()  # (R H) into (G H k)
+        self.back = (place[:, None] + head * k).flatten()  # (R H) into (P H k)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return 0 if self.t is None else self.bias.shape[-1] + self.width
@@ -189,7 +189,7 @@ class PrefixCache(Cache):
         heads, D).
         """
         own_key, own_value = (x[:, :, : self.width] for x in self.own[layer_idx])  # (R, H, t, D)
-        prompt_key, prompt_value = self.prompt[layer_idx]  # (G, H, P, D)
+        prompt_key, prompt_value = self.prompt[layer_idx]  # (P, H, L, D)
         R, H, _, D = own_key.shape
         q = query.reshape(R, H, -1, D) * scaling  # (R, H, heads / H, D)
         scores = torch.cat(
@@ -206,12 +206,12 @@ class PrefixCache(Cache):
         return (self._by_prompt(to_prompt, prompt_value) + to_own @ own_value).reshape(R, 1, -1, D)
 
     def _by_prompt(self, x: Tensor, y: Tensor, bias: Tensor | float = 0.0) -> Tensor:
-        """x (R, H, n, D) times its prompt's y (G, H, D, m), as one product for all rows of a
+        """x (R, H, n, D) times its prompt's y (P, H, D, m), as one product for all rows of a
         prompt: (R, H, n, m).
         """
-        (R, H, n, D), (G, *_, m) = x.shape, y.shape
-        # (G, H, k n, m)
-        z = x.reshape(R * H, n * D).index_select(0, self.side_by_side).view(G, H, -1, D) @ y + bias
+        (R, H, n, D), (P, *_, m) = x.shape, y.shape
+        # (P, H, k n, m)
+        z = x.reshape(R * H, n * D).index_select(0, self.side_by_side).view(P, H, -1, D) @ y + bias
         return z.view(-1, n * m).index_select(0, self.back).view(R, H, n, m)
 
 

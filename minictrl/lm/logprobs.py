@@ -20,9 +20,9 @@ def sequence_logprobs(
     """log pi(token) of given responses, by one forward over prompt and response, with gradient if
     enabled.
 
-    prompt_ids, prompt_mask: (N, P) left-padded, from `left_pad`. tokens, mask: (N, T),
-    right-padded, as in `Samples`. Returns (N, T) float32, nats, 0 where mask is 0; with
-    return_hidden also the last hidden states (N, T, D), those at t the state *before* token t,
+    prompt_ids, prompt_mask: (B, L) left-padded, from `left_pad`. tokens, mask: (B, T),
+    right-padded, as in `Samples`. Returns (B, T) float32, nats, 0 where mask is 0; with
+    return_hidden also the last hidden states (B, T, D), those at t the state *before* token t,
     which a value head reads. Dropout follows the model's own mode.
     """
     if not (
@@ -47,7 +47,7 @@ def response_logits(
     model, prompt_ids: Tensor, prompt_mask: Tensor, tokens: Tensor, mask: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The logits (mask.sum(), V) float32 that each token that counts was drawn from, row by row,
-    and the (N, T, D) last hidden states. Arguments as those of `sequence_logprobs`, which checks
+    and the (B, T, D) last hidden states. Arguments as those of `sequence_logprobs`, which checks
     them."""
     before, kept = slice(-tokens.shape[1] - 1, -1), mask.bool()  # states before a token
     attention_mask = torch.cat([prompt_mask, mask.to(prompt_mask.dtype)], 1)

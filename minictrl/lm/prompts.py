@@ -36,10 +36,10 @@ def encode_prompts(tokenizer, prompts: list[str]) -> list[list[int]]:
 
 
 def left_pad(ids: list[list[int]], pad: int, device=None) -> tuple[Tensor, Tensor]:
-    """(ids, mask), each (N, P) int64, padded on the left to the longest."""
-    P = max(map(len, ids))
-    rows = torch.tensor([[pad] * (P - len(r)) + list(r) for r in ids], device=device)
-    return rows, torch.tensor([[0] * (P - len(r)) + [1] * len(r) for r in ids], device=device)
+    """(ids, mask), each (B, L) int64, padded on the left to the longest."""
+    L = max(map(len, ids))
+    rows = torch.tensor([[pad] * (L - len(r)) + list(r) for r in ids], device=device)
+    return rows, torch.tensor([[0] * (L - len(r)) + [1] * len(r) for r in ids], device=device)
 
 
 def response_texts(tokenizer, before: list[int], responses: list[list[int]]) -> list[str]:
