@@ -176,7 +176,7 @@ def tradeoff(
     n: int,
     *,
     by: str,
-    expected: dict[str, theory.Transform],
+    expected: dict[str, theory.TransformLike],
     K: int | None = None,
 ):
     """Measured win rates against KL, a line for each value of column `by`, on the optimum (black)

@@ -37,7 +37,7 @@ from minictrl.procedures.optimum import (
 )
 from minictrl.transforms import get_transform
 
-Transform = str | Callable[[Tensor], Tensor]
+TransformLike = str | Callable[[Tensor], Tensor]
 
 FINE = 32_000  # cells for a Phi in closed form: KL and win rate to 1e-7
 # midpoints of optimal_transform: for large N the optimum has a spike at u = 1, 1e-4 wide and less
@@ -83,7 +83,7 @@ def kl(density: Tensor) -> float:
 
 
 def tradeoff(
-    transform: Transform,
+    transform: TransformLike,
     procedure: str | MassMap,
     n: int,
     betas: Iterable[float],
@@ -108,7 +108,7 @@ def tradeoff(
 
 
 def beta_for_kl(
-    transform: Transform, kl: float, *, procedure: str | MassMap = "bon", n: int = 4
+    transform: TransformLike, kl: float, *, procedure: str | MassMap = "bon", n: int = 4
 ) -> float:
     """The beta at which the policy of `transform` is `kl` nats from pi_ref, to a relative 1e-7.
 
@@ -135,7 +135,7 @@ def beta_for_kl(
 
 
 def at_kl(
-    transform: Transform,
+    transform: TransformLike,
     kl: float,
     procedure: str | MassMap,
     n: int,
@@ -159,7 +159,7 @@ def optimal_win_rate(kl: float, procedure: str | MassMap, n: int) -> float:
 
 
 def policy_at_kl(
-    transform: Transform,
+    transform: TransformLike,
     kl: float,
     procedure: str | MassMap,
     n: int,
@@ -274,7 +274,7 @@ class _Policy(NamedTuple):
 
 
 def _policy(
-    transform: Transform,
+    transform: TransformLike,
     best: Optimum | None,
     K: int | None,
     levels: Tensor | None = None,
@@ -296,7 +296,7 @@ def _policy(
 
 
 def _on_cells(
-    transform: Transform, K: int | None = None, levels: Tensor | None = None
+    transform: TransformLike, K: int | None = None, levels: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """(Phi, ref): Phi of each cell and its mass under pi_ref. Raises ValueError on K and levels at
     once, and on levels that are no masses.
