@@ -75,7 +75,6 @@ def main(argv=None):
 def train(config: Config, resume: bool):
     from minictrl import runs
     from minictrl.budget import Budget
-    from minictrl.models import save_policy
     from minictrl.rollout import check_sampler, reference_key, reference_samples
     from minictrl.track import Tracker
     from minictrl.update import freeze, make_learner
@@ -117,16 +116,16 @@ def train(config: Config, resume: bool):
     if training.stopped:
         return 130
 
-    check_finite(task, config)
-    save_policy(task.policy, task.tokenizer, out / "policy")
+    save(task, config)
     print(
         f"{summary(runs.finished_metrics(out)[-1], config)}, {time.monotonic() - start:.0f} s. "
         f"Now: {command('evaluate.py', out)}"
     )
 
 
-def check_finite(task, config: Config):
-    """Raises ValueError on a policy that the last update has ruined: no later step would tell."""
+def save(task, config: Config):
+    """RUN/policy. Raises ValueError on one that the last update has ruined: no later step tells."""
+    from minictrl.models import save_policy
     from minictrl.sampling import NotFinite, sample
 
     options = dict(num_samples=1, max_new_tokens=1, seed=0)
@@ -137,6 +136,7 @@ def check_finite(task, config: Config):
             f"--lr {config.lr:g}: the last update left a policy whose logits are not finite; train "
             "again with a lower one and --overwrite"
         ) from None
+    save_policy(task.policy, task.tokenizer, Path(config.out) / "policy")
 
 
 def load_and_check(config: Config):

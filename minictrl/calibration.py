@@ -47,6 +47,11 @@ def ranks(y: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
     return torch.searchsorted(ordered, y), torch.searchsorted(ordered, y, right=True)
 
 
+def at_least_float32(x: Tensor) -> Tensor:
+    """x as float32, or as float64 if it is that."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 def _as_floats(**rewards: Tensor) -> list[Tensor]:
     """The rewards in one dtype, float32 at least. Raises ValueError where one is not finite."""
     dtype = torch.float32

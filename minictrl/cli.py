@@ -48,12 +48,14 @@ class Parser(argparse.ArgumentParser):
 
 def check_file(parser: Parser, flag: str, path: Path | None):
     """A file that is to be written at the end can be: its directory is there, and it is none."""
-    if path and path.is_dir():
+    if not path:
+        return
+    folder = path.absolute().parent
+    if path.is_dir():
         parser.error(f"{flag} {path}: is a directory; give a file in it")
-    folder = path.absolute().parent if path else None
-    if path and not folder.is_dir():
+    if not folder.is_dir():
         parser.error(f"{flag} {path}: there is no such directory; make it first")
-    if path and not os.access(folder, os.W_OK):
+    if not os.access(folder, os.W_OK):
         parser.error(f"{flag} {path}: its directory can't be written; give another path")
 
 

@@ -21,7 +21,7 @@ from minictrl import files, runs, theory
 from minictrl.batch import Batch
 from minictrl.calibration import calibrated_reward, leave_one_out_calibration
 from minictrl.cli import command
-from minictrl.config import TEST, TEST_REF, Config
+from minictrl.config import FORMATS, TEST, TEST_REF, Config
 from minictrl.files import (
     NUMBER,
     PERHAPS,
@@ -117,7 +117,7 @@ def check(run: Path, config: Config, split: str):
     runs.finished_metrics(run)
     for name in runs.PATHS:
         file = runs.file_of(getattr(config, name))
-        if file.suffix in (".py", ".jsonl", ".csv", ".parquet") and not file.exists():
+        if file.suffix in (".py", ".jsonl", *FORMATS) and not file.exists():
             raise ValueError(
                 f"{run}: its --{name} {file} is no file in {Path.cwd()}; evaluate it from the "
                 "directory where it was trained, or put the file back"
@@ -367,8 +367,7 @@ def markdown(table: list[dict]) -> str:
     def percent(value: float | None, stderr: float | None = None) -> str:
         if value is None:
             return "–"
-        known = stderr is not None and math.isfinite(stderr)  # one prompt has no error
-        return f"{100 * value:.1f}" + (f" ± {100 * stderr:.1f}" if known else "")
+        return f"{100 * value:.1f}" + plus_minus(stderr and 100 * stderr, 1)
 
     lines = []
     for i in range(0, len(table), len(scorers)):
@@ -383,10 +382,14 @@ def markdown(table: list[dict]) -> str:
 def headline(config: Config, split: str, row: dict) -> str:
     """What a table is of. row: one of its rows."""
     asked = f" (--kl {config.kl:g})" if config.kl else ""
-    known = row["kl_stderr"] is not None and math.isfinite(row["kl_stderr"])
-    error = f" ± {row['kl_stderr']:.3f}" if known else ""
     drawn = f"{row['prompts']} {split} prompts, {row['samples']} responses each"
-    return f"{drawn}, KL {row['kl']:.3f}{error} nats{asked}"
+    return f"{drawn}, KL {row['kl']:.3f}{plus_minus(row['kl_stderr'], 3)} nats{asked}"
+
+
+def plus_minus(stderr: float | None, digits: int) -> str:
+    """ " ± 0.012", or nothing where it is not known: one prompt has no error."""
+    known = stderr is not None and math.isfinite(stderr)
+    return f" ± {stderr:.{digits}f}" if known else ""
 
 
 def models_line(config: Config, other_models: dict[str, str]) -> str:

@@ -24,6 +24,8 @@ which come first. What stands behind the mask, even a NaN, is never read.
 import torch
 from torch import Tensor
 
+from minictrl.calibration import at_least_float32
+
 
 def _check(mask: Tensor, **tensors: Tensor) -> Tensor:
     """The mask as booleans, or a ValueError: one shape for all, right-padded, no empty response."""
@@ -150,7 +152,7 @@ def loo_advantages(returns: Tensor) -> Tensor:
         raise ValueError(
             f"returns is {tuple(returns.shape)}: must be (P, G) with G >= 2 samples of each prompt"
         )
-    returns, G = returns.to(torch.promote_types(returns.dtype, torch.float32)), returns.shape[1]
+    returns, G = at_least_float32(returns), returns.shape[1]
     return (returns - returns.mean(1, keepdim=True)) * (G / (G - 1))
 
 

@@ -104,10 +104,7 @@ def sample(
     size = 1 if batch_size is None else batch_size
     _need_at_least(1, num_samples=num_samples, max_new_tokens=max_new_tokens, batch_size=size)
     _need_at_least(0, first_sample=first_sample)
-    if not hasattr(seed, "__index__"):
-        raise ValueError(f"seed={seed!r}: must be a whole number")
-    if not isinstance(temperature, (int, float)) or not 0 < temperature < math.inf:
-        raise ValueError(f"temperature={temperature!r}: must be positive and finite")
+    _check_draw(temperature, seed)
     prompts = prompts if isinstance(prompts, str) else list(prompts)
     ids = encode_prompts(tokenizer, prompts)
     check_lengths(model, prompts, ids, max_new_tokens)
@@ -198,6 +195,13 @@ def _head_rows(model) -> int:
         return 2**31
     V = model.config.vocab_size
     return 2**18 // V if V <= 4096 else 256
+
+
+def _check_draw(temperature: float, seed: int) -> None:
+    if not hasattr(seed, "__index__"):
+        raise ValueError(f"seed={seed!r}: must be a whole number")
+    if not isinstance(temperature, (int, float)) or not 0 < temperature < math.inf:
+        raise ValueError(f"temperature={temperature!r}: must be positive and finite")
 
 
 def _need_at_least(least: int, **numbers: int) -> None:

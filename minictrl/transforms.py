@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from minictrl.calibration import calibrated_reward
+from minictrl.calibration import at_least_float32, calibrated_reward
 from minictrl.procedures.masses import MassMap, at_least_1
 from minictrl.procedures.optimum import FIXED_POINTS, fixed_point
 
@@ -71,7 +71,7 @@ class Transform:
     calibrated = True  # so that every prompt's reward has the same law under pi_ref
 
     def __call__(self, u: Tensor) -> Tensor:
-        return self.Phi(u.to(torch.promote_types(u.dtype, torch.float32)))
+        return self.Phi(at_least_float32(u))
 
     def of_rewards(self, r: Tensor, r_ref: Tensor) -> Tensor:
         """Phi(C_hat) (B, M) of rewards r (B, M) against r_ref (B, K), in float64."""

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, Cache, DynamicCache
 
+from minictrl.calibration import at_least_float32
 from minictrl.lm.device import free_memory
 from minictrl.lm.draw import BLOCK, whole_blocks
 
@@ -47,10 +48,6 @@ def is_plain(model) -> bool:
 
 def head_logits(model, hidden: Tensor) -> Tensor:
     return at_least_float32(model.get_output_embeddings()(hidden))
-
-
-def at_least_float32(logits: Tensor) -> Tensor:
-    return logits if logits.dtype == torch.float64 else logits.float()
 
 
 def padded_head(model) -> Callable[[Tensor], Tensor]:

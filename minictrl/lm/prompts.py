@@ -24,15 +24,19 @@ def encode_prompts(tokenizer, prompts: list[str]) -> list[list[int]]:
         tokenizer(p, add_special_tokens=not (bos and p.startswith(bos)))["input_ids"]
         for p in prompts
     ]
-    eos = tokenizer.eos_token
+    ids = [without_eos(tokenizer, p, row) for p, row in zip(prompts, ids, strict=True)]
     for i, row in enumerate(ids):
-        if row and row[-1] == tokenizer.eos_token_id and not prompts[i].endswith(eos):
-            row.pop()
         if not row:
             raise ValueError(
                 f"prompt {i} ({prompts[i]!r}) has no tokens: a prompt needs at least one"
             )
     return ids
+
+
+def without_eos(tokenizer, text: str, ids: list[int]) -> list[int]:
+    """The token ids of a text that goes on: without an EOS that the tokenizer puts behind it."""
+    added = ids[-1:] == [tokenizer.eos_token_id] and not text.endswith(tokenizer.eos_token)
+    return ids[:-1] if added else ids
 
 
 def left_pad(ids: list[list[int]], pad: int, device=None) -> tuple[Tensor, Tensor]:

@@ -49,13 +49,7 @@ class Method:
         halves = torch.tensor([0.5, 0.5], dtype=torch.float64)
         mass_win_rate(halves, halves, config.procedure, config.n)  # raises if n is too large
         procedure = get_procedure(config.procedure)
-        try:
-            procedure.weights(torch.zeros(1, procedure.samples(config.n)), config.n)
-        except NotImplementedError:
-            raise ValueError(
-                f"--procedure {config.procedure}: has no `weights`, without which no run could be "
-                "evaluated; add them to its file"
-            ) from None
+        procedure.weights(torch.zeros(1, procedure.samples(config.n)), config.n)
         solved_for = FIXED_POINTS.get(config.transform) or config.procedure
         if solved_for != config.procedure:
             warnings.warn(

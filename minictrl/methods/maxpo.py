@@ -6,9 +6,9 @@ Leave-Two-Out baseline. What is left is the mean maximum of the n-subsets that h
 minus that of those that don't. It is as unbiased, and the advantages of a group sum to 0.
 """
 
-import torch
 from torch import Tensor
 
+from minictrl.calibration import at_least_float32
 from minictrl.methods.pkpo import Method as Pkpo
 from minictrl.methods.pkpo import max_at_n_advantages
 
@@ -36,6 +36,6 @@ def leave_two_out_advantages(g: Tensor, n: int) -> Tensor:
     G = g.shape[-1]
     if G <= n:
         raise ValueError(f"g is {tuple(g.shape)} and n is {n}: must be (prompts, more than n)")
-    g = g.to(torch.promote_types(g.dtype, torch.float32))
+    g = at_least_float32(g)
     with_i = max_at_n_advantages(g.double(), n, baseline=False)
     return ((with_i - with_i.mean(1, keepdim=True)) / (1 - n / G)).to(g)

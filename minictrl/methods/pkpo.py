@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from minictrl.calibration import ranks
+from minictrl.calibration import at_least_float32, ranks
 from minictrl.config import Config
 from minictrl.methods.base import Online, check_samples
 
@@ -84,7 +84,7 @@ def max_at_n_advantages(g: Tensor, n: int, baseline: bool = True) -> Tensor:
     the group's mean: that multiplies them by 1 - n/G, against an unscaled KL.
     """
     check_samples("g", g, n, least=2 if baseline else 1)
-    g = g.to(torch.promote_types(g.dtype, torch.float32))
+    g = at_least_float32(g)
     G = g.shape[1]
     values, order = g.double().sort(1)
     subsets = math.comb(G, n)

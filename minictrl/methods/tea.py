@@ -11,6 +11,7 @@ import math
 import torch
 from torch import Tensor
 
+from minictrl.calibration import at_least_float32
 from minictrl.methods.pkpo import Method as Pkpo
 
 
@@ -40,7 +41,7 @@ def tail_extrapolated_advantages(g: Tensor, n: int) -> Tensor:
     G = g.shape[1]
     if not 2 <= G <= n:
         raise ValueError(f"g is {tuple(g.shape)} and n is {n}: must be (prompts, 2 to n samples)")
-    g = g.to(torch.promote_types(g.dtype, torch.float32))
+    g = at_least_float32(g)
     best = g.double().topk(2, dim=1)
     itself = torch.arange(G, device=g.device) == best.indices[:, :1]
     others = torch.where(itself, best.values[:, 1:], best.values[:, :1])  # (P, G)

@@ -30,9 +30,13 @@ class Procedure:
         """(P, M) the probability that each of M samples is the one kept, over all N-subsets.
 
         select: (P, M) scores of the samples; equal ones share theirs equally. select_ref: (P, M')
-        scores of pi_ref's samples; None where the samples are pi_ref's own.
+        scores of pi_ref's samples; None where the samples are pi_ref's own. Raises ValueError on a
+        procedure that has none.
         """
-        raise NotImplementedError
+        raise ValueError(
+            f"{type(self).__module__} has no `weights`, without which no run could be evaluated; "
+            "add them to its file"
+        )
 
     def samples(self, n: int) -> int:
         """The smallest M that `weights` can do with."""

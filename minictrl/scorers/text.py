@@ -19,7 +19,7 @@ from minictrl.cli import first_line
 from minictrl.data import Prompt
 from minictrl.lm.device import out_of_memory, resident
 from minictrl.lm.hub import from_hub
-from minictrl.lm.prompts import check_ids
+from minictrl.lm.prompts import check_ids, without_eos
 
 logging.set_verbosity_error()
 logging.disable_progress_bar()
@@ -220,10 +220,7 @@ def in_batches(
     """
     rows = encoded(tokenizer, texts)
     for row, text in zip(rows, texts) if open_end else ():
-        if row["input_ids"][-1] == tokenizer.eos_token_id and not text.endswith(
-            tokenizer.eos_token
-        ):
-            row["input_ids"].pop()
+        row["input_ids"] = without_eos(tokenizer, text, row["input_ids"])
     lengths = [len(row["input_ids"]) for row in rows]
     check_ids(model, tokenizer, [row["input_ids"] for row in rows])
     if max(lengths, default=0) >= tokenizer.model_max_length:

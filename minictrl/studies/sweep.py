@@ -25,7 +25,7 @@ from minictrl.models import load_policy, load_scorer
 from minictrl.procedures.cells import OutOfReach
 from minictrl.rollout import score
 from minictrl.studies.tables import Rows
-from minictrl.task import Task, load_task
+from minictrl.task import Task, load_task, scorer_of
 
 # What the studies call a method: settings of train.py beside --kl and --seed. The transforms by
 # PPO, every file of methods/ as it is, and some of them with other settings. tea is left out: while
@@ -233,7 +233,7 @@ def digests() -> dict[str, str | None]:
     """Those of the default task, as its runs keep them."""
     config = Config().resolved()
     task = load_task(config, "train")
-    return runs.digests_of(config, task, load_scorer(config.judge, "judge"))
+    return runs.digests_of(config, task, scorer_of(config, "judge"))
 
 
 def same_models(rows: Rows):
