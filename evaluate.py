@@ -57,6 +57,7 @@ def main(argv=None):
         evaluation,
         figures,
         report,
+        results,
         runs,
     )
 
@@ -64,7 +65,7 @@ def main(argv=None):
     configs = [runs.load_finished(run) for run in args.runs]
     given = {"reward": args.reward, "judge": args.judge}
     other_models = {role: model for role, model in given.items() if model}
-    suffix = evaluation.file_suffix(args.split, other_models)
+    suffix = results.file_suffix(args.split, other_models)
     for run, config in zip(args.runs, configs, strict=True):
         evaluation.check(run, config, args.split)
     for run, config in zip(args.runs, configs, strict=True):

@@ -12,8 +12,9 @@ Where it departs from the paper:
    optimum is the same, and one learning rate fits every transform (`minictrl/ppo.py`).
 2. beta is not tuned by hand. It starts at the theory's for the KL that is asked for, and follows
    the KL that is measured (`minictrl/budget.py`).
-3. R is at least log Z - 10 nats: there the optimum gives a response e^-10 of pi_ref's probability,
-   and less would change nothing. `log` is not finite at C_hat = 0, and takes 1/(2K) for C_hat there
+3. R is raised to log Z - 10 nats where it is lower, log Z being what makes pi_ref e^R / Z sum to 1:
+   there the optimum gives a response e^-10 of pi_ref's probability, and less would change nothing.
+   `log` is not finite at C_hat = 0, and takes 1/(2K) for C_hat there
    (`minictrl/transforms.py`).
 4. There is no value network by default. On the embedded task a token's baseline is a cubic in the
    calibrated reward of the response so far. Elsewhere it is the mean return of the step's other
@@ -77,6 +78,7 @@ def train(config: Config, resume: bool):
     from minictrl.budget import Budget
     from minictrl.rollout import check_sampler, reference_key, reference_samples
     from minictrl.track import Tracker
+    from minictrl.training import Training
     from minictrl.update import freeze, make_learner
 
     start, out = time.monotonic(), Path(config.out)
@@ -107,7 +109,7 @@ def train(config: Config, resume: bool):
     pi_ref = copy.deepcopy(task.policy, frozen).requires_grad_(False)  # shares what is frozen
     with_head = method.uses_baseline and config.baseline == "value"
     learner = make_learner(task.policy, value_head=with_head, lr=config.lr)
-    with runs.Training(out, learner, budget, config.steps, tracker) as training:
+    with Training(out, learner, budget, config.steps, tracker) as training:
         maximise = online if method.online else offline
         try:
             maximise(training, config, task, method, reference, pi_ref)

@@ -5,7 +5,6 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from minictrl import theory
 from minictrl.procedures.cells import OutOfReach
 from minictrl.procedures.masses import positive
 from minictrl.transforms import log_partition
@@ -16,19 +15,6 @@ BISECTIONS = 60
 DRIFT = 0.2  # share of the error that the target takes over at each step
 ERROR_BOUNDS = (-0.5, 1.5)  # log(kl_ref / kl) is kept between these
 TARGET_BOUNDS = (1 / 20, 4)  # target / kl is kept between these
-
-
-def beta_for(transform: str, kl: float, *, procedure: str, n: int, K: int | None) -> float:
-    """beta at which the optimum of this transform is `kl` nats from pi_ref (Theorem 3).
-
-    Raises OutOfReach on a KL that the theory or K samples (None: any number) don't reach.
-    """
-    if K is not None and kl >= math.log(K + 1):
-        raise OutOfReach(
-            f"--kl {kl:g} is out of reach of {K} samples, whose C_hat takes {K + 1} values: ask "
-            f"for less than {math.log(K + 1):.2f}, or take more samples (--K)"
-        )
-    return theory.beta_for_kl(transform, kl, procedure=procedure, n=n)
 
 
 def empirical_beta(r_ref: Tensor, kl: float) -> float:

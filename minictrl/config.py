@@ -27,6 +27,7 @@ FILLED = ("transform", "n", "baseline", "steps", "out", "policy", "reward", "lr"
 FILLED += ("max_new_tokens",)
 BASELINES = ("prefix", "value", "loo")
 TRACKERS = ("wandb", "trackio", "tensorboard")
+ELSEWHERE = ("out", "device", "cache", "track")  # settings that do not change results
 
 # What a run draws: the calibration's samples of pi_ref, those of the evaluation, of pi_ref and of
 # pi. Training's steps are 1, 2, ... `Config.seed_for` has the seed of each.
@@ -339,7 +340,7 @@ class Config:
         for f in fields(self):
             value = getattr(self, f.name)
             default = own.get(f.name, f.default) if f.name in named else getattr(usual, f.name)
-            if value not in (None, default) and f.name not in ("out", "cache", "device", "track"):
+            if value not in (None, default) and f.name not in ELSEWHERE:
                 flags.append(f"--{f.name.replace('_', '-')} {shlex.quote(str(value))}")
         return " ".join(["python train.py", *flags])
 
@@ -353,10 +354,10 @@ class Config:
 
     @classmethod
     def of(cls, stored: dict) -> tuple[Config, dict]:
-        """(settings, all that a run's config.json holds).
+        """(settings, the whole dict) of a run's config.json.
 
-        A stored run with a KL budget has kl and the beta that came of it; the settings have kl
-        alone. Raises ValueError on what is no run's, or has a field missing.
+        With a KL budget the stored beta is a result, so the settings' beta is None. Raises
+        ValueError on what is no run's, has a field missing, or settings that no run may have.
         """
         if not is_run(stored):
             raise ValueError("it is no train.py run's")

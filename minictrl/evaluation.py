@@ -6,41 +6,27 @@ Beside each measured win rate stands the theory's at the measured KL.
 from __future__ import annotations
 
 import math
-import re
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.functional import kl_div, log_softmax
 
 from minictrl import files, runs, theory
 from minictrl.batch import Batch
 from minictrl.calibration import calibrated_reward, leave_one_out_calibration
-from minictrl.cli import command
 from minictrl.config import FORMATS, TEST, TEST_REF, Config
-from minictrl.files import (
-    NUMBER,
-    PERHAPS,
-    TEXT,
-    check_columns,
-    read_rows,
-    read_sealed,
-    reading,
-    save_tensors,
-    sha256_of,
-    write_rows,
-    write_sealed,
-)
+from minictrl.files import save_tensors, sha256_of, write_rows, write_sealed
 from minictrl.lm.device import halving
 from minictrl.lm.logprobs import response_logits
 from minictrl.methods import get_method
 from minictrl.models import load_policy
 from minictrl.procedures import get_procedure
 from minictrl.reference import Reference
+from minictrl.results import ENDS, check_kept, eval_path, file_suffix, parts_of
 from minictrl.rollout import batch_of, reference_samples, sample_and_score, score
 from minictrl.sampling import Samples, texts_of
 from minictrl.task import Task, load_task, rows_of, scorer_of, try_scorers
@@ -72,8 +58,8 @@ def evaluate(
     """The table of a run, from M responses per prompt of pi and of pi_ref.
 
     Writes wins.safetensors, by_prompt.safetensors (kl (P,), C_hat and C_hat_reference (P, M)),
-    samples.jsonl and last eval.json into the run (`file_suffix` says what is added to their names
-    with another split or model).
+    samples.jsonl and last eval.json into the run (`results.file_suffix` says what is added to
+    their names with another split or model).
     sizes: the N of the table; those above M are left out. other_models: role (reward, judge) ->
     another model than the run's. The reward model selects, reward model and judge score; a run
     without a judge has no such rows. Returns the rows of eval.json.
@@ -84,9 +70,7 @@ def evaluate(
     config = replace(config, prompts=prompts, device=device, **other_models)
     task = load_task(config, split)
     judge = scorer_of(config, "judge")
-    runs.check_made_from(
-        run, config, runs.digests_of(config, task, judge), but={*other_models, "reference"}
-    )
+    runs.check_made_from(run, config, runs.digests_of(config, task, judge), but=other_models)
     try_scorers([task.reward, judge], task.prompts)
     cases = procedures(config, sizes, M)
     suffix = file_suffix(split, other_models)
@@ -142,77 +126,6 @@ def draw_both(
         scores = score(judge, task.prompts, both).split(M, 1)
         pi.scores["judge"], pi_ref.scores["judge"] = scores
     return pi, pi_ref, samples
-
-
-def check_kept(path: Path, other_models: dict[str, str]):
-    """Raises ValueError if there is an eval.json of this name from a model of the same name in
-    another directory.
-    """
-    if not other_models or not path.is_file():
-        return
-    with reading(path, f"delete {path}"):
-        kept = read_sealed(path).get("models", {})
-    for role, model in other_models.items():
-        if kept.get(role, model) != model:
-            raise ValueError(
-                f"--{role} {model}: {path} has the win rates by {kept[role]}; rename or delete it"
-            )
-
-
-def eval_path(run: Path, suffix: str) -> Path:
-    """The file of an evaluation's table."""
-    return run / f"eval{suffix}.json"
-
-
-def parts_of(run: Path, suffix: str) -> dict[str, Path]:
-    """The files of an evaluation beside eval.json."""
-    return {
-        "wins": run / f"wins{suffix}.safetensors",
-        "by_prompt": run / f"by_prompt{suffix}.safetensors",
-        "samples": run / f"samples{suffix}.jsonl",
-    }
-
-
-ROW = {name: TEXT for name in ("procedure", "scorer")}  # the columns of eval.json
-ROW |= {name: NUMBER for name in ("n", "win_rate", "kl", "prompts", "samples")}
-ROW |= {name: PERHAPS for name in ("stderr", "kl_stderr", "theory", "optimal")}
-ENDS = ("", "_reference")  # of the columns of samples.jsonl: of pi and of pi_ref
-SAMPLE = {"prompt": (str, list)} | {name: TEXT for name in ("reference", "response")}
-SAMPLE |= {f"best{end}": TEXT for end in ENDS}
-SAMPLE |= {f"{name}{end}": NUMBER for name in ("reward", "C_hat", "best_C_hat") for end in ENDS}
-
-
-def read(run: Path, suffix: str = "") -> list[dict]:
-    """The rows of a run's eval.json. Raises ValueError if that or a file of `parts_of` is not as it
-    was written.
-    """
-    path, parts = eval_path(run, suffix), parts_of(run, suffix)
-    again = f"delete {path} and give the command that made it again"
-    with reading(path, again):
-        stored = read_sealed(path)
-        check_columns(stored["rows"], ROW)
-        sums = dict(stored.get("parts", {}))
-    for part, sha256 in sums.items():
-        with reading(parts[part], again):
-            if sha256_of(parts[part]) != sha256:
-                raise ValueError("it has changed since it was written")
-    return stored["rows"]
-
-
-def read_tensors(run: Path, name: str, suffix: str = "") -> dict[str, Tensor]:
-    """The tensors of a run's wins or by_prompt. Raises ValueError if they are damaged."""
-    path = parts_of(run, suffix)[name]
-    with reading(path, f"evaluate the run again: {command('evaluate.py', run)}"):
-        return load_file(path)
-
-
-def read_samples(run: Path, suffix: str = "") -> list[dict]:
-    """The rows of a run's samples.jsonl. Raises ValueError if it is damaged."""
-    path = parts_of(run, suffix)["samples"]
-    with reading(path, f"evaluate the run again: {command('evaluate.py', run)}"):
-        rows = read_rows(path)
-        check_columns(rows, SAMPLE)
-    return rows
 
 
 def table_of(
@@ -397,11 +310,3 @@ def models_line(config: Config, other_models: dict[str, str]) -> str:
     models = {role: other_models.get(role) or getattr(config, role) for role in ("reward", "judge")}
     none = "none; give evaluate.py a --judge"
     return f"reward model: {models['reward']}, judge: {models['judge'] or none}"
-
-
-def file_suffix(split: str, other_models: dict[str, str] | None = None) -> str:
-    """What the names of an evaluation's files end with: eval-train.json, eval-judge-NAME.json."""
-    parts = [] if split == "test" else [split]
-    for role, model in (other_models or {}).items():
-        parts.append(f"{role}-{re.sub(r'[^A-Za-z0-9.]+', '-', Path(model).name)}")
-    return "".join(f"-{part}" for part in parts)

@@ -66,7 +66,7 @@ def read_reference(file: str, config: Config, task: Task) -> Reference:
         )
     texts = [texts[: config.K] for texts, _ in found]
     given = [rewards and rewards[: config.K] for _, rewards in found]
-    tokens, mask, cut = encoded(task, texts)
+    tokens, mask, cut = encode_responses(task, texts)
     if all(given):
         r_ref = torch.tensor(given).float()
         check_rewards(file, task, texts, r_ref)
@@ -96,7 +96,7 @@ def completions_of(row, column: str | None) -> tuple[str, tuple[list[str], list[
     return key(prompt), (texts, rewards)
 
 
-def encoded(task: Task, texts: list[list[str]]) -> tuple[Tensor, Tensor, int]:
+def encode_responses(task: Task, texts: list[list[str]]) -> tuple[Tensor, Tensor, int]:
     """(tokens (P, K, T) of the policy's tokenizer with EOS, mask, how many texts are cut): cut and
     padded to the longest response of a run.
     """

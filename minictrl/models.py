@@ -214,8 +214,8 @@ def load_scorer(
     if name.endswith(".py"):
         raise ValueError(f"{role} {name}: which function of it? give {name}:NAME")
     if ".py:" in name:
-        model, evaluate = load_function(name, role, columns or {})
-        tokenizer, options = None, ()
+        depends_on, evaluate = load_function(name, role, columns or {})
+        tokenizer = None
     else:
         device = resolve_device(device) if isinstance(device, str) else device
         name, label = parted(name)
@@ -224,15 +224,15 @@ def load_scorer(
             model, tokenizer, evaluate = load_generative(name, role, label, device)
         else:
             model, tokenizer, evaluate, prefixes = load_classifier(name, role, label, device)
-        options = (config_of(model), tokenizer_of(tokenizer), label, QUESTION)
-    before = digest(model, *options)  # as it was saved
+        depends_on = [model, config_of(model), tokenizer_of(tokenizer), label, QUESTION]
+    before = digest(*depends_on)  # as it was saved
     if tokenizer is not None:
         set_precision(model, device)
-        check_padding(model, tokenizer, f"{role} model {name}", evaluate)
+        check_padding(model, f"{role} model {name}", evaluate)
     return Scorer(name_or_path, role, evaluate, before, tokenizer, prefixes)
 
 
-def check_padding(model: nn.Module, tokenizer, name: str, evaluate: Callable) -> None:
+def check_padding(model: nn.Module, name: str, evaluate: Callable) -> None:
     """Raises ValueError on an encoder that reads the padding of its batch: a text's score would
     depend on the texts beside it. A causal model reads no padding, which stands on the right.
     """

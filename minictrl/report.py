@@ -8,7 +8,7 @@ from collections.abc import Callable
 from html import escape
 from pathlib import Path
 
-from minictrl import evaluation, figures, runs
+from minictrl import evaluation, figures, results, runs
 from minictrl.config import Config
 from minictrl.data import key
 from minictrl.files import in_one_step
@@ -77,10 +77,10 @@ def write_page(folders: list[Path], suffix: str, file: Path):
     names = [folder.name for folder in folders]
     unique = len(set(names)) == len(names)
     named = {folder.name if unique else str(folder): folder for folder in folders}
-    tables = {name: evaluation.read(folder, suffix) for name, folder in named.items()}
-    samples = {name: evaluation.read_samples(folder, suffix) for name, folder in named.items()}
+    tables = {name: results.read(folder, suffix) for name, folder in named.items()}
+    samples = {name: results.read_samples(folder, suffix) for name, folder in named.items()}
     levels = {
-        name: evaluation.read_tensors(folder, "by_prompt", suffix) for name, folder in named.items()
+        name: results.read_tensors(folder, "by_prompt", suffix) for name, folder in named.items()
     }
     judged = all(any(row["scorer"] == "judge" for row in table) for table in tables.values())
     with matplotlib.rc_context(figures.STYLE):

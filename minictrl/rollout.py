@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,6 +20,9 @@ from minictrl.sampling import SAMPLER, Samples, sample, texts_of
 from minictrl.task import Task
 from minictrl.track import SHOWN
 from minictrl.winrate import mean_stderr
+
+LONGEST = 8  # samples whose log-probabilities `check_sampler` computes again
+CLOSE = 1e-3  # nats a token
 
 
 def indices_of_step(step: int, count: int, size: int, seed: int) -> Tensor:
@@ -176,22 +180,20 @@ def reference_samples(task: Task, K: int, *, seed: int, cache: str, name: str) -
             )
         )
 
-    def bar(chunks):
-        return tqdm(chunks, name, disable=None)
-
+    bar = partial(tqdm, desc=name, disable=None)
     return cached(draw, task.cache_keys, K, Path(cache), reference_key(task, seed), bar)
 
 
-def check_sampler(task: Task, reference: Reference, *, rows: int = 8, tolerance: float = 1e-3):
+def check_sampler(task: Task, reference: Reference):
     """Raises ValueError unless one forward over prompt and response gives the sampler's
-    log-probabilities of the longest samples, to `tolerance` nats a token.
+    log-probabilities of the longest samples, to CLOSE nats a token.
 
     Training takes ratios of the two. They differ in models that read long texts in another way
     (Phi-3 scales its positions there).
     """
     K = reference.r_ref.shape[1]
     lengths = task.mask.sum(1).cpu()[:, None] + reference.mask.sum(-1)  # (P, K)
-    index = lengths.flatten().topk(min(rows, lengths.numel())).indices
+    index = lengths.flatten().topk(min(LONGEST, lengths.numel())).indices
     of, which = index // K, index % K
     tokens, mask = (x[of, which].to(task.ids.device) for x in (reference.tokens, reference.mask))
     with torch.no_grad():
@@ -199,10 +201,10 @@ def check_sampler(task: Task, reference: Reference, *, rows: int = 8, tolerance:
             task.policy, task.ids[of], task.mask[of], tokens.long(), mask.float()
         )
     error = (reference.logprobs[of, which] - exact.cpu())[mask.cpu()].abs().mean().item()
-    if not error <= tolerance:
+    if not error <= CLOSE:
         raise ValueError(
             f"the policy's samples have log-probabilities that are {error:.2g} nats a token from "
-            f"those of a forward over the whole text (at most {tolerance:g}): a "
+            f"those of a forward over the whole text (at most {CLOSE:g}): a "
             f"{type(task.policy).__name__} that reads long texts otherwise needs shorter ones "
             "(--max-new-tokens, --max-prompt-tokens)"
         )

@@ -113,13 +113,13 @@ def read_prompts(
         if not longer:
             why = "a training prompt too; give other data"
         raise ValueError(f"--task {config.task}: every {split} prompt is {why}")
-    warn_of(config, split, tokenizer, prompts, longer)
+    warn_of_prompts(config, split, tokenizer, prompts, longer)
     check_ids(model, tokenizer, encoded)
     check_lengths(model, texts, encoded, config.max_new_tokens)
     return prompts, texts, encoded
 
 
-def warn_of(config: Config, split: str, tokenizer, prompts: list, longer: int) -> None:
+def warn_of_prompts(config: Config, split: str, tokenizer, prompts: list, longer: int) -> None:
     """What is odd about a run's prompts. longer: how many were too long."""
     if longer and config.own_prompts:
         warnings.warn(

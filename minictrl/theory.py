@@ -185,9 +185,9 @@ def levels_of(r_ref: Tensor) -> Tensor:
     """(P, G) the levels of a reward with ties, in rising order: pi_ref's mass on each.
 
     r_ref: (P, M) rewards of pi_ref's samples. What M samples show of P prompts: a level has the
-    share of the samples on it; a prompt with fewer than M levels has empty ones. Where a value
-    occurs only once among all P M rewards, the reward is taken for continuous: the sample's share
-    is spread over CUT cells, and G is M CUT instead of M.
+    share of the samples on it; a prompt with fewer than M levels has empty ones. A value that
+    occurs once among all P M rewards counts as continuous: its share is spread over CUT cells, and
+    G is M CUT instead of M.
     """
     counts, once = _levels(r_ref)
     shares = counts / r_ref.shape[1]
@@ -210,13 +210,12 @@ def _levels(r_ref: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def tied(r_ref: Tensor, procedure: str | MassMap, n: int) -> bool:
-    """Whether two responses of pi_ref, each kept by the procedure, have one reward so often that
-    its levels tell more than the theory of a continuous reward. r_ref: (P, M).
+    """Whether ties decide what the procedure keeps: two responses of pi_ref, each kept by it, share
+    a reward in more than TIED of the cases, beyond two standard errors over prompts.
 
-    It depends on the procedure: a reward that is capped ties after Best-of-N, one with many
-    refusals after Worst-of-N. Where most levels have a single sample, as of a whole number with
-    many values, M samples are too few to know them, and the reward counts as continuous. Ties of a
-    few prompts don't count either: the mean over prompts is beyond TIED by two standard errors.
+    r_ref: (P, M). It depends on the procedure: a reward that is capped ties after Best-of-N, one
+    with many refusals after Worst-of-N. False where most levels hold one sample, as of a whole
+    number with many values: M samples then are too few to know the levels.
     """
     counts, once = _levels(r_ref)
     ref = counts / r_ref.shape[1]
@@ -262,8 +261,9 @@ class _Policy(NamedTuple):
         return cells.kl(self.log_ratio, self.ref)
 
     def masses(self, n: int) -> tuple[Tensor, Tensor]:
-        """(mass, ref). The wide cells of a finite K are cut up: within a value of C_hat the true C
-        still spreads uniformly. The more so, the likelier n draws are to meet in one.
+        """(mass, ref). With K samples a cell is wide, and draws that meet in it would tie. They
+        don't, because the true C spreads over it uniformly: so it is cut into parts, the more of
+        them the more draws fall into it.
         """
         mass = self.ref * self.log_ratio.exp()
         if self.K is None:

@@ -1,8 +1,8 @@
 """Transforms Phi of the calibrated reward (Sec. 4): a name of the command line -> a `Transform`.
 
-A new transform is one function in CLOSED_FORMS, on tensors in [0, 1]; one of the raw reward is one
-function in RAW. Chosen where the paper leaves it open: `log` bounds u below by 1/(2K), the smallest
-C_hat above 0 (half a tie), because an empirical C_hat of 0 has no logarithm.
+A new transform is one function in CLOSED_FORMS, on tensors in [0, 1]; a reward without calibration
+is a function of (r, r_ref) in RAW. Chosen where the paper leaves it open: `log` bounds u below by
+1/(2K), the smallest C_hat above 0 (half a tie), because an empirical C_hat of 0 has no logarithm.
 """
 
 import math

@@ -35,17 +35,17 @@ def stopped_after(monkeypatch):
     """`with stopped_after(n, out):` the run of `out` is interrupted after its n-th step, as by
     Ctrl-C.
     """
-    from minictrl import runs
+    from minictrl import runs, training
 
     @contextmanager
     def patched(n, out):
-        class Interrupted(runs.Interrupt):
+        class Interrupted(training.Interrupt):
             asked = property(
                 lambda self: len(runs.read_metrics(out)) >= n, lambda self, value: None
             )
 
         with monkeypatch.context() as patch:
-            patch.setattr(runs, "Interrupt", Interrupted)
+            patch.setattr(training, "Interrupt", Interrupted)
             yield
 
     return patched

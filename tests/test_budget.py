@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from minictrl import theory
-from minictrl.budget import Budget, beta_for, empirical_beta
+from minictrl.budget import Budget, empirical_beta
 from minictrl.config import Config
 from minictrl.evaluation import curve_of
 from minictrl.methods import get_method
@@ -42,8 +42,7 @@ def test_a_beta_far_from_the_rewards_scale_is_found():
 def test_a_policy_that_lags_behind_and_misses_the_theorys_kl_is_brought_to_its_budget(
     transform, share
 ):
-    settings = dict(procedure="bon", n=4, K=100)
-    budget = Budget(1.0, lambda kl: beta_for(transform, kl, **settings))
+    budget = Budget(1.0, lambda kl: theory.beta_for_kl(transform, kl))
     kl, kls = 0.0, []
     for _ in range(100):
         beta = budget.follow(kl)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from minictrl import evaluation, files, runs
+from minictrl import files, results, runs
 
 sys.path.insert(0, str(Path(__file__).parent / "campaigns"))
 from tiny import AGAIN, REFUSED, SAME
@@ -70,4 +70,4 @@ def test_an_evaluation_is_whole_or_named(short_run, tmp_path):
     run = shutil.copytree(short_run, tmp_path / "run")
     (run / "samples.jsonl").write_text("{}\n")
     with pytest.raises(ValueError, match=re.escape("samples.jsonl: is damaged")):
-        evaluation.read(run)
+        results.read(run)

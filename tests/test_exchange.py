@@ -54,7 +54,7 @@ def test_a_runs_own_samples_come_back_as_they_were(run, rows, tmp_path):
 def test_samples_that_all_end_early_have_the_samplers_length():
     config = Config(prompts=12, K=2, max_new_tokens=12).resolved()
     task, texts = load_task(config, "train"), [[" a", " b"]] * 12
-    tokens, mask, cut = exchange.encoded(task, texts)
+    tokens, mask, cut = exchange.encode_responses(task, texts)
     found = exchange.with_logprobs(task, torch.zeros(12, 2), tokens, mask, 64)
     assert found.tokens.shape == found.logprobs.shape == found.mask.shape == (12, 2, 12)
     assert cut == 0
@@ -63,7 +63,7 @@ def test_samples_that_all_end_early_have_the_samplers_length():
 def test_of_two_end_tokens_the_likelier_one_is_taken():
     task = load_task(Config(prompts=12, K=2, max_new_tokens=12).resolved(), "train")
     own, word = task.tokenizer.eos_token_id, task.tokenizer(" the")["input_ids"][0]
-    tokens, mask, _ = exchange.encoded(task, [[" a", " b"]] * 12)
+    tokens, mask, _ = exchange.encode_responses(task, [[" a", " b"]] * 12)
     for end in (own, word):  # what the policy gives to either after " a"
         task.policy.generation_config.eos_token_id = [own, end]
         found = exchange.likeliest(task, torch.zeros(12, 2), tokens, mask, 64)

@@ -17,7 +17,7 @@ from transformers import GPT2ForSequenceClassification, LlamaConfig, LlamaForCau
 
 import evaluate
 import train
-from minictrl import evaluation, report, runs
+from minictrl import report, results, runs
 from minictrl.cli import LONGEST, one_line
 from minictrl.config import Config
 from minictrl.data import load_prompts
@@ -347,15 +347,15 @@ def test_a_damaged_file_of_a_run_is_named(name, content, expected, tmp_path):
         if name == "metrics.jsonl":
             runs.read_metrics(tmp_path)
         elif name == "eval.json":
-            evaluation.read(tmp_path)
+            results.read(tmp_path)
         else:
-            evaluation.read_tensors(tmp_path, "wins")
+            results.read_tensors(tmp_path, "wins")
 
 
 def test_a_run_that_was_evaluated_on_one_prompt_has_a_page(short_run, tmp_path):
     run = shutil.copytree(short_run, tmp_path / "run")
     assert not evaluate.main([str(run), "--prompts", "1", "--samples", "8"])
-    assert evaluation.read(run)[0]["stderr"] is None  # one prompt has none
+    assert results.read(run)[0]["stderr"] is None  # one prompt has none
     report.write_page([run], "", tmp_path / "page.html")
     assert "<img" in (tmp_path / "page.html").read_text()
 

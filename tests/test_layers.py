@@ -31,7 +31,8 @@ LAYERS = [
     {"theory", "models"},
     {"budget", "task"},
     {"methods.base", "rollout"},
-    {"runs"},
+    {"runs", "results"},
+    {"training"},
     {f"methods.{name}" for name in ("ppo", "grpo", "ipo", "bond", "qrpo", "pkpo", "maxrl")},
     {f"methods.{name}" for name in ("grpo_fixed", "bonbon", "maxpo", "tea", "rs_grpo", "a2po")}
     | {"methods.tpo", "baselines", "evaluation", "exchange"},

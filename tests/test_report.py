@@ -11,7 +11,7 @@ import pytest
 
 import evaluate
 import train
-from minictrl import evaluation, report, runs
+from minictrl import evaluation, report, results, runs
 from minictrl.config import Config
 from minictrl.files import read_rows, write_json
 from minictrl.runs import load_config
@@ -42,7 +42,7 @@ def test_runs_of_one_name_and_odd_ends_of_lines_are_kept_apart(short_run, tmp_pa
         rows[3 - i]["response"] = "one\u2028two"
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
         (run / "samples.jsonl").write_text("".join(lines))
-        write_json(run / "eval.json", {"rows": evaluation.read(short_run)})  # no check sums
+        write_json(run / "eval.json", {"rows": results.read(short_run)})  # no check sums
     report.write_page(runs, "", tmp_path / "page.html")
     text = (tmp_path / "page.html").read_text()
     assert all(f"<h2>{run}</h2>" in text for run in runs)

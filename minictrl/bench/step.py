@@ -10,7 +10,6 @@ that their responses are alike in length.
 import contextlib
 import copy
 import io
-import json
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,6 +22,7 @@ from minictrl.bench.timing import LeftOut, compare, describe, seconds
 from minictrl.data import load_prompts
 from minictrl.lm.prompts import encode_prompts
 from minictrl.models import load_policy
+from minictrl.runs import read_metrics
 from minictrl.studies.sweep import script
 from minictrl.update import freeze
 
@@ -88,7 +88,7 @@ def train(folder: str, policy: str, device: torch.device, steps: int, others: di
     arguments = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
     with contextlib.redirect_stdout(io.StringIO()):
         script("train").main(["--overwrite", *arguments])
-    return [json.loads(line) for line in Path(folder, "run", "metrics.jsonl").open()]
+    return read_metrics(Path(folder, "run"))
 
 
 def random_classifier(policy, tokenizer):

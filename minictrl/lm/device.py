@@ -68,8 +68,8 @@ def check_room(responses: int, tokens: int, flags: str) -> None:
 
 
 def halving(size: int, work: Callable[[int], Result]) -> tuple[Result, int]:
-    """(work(size), size), with half the size as long as it runs out of memory. Raises ValueError
-    where 1 doesn't fit.
+    """Calls work(size); out of memory, again with half the size. Returns (its result, the size that
+    fitted). Raises ValueError where 1 doesn't fit.
     """
     while True:
         try:

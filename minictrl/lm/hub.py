@@ -79,7 +79,7 @@ def from_hub(loader, kind: str, name: str, *, new_head: bool = False, **options)
 
     new_head: the model gets a head that its weights don't have, and has no use for their own.
     """
-    model, name = loader.__name__.startswith("AutoModelFor"), hub_name(name)
+    name = hub_name(name)
     here = Path(name)
     if (here / ADAPTER).is_file() and not (here / "config.json").is_file():
         tokenizer = loader.__name__ == "AutoTokenizer"
@@ -87,8 +87,8 @@ def from_hub(loader, kind: str, name: str, *, new_head: bool = False, **options)
             return from_adapter(loader, kind, name, **options)
     if new_head:
         options["ignore_mismatched_sizes"] = True
-    loaded = from_pretrained(loader, kind, name, output_loading_info=model, **options)
-    if not model:
+    loaded = from_pretrained(loader, kind, name, **options)
+    if not has_weights(loader):
         if (
             loader.__name__ == "AutoTokenizer"
             and not loaded("a", add_special_tokens=False)["input_ids"]
@@ -99,7 +99,7 @@ def from_hub(loader, kind: str, name: str, *, new_head: bool = False, **options)
             )
         return loaded
     if getattr(loaded[0], "_hf_peft_config_loaded", False):
-        raise ValueError(adapter(kind, name))
+        raise ValueError(adapter_refused(kind, name))
     if new_head:
         check_body(f"{kind} {name}", *loaded)
     else:
@@ -107,14 +107,18 @@ def from_hub(loader, kind: str, name: str, *, new_head: bool = False, **options)
     return loaded[0]
 
 
-def from_pretrained(loader, kind: str, name: str, *, output_loading_info: bool, **options):
-    """loader.from_pretrained, quiet, with errors of one line."""
-    if output_loading_info:
+def has_weights(loader) -> bool:
+    """Whether a loader is of models, not of tokenizers or configs."""
+    return loader.__name__.startswith("AutoModelFor")
+
+
+def from_pretrained(loader, kind: str, name: str, **options):
+    """loader.from_pretrained, quiet, with errors of one line; a model's with its loading info."""
+    if has_weights(loader):
         options["output_loading_info"] = True
     if "gguf_file" not in options:
-        weights = loader.__name__.startswith("AutoModelFor")
-        check_files(kind, Path(name), weights=weights)
-        if weights:
+        check_files(kind, Path(name), weights=has_weights(loader))
+        if has_weights(loader):
             options["use_safetensors"] = True
     # a .gguf file's progress bar
     quiet = nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO())
@@ -194,7 +198,7 @@ def from_adapter(loader, kind: str, name: str, **options):
     settings = read_object(kind, Path(name) / ADAPTER)
     base, head = settings.get("base_model_name_or_path"), settings.get("task_type") == "SEQ_CLS"
     if importlib.util.find_spec("peft") is None or not (base and isinstance(base, str)):
-        raise ValueError(adapter(kind, name))
+        raise ValueError(adapter_refused(kind, name))
     if not (Path(name) / "adapter_model.safetensors").is_file():
         raise ValueError(
             f"{kind} {name}: has no adapter_model.safetensors, and nothing else is read, because a "
@@ -257,7 +261,8 @@ def check_body(model: str, loaded, info: dict):
         )
 
 
-def adapter(kind: str, name: str) -> str:
+def adapter_refused(kind: str, name: str) -> str:
+    """Why an adapter is not read, and what to do."""
     return (
         f"{kind} {name}: is an adapter, not a model: pip install peft, and name its base in "
         f"{ADAPTER}; or merge the two and give that: "

@@ -61,13 +61,14 @@ class Method:
             raise ValueError(f"--K {config.K}: a prompt's samples are compared; use at least 2")
 
     def beta_for(self, kl: float, r_ref: Tensor | None = None) -> float | None:
-        """beta for a KL in nats, by the theory of what the method converges to.
+        """beta for a KL in nats, by the theory of what the method converges to (Theorem 3).
 
-        Raw rewards have no theory, and calibrated ones that tie have another: given r_ref (P, K),
-        theirs is the beta that puts pi_ref's own samples at that KL (`budget.empirical_beta`).
-        Else the theory is that of infinitely many samples; where nothing steers the KL (offline
-        methods, TRL) the optimum of K = 100 is farther away: exp10's 6 % and bon_fp's 27 % at 1
-        nat. None for raw rewards without r_ref. Raises OutOfReach.
+        Calibrated rewards without ties: the theory of infinitely many samples. With K = 100 the
+        optimum at that beta is a little farther than asked (exp10 6 %, bon_fp 27 % at 1 nat),
+        which shows where nothing steers the KL: in offline methods and TRL.
+        Raw rewards, or ties: the beta that puts pi_ref's own samples, r_ref (P, K), at that KL
+        (`budget.empirical_beta`); without r_ref None for raw rewards. Raises OutOfReach on a KL
+        that the theory or K samples don't reach.
         """
         c = self.config
         if c.transform in RAW and r_ref is None:
@@ -79,10 +80,14 @@ class Method:
             return None
         if r_ref is not None and (c.transform in RAW or theory.tied(r_ref, c.procedure, c.n)):
             return budget.empirical_beta(self.Phi.of_rewards(r_ref, r_ref), kl)
-        K = c.K
         if c.kl is not None and kl > c.kl:  # a step's, to bring a policy that lags to the budget
-            K, kl = None, min(kl, theory.MAX_KL)
-        return budget.beta_for(c.transform, kl, procedure=c.procedure, n=c.n, K=K)
+            kl = min(kl, theory.MAX_KL)
+        elif kl >= math.log(c.K + 1):
+            raise OutOfReach(
+                f"--kl {kl:g} is out of reach of {c.K} samples, whose C_hat takes {c.K + 1} "
+                f"values: ask for less than {math.log(c.K + 1):.2f}, or take more samples (--K)"
+            )
+        return theory.beta_for_kl(c.transform, kl, procedure=c.procedure, n=c.n)
 
     def loss(
         self, logprobs: Tensor, values: Tensor | None, batch: Batch

@@ -22,10 +22,7 @@ class Method(Online):
 
     transform = "identity"
     least_G = 2
-
-    @property
-    def t(self) -> float:
-        return 1.0
+    t = 1.0
 
     def beta_for(self, kl: float, r_ref: Tensor | None = None) -> float:
         """The transform's beta over |t E[Phi]| there, because the gradient of the log has 1 / E."""

@@ -31,8 +31,8 @@ RNG = "rng"  # dropout's generator in a checkpoint, beside what a `Learner` has
 
 
 def load_start(start: str, frozen: int = 0) -> tuple[nn.Module, object]:
-    """(classifier with one label, tokenizer) of a directory, with a new head, be it one already;
-    the same head in each call.
+    """(classifier with one label, tokenizer) of a directory, with a new head: an old one is
+    replaced, and every call gives the same head.
 
     The score head of a causal model begins at zero and is read at EOS, which then can't be what
     pads: the head is read at the last token that isn't padding. frozen: so many of its lowest

@@ -19,6 +19,12 @@ from pathlib import Path
 FILE = "movieReviewSnippets"  # what its names begin with in the original
 
 
+def read_gzipped(path: Path) -> list[dict]:
+    """The rows of a .jsonl.gz file."""
+    with gzip.open(path, "rt", encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
+
+
 def load_ratings(path: str | Path | None = None) -> list[dict]:
     """The reviews: rows {"id", "index", "text", "ratings"}.
 
@@ -35,9 +41,7 @@ def load_ratings(path: str | Path | None = None) -> list[dict]:
         Path(path) / f"{FILE}_{kind}.txt" for kind in ("GroundTruth", "anonDataRatings")
     )
     if short.exists():
-        with gzip.open(short, "rt", encoding="utf-8") as lines:
-            rows = [json.loads(line) for line in lines]
-        rows = [row | {"index": int(row["id"]) - 1} for row in rows]
+        rows = [row | {"index": int(row["id"]) - 1} for row in read_gzipped(short)]
     elif texts.exists():
         texts = texts.read_text("utf-8", errors="replace").splitlines()
         votes = votes.read_text("utf-8").splitlines()
@@ -77,12 +81,15 @@ def cut(text: str, count: int) -> tuple[str, str] | None:
     )
 
 
+def words_of_prompt(index: int, shift: int = 0) -> int:
+    """How many words of a review are the prompt, 4 to 6; `shift` 0 is the task's."""
+    return 4 + (index // 20 + shift) % 3
+
+
 def cuts(reviews: list[dict], split: str, shift: int = 0) -> list[tuple[str, str]]:
-    """(prompt, response) of a split's reviews, cut after 4 to 6 words; `shift` 0 gives the prompts
-    of the task.
-    """
+    """(prompt, response) of a split's reviews, cut as `words_of_prompt` says."""
     pairs = (
-        cut(row["text"], 4 + (row["index"] // 20 + shift) % 3)
+        cut(row["text"], words_of_prompt(row["index"], shift))
         for row in reviews
         if split_of(row["index"]) == split
     )

@@ -13,8 +13,6 @@ was interrupted goes on.
 
 from __future__ import annotations
 
-import gzip
-import json
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +26,7 @@ from minictrl.files import in_one_step
 from minictrl.models import load_policy, load_scorer
 from minictrl.pretrain.fitting import fit, load_start, save_fitted
 from minictrl.pretrain.packages import minilm
-from minictrl.pretrain.ratings import halves, split_of
+from minictrl.pretrain.ratings import halves, read_gzipped, split_of
 from minictrl.pretrain.teachers import SHARPNESS, fit_scorer, report_accuracy
 from minictrl.pretrain.text import TEMPERATURE
 from minictrl.pretrain.vocabulary import prune
@@ -98,7 +96,7 @@ def written_lessons(folder: Path, tokenizer) -> Lessons:
     rows, ids, logprobs, n = [], [], [], 0
     for path in sorted(folder.glob("*.jsonl.gz")):
         shard = load_file(folder / f"{path.name.partition('.')[0]}.safetensors")
-        prompts = tokenizer([row["prompt"] for row in read(path)])["input_ids"]
+        prompts = tokenizer([row["prompt"] for row in read_gzipped(path)])["input_ids"]
         tokens = shard["tokens"].int()  # (prompts, M, T)
         ends = (tokens == tokenizer.eos_token_id).int()
         kept = ends.cumsum(-1) - ends == 0  # EOS counts, nothing after it does
@@ -113,17 +111,12 @@ def written_lessons(folder: Path, tokenizer) -> Lessons:
     return Lessons(rows, torch.cat(ids), torch.cat(logprobs))
 
 
-def read(path: Path) -> list[dict]:
-    with gzip.open(path, "rt", encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines]
-
-
 def written_texts(folder: Path) -> list[str]:
     """What the policy teacher wrote, prompts included: of each prompt in a shard the first text."""
     return [
         row["prompt"] + row["texts"][0]
         for path in sorted(folder.glob("*.jsonl.gz"))
-        for row in read(path)
+        for row in read_gzipped(path)
     ]
 
 

@@ -25,7 +25,7 @@ from minictrl.pretrain.packages import minilm, smollm2
 from minictrl.pretrain.preferences import bradley_terry_loss, pair_accuracy
 from minictrl.pretrain.ratings import cuts, halves, split_of
 from minictrl.pretrain.text import prune_policy, write_text
-from minictrl.scorers.text import token_ids, written
+from minictrl.scorers.text import encoded, written
 
 SHARPNESS = 0.5  # of preferences, by the difference of the mean ratings (-4 to 4)
 VOCABULARY = 6144  # tokens of SmolLM2 that the student has
@@ -45,20 +45,10 @@ def train_teachers(
         elif step == "policy":
             train_policy_teacher(reviews, out / "policy", seed=seed)
         elif step == "reward":
-            train_scorer(
-                reviews, out / "reward", start=minilm(out), half=0, epochs=2, lr=1e-4, seed=seed
-            )
+            train_scorer(reviews, out / "reward", start=minilm(out), half=0, seed=seed)
         elif step == "judge":
-            train_scorer(
-                reviews,
-                out / "judge",
-                start=str(out / "policy"),
-                half=1,
-                epochs=2,
-                lr=1e-4,
-                frozen=15,
-                seed=seed,
-            )
+            start = str(out / "policy")
+            train_scorer(reviews, out / "judge", start=start, half=1, frozen=15, seed=seed)
         else:
             prune_policy(reviews, out / "policy", out / "pruned", VOCABULARY)
 
@@ -111,8 +101,8 @@ def train_scorer(
     *,
     start: str,
     half: int,
-    epochs: int,
-    lr: float,
+    epochs: int = 2,
+    lr: float = 1e-4,
     frozen: int = 0,
     seed: int = 0,
 ):
@@ -157,8 +147,8 @@ def fit_scorer(
     out: beside it lies the checkpoint of an interrupted fit.
     """
     causal = hasattr(model, "score")
-    ids = token_ids(tokenizer, [written(tokenizer, "", text, causal=causal) for text in texts])
-    rows = [(row, [label]) for row, label in zip(ids, labels.tolist(), strict=True)]
+    read = encoded(tokenizer, [written(tokenizer, "", text, causal=causal) for text in texts])
+    rows = [(x["input_ids"], [label]) for x, label in zip(read, labels.tolist(), strict=True)]
 
     def scores(part: list) -> Tensor:
         inputs = tokenizer.pad({"input_ids": [row for row, _ in part]}, return_tensors="pt")

@@ -39,9 +39,10 @@ class Procedure(base.Procedure):
 def own_weights(select: Tensor, n: int) -> Tensor:
     """`weights` by the samples' own threshold, so that pi_ref against itself wins 1/2.
 
-    All N draws fail with probability q^N. The share of the samples below the threshold is always
-    the same, but q, pi_ref's mass there, is Beta(below, M + 1 - below): E[q^N] stands for q^N. The
-    sample at the threshold is no fair draw of those below it.
+    All N draws fail with probability q^N. The threshold is a percentile of the samples, so the
+    share of them below it is fixed; what varies is q, pi_ref's mass there, which is
+    Beta(below, M + 1 - below): E[q^N] stands for q^N. The sample at the threshold is no fair draw
+    of those below it.
     """
     M, threshold = select.shape[1], threshold_of(select)[:, None]
     if n == 1:

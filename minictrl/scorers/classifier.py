@@ -33,7 +33,8 @@ def load_classifier(name: str, role: str, label: str, device: torch.device):
     model = from_hub(AutoModelForSequenceClassification, f"{role} model", name, dtype="auto").eval()
     head = getattr(model, "score", None)  # of a causal model, read at the last token
     given = model.config.get_text_config().pad_token_id
-    at_end = head is not None and given is None  # else that isn't padding
+    # without a padding token in the config transformers can't find a text's end
+    at_end = head is not None and given is None
     tokenizer = scorer_tokenizer(model, name, role)
     padding = None if at_end else tokenizer.pad_token_id
     labels = [model.config.id2label[i] for i in range(model.config.num_labels)]
@@ -85,13 +86,13 @@ def prefix_scores(
     tokens: Tensor,
     mask: Tensor,
 ) -> Tensor:
-    """(B, T) scores of the response so far, before each token; behind its end, of none.
+    """(B, T): [b, t] is the score of the first t tokens of response b; behind its end, of none.
 
     around: what stands before and behind each response. tokens, mask: (B, T) responses in the
-    model's own tokens. The scores are those of the text, if
-    it is cut into the same tokens when it is read again: a policy may also have drawn "mo" and
-    "vie" where the text has "movie". A prompt that with the response is too long for the model's
-    context loses its beginning. Raises ValueError if the response alone is.
+    model's own tokens. The scores are those of the text, if it is cut into the same tokens when it
+    is read again: a policy may also have drawn "mo" and "vie" where the text has "movie". A prompt
+    that with the response is too long for the model's context loses its beginning. Raises
+    ValueError if the response alone is.
     """
     T, S = tokens.shape[1], len(around[0][1])
     room = tokenizer.model_max_length - (T - 1) - S
@@ -144,7 +145,7 @@ def surroundings(
     whole = [written(tokenizer, prompt, GAP, causal=True) for prompt in prompts]
     split = (text.rpartition(GAP[1]) for text in whole)  # the last: a prompt may hold one
     parts = [(before.removesuffix(GAP[0]), behind) for before, _, behind in split]
-    special = not tokenizer.chat_template  # as in `token_ids`
+    special = not tokenizer.chat_template  # as in `encoded`
     encoded = tokenizer(["".join(part) for part in parts], add_special_tokens=special)
     around = []
     for i, (ids, (before, _)) in enumerate(zip(encoded["input_ids"], parts, strict=True)):

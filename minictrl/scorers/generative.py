@@ -24,6 +24,7 @@ QUESTION = """Below are a prompt and a response to it.
 {text}
 
 Is this a good response? Answer Yes or No."""
+ANSWERS = ("Yes", "No")
 
 
 def load_generative(name: str, role: str, label: str, device: torch.device):
@@ -44,32 +45,26 @@ def load_generative(name: str, role: str, label: str, device: torch.device):
             QUESTION.format(prompt=plain(x).strip(), text=y.strip())
             for x, y in zip(prompts, texts, strict=True)
         ]
-        return log_odds(model, tokenizer, device, asked, ("Yes", "No"))
+        return log_odds(model, tokenizer, device, asked)
 
     return model, tokenizer, evaluate
 
 
-def log_odds(
-    model: nn.Module,
-    tokenizer,
-    device: torch.device,
-    questions: list[str],
-    answers: tuple[str, str],
-) -> Tensor:
-    """log P(first answer) - log P(second) as the next token after each question, float32 (B,)."""
+def log_odds(model: nn.Module, tokenizer, device: torch.device, questions: list[str]) -> Tensor:
+    """log P(Yes) - log P(No) as the next token after each question, float32 (B,)."""
     asked = [render(tokenizer, [{"role": "user", "content": question}]) for question in questions]
     space = "" if tokenizer.chat_template else " "
     this, other = (
-        tokenizer(space + answer, add_special_tokens=False)["input_ids"][0] for answer in answers
+        tokenizer(space + answer, add_special_tokens=False)["input_ids"][0] for answer in ANSWERS
     )
     if space and this == other:  # the space is a token of its own
         asked = [question + space for question in asked]
         this, other = (
-            tokenizer(answer, add_special_tokens=False)["input_ids"][0] for answer in answers
+            tokenizer(answer, add_special_tokens=False)["input_ids"][0] for answer in ANSWERS
         )
     if this == other:
         raise ValueError(
-            f"judge {tokenizer.name_or_path}: {' and '.join(answers)} begin with one token; use "
+            f"model {tokenizer.name_or_path}: {' and '.join(ANSWERS)} begin with one token; use "
             "another"
         )
     head = model.get_output_embeddings()

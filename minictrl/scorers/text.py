@@ -153,10 +153,6 @@ def encoded(tokenizer, texts: list[str | tuple[str, str]]) -> list[dict[str, lis
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
-def token_ids(tokenizer, texts: list[str]) -> list[list[int]]:
-    return [row["input_ids"] for row in encoded(tokenizer, texts)]
-
-
 def longest_text(model: nn.Module, tokenizer) -> int:
     """Tokens that a scorer can read at once."""
     config = model.config.get_text_config()

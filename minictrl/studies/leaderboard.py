@@ -50,7 +50,7 @@ CLAIMS = {  # the paper's -> the methods it is about, procedure, n, whether leve
     "exp-10 or won_fp is ahead of them on Worst-of-4": (("exp-10", "won_fp"), "won", 4, False),
     "identity is level with the best, standard": (("identity",), "standard", 1, True),
 }
-LEVEL = 0.01  # a method that is at most a point behind is level
+MARGIN = 0.01  # a method that is at most a point behind is level
 HEAD = """# Leaderboard
 
 Win rates over pi_ref in per cent, after the procedure, by reward / by judge, on {prompts} held-out
@@ -257,7 +257,7 @@ class Board:
             f"## The paper's claims, at KL {self.kl:g}",
             "How far the method is ahead of the best of the paper's other ones (identity, "
             f"{', '.join(OTHERS)}), in points, with its 95 % interval. The best is picked by the "
-            f"same runs, so a little of its lead is luck. Level: at most {100 * LEVEL:g} point "
+            f"same runs, so a little of its lead is luck. Level: at most {100 * MARGIN:g} point "
             "behind.",
             markdown(
                 ["claim", "by reward", "by judge"],
@@ -280,7 +280,7 @@ class Board:
         if math.isnan(found.mean):
             return "not run"
         low, high = found.interval
-        least = -LEVEL if level else 0
+        least = -MARGIN if level else 0
         verdict = "yes" if low > least else "no" if high < least else "open"
         points = f"{100 * found.mean:.1f} ({100 * low:.1f} to {100 * high:.1f})"
         return f"**{verdict}**: {mine[0]} over {others[0]} {points}"

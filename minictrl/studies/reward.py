@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from minictrl.calibration import calibrated_reward
-from minictrl.evaluation import read_samples
 from minictrl.figures import KL, WIN_RATE, errorbars, panels
 from minictrl.models import load_scorer, model_of
 from minictrl.pretrain.fitting import load_start, save_fitted
 from minictrl.pretrain.preferences import beats, pair_accuracy
-from minictrl.pretrain.ratings import halves, load_ratings, split_of
+from minictrl.pretrain.ratings import halves, load_ratings, split_of, words_of_prompt
 from minictrl.pretrain.teachers import SHARPNESS, fit_scorer
+from minictrl.results import read_samples
 from minictrl.rollout import score
 from minictrl.studies.sweep import judged, reference, sweep
 from minictrl.studies.tables import Rows, column, points, where, zipped
@@ -103,7 +103,7 @@ def load_reviews(out: Path) -> dict[str, list[tuple[str, str, float]]]:
     folder = out / "ratings"
     for row in load_ratings(folder if folder.is_dir() else None):
         words = row["text"].split()
-        cut = 4 + row["index"] // 20 % 3
+        cut = words_of_prompt(row["index"])
         prompt = " ".join(words[:cut])
         response = "".join(f" {word}" for word in words[cut:])
         label, _ = halves(row["ratings"])

@@ -17,9 +17,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 import minictrl
-from minictrl import evaluation, runs
+from minictrl import evaluation, results, runs
 from minictrl.cli import Parser, command, whole
-from minictrl.config import Config
+from minictrl.config import ELSEWHERE, Config
 from minictrl.methods import METHODS
 from minictrl.models import load_policy, load_scorer
 from minictrl.procedures.cells import OutOfReach
@@ -87,7 +87,7 @@ def resize(args: argparse.Namespace):
 
 
 def seeds_of(kl: float, scale: dict) -> int:
-    """How many seeds a budget has, one beside the plan's as the fewest of those."""
+    """How many seeds a budget has; one that isn't in the plan has as many as the plan's fewest."""
     return scale["seeds"].get(kl, min(scale["seeds"].values()))
 
 
@@ -175,8 +175,8 @@ def script(name: str):
 
 def tables_of(wanted: dict[Path, dict], scale: dict, split: str) -> dict[Path, Rows]:
     """The tables that are there, of the runs wanted, folder -> settings."""
-    size, suffix = (scale["prompts"], scale["samples"]), evaluation.file_suffix(split)
-    there = [folder for folder in wanted if evaluation.eval_path(folder, suffix).is_file()]
+    size, suffix = (scale["prompts"], scale["samples"]), results.file_suffix(split)
+    there = [folder for folder in wanted if results.eval_path(folder, suffix).is_file()]
     return {folder: table(folder, wanted[folder], split, *size) for folder in there}
 
 
@@ -189,22 +189,20 @@ def table(folder: Path, settings: dict, split: str, prompts: int, samples: int) 
     stored, extra = runs.load_record(folder)
     for name, value in vars(Config(**settings).resolved()).items():
         mine = getattr(stored, name)
-        if name not in runs.ELSEWHERE and place_of(name, mine) != place_of(name, value):
+        if name not in ELSEWHERE and place_of(name, mine) != place_of(name, value):
             raise ValueError(
                 f"{folder}: holds a run with {name} {mine}, not {value}; give another DIR, or "
                 "move that run away"
             )
-    suffix = evaluation.file_suffix(split)
-    rows = evaluation.read(folder, suffix)
+    suffix = results.file_suffix(split)
+    rows = results.read(folder, suffix)
     if split == "train":
         prompts = min(prompts, stored.prompts)  # those it was trained on
     made_from = {
         f"{role} {getattr(stored, role)}": digest
         for role, digest in extra.get("made_from", {}).items()
     }
-    wins, by_prompt = (
-        evaluation.read_tensors(folder, name, suffix) for name in ("wins", "by_prompt")
-    )
+    wins, by_prompt = (results.read_tensors(folder, name, suffix) for name in ("wins", "by_prompt"))
     for row in rows:
         name = f"{row['procedure']}-{row['n']}-{row['scorer']}"
         if name not in wins or "kl" not in by_prompt or wins[name].shape != by_prompt["kl"].shape:

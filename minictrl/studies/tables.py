@@ -164,8 +164,8 @@ def at_kl(rows: Rows, kl: float, method: str, procedure: str, n: int) -> Rows:
 
 
 def common_kl(rows: Rows, methods: Iterable[str] | None = None) -> float:
-    """Of 0.1 to 2 nats, the KL at which most of the methods (default: all) have runs to compare; of
-    several the nearest to all runs.
+    """The KL, of 0.1 to 2 nats, at which most of the methods (default: all) have runs to compare;
+    of several such KLs the nearest to all runs.
     """
     rows = where(rows, **{name: rows[0][name] for name in ("procedure", "n", "scorer")})
     methods = methods or set(column(rows, "method"))

@@ -16,10 +16,10 @@ import numpy as np
 from torch import Tensor
 
 from minictrl import theory, winrate
-from minictrl.evaluation import read_samples
 from minictrl.figures import KL, WIN_RATE, errorbars, panels, title, tradeoff
 from minictrl.procedures import get_procedure, rewind
 from minictrl.procedures.base import by_rank
+from minictrl.results import read_samples
 from minictrl.studies.curves import best_of_kl
 from minictrl.studies.sweep import AWARE, OTHERS, VARIANTS, judged, redrawn, reference, sweep
 from minictrl.studies.tables import (

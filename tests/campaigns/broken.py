@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from tiny import OTHER, SAME, World, evaluation_of, refused, run
 
-from minictrl import evaluation, files, models, rollout, runs, update
+from minictrl import evaluation, files, models, rollout, training, update
 from minictrl.lm.kvcache import PrefixCache
 
 MEMORY = (
@@ -64,7 +64,7 @@ def not_finite(world: World, count: int, seed: int):
         status, said = world.train(folder, prepare)
         outcome = refused(status, said, f"step {step + 1}")
         named = "This film, number" in said and (what == "reward" or what in said)
-        kept = (folder / "run" / runs.CHECKPOINT).is_file()
+        kept = (folder / "run" / training.CHECKPOINT).is_file()
         if not (named and kept and world.ends_well(folder)):
             outcome = OTHER
         yield {"fault": f"{what} not finite", "case": f"step {step + 1}, {value}: {said[-250:]}",
@@ -119,7 +119,7 @@ def memory(world: World, kinds: int, limit: int = 3):
                     for x in (folder, world.clean)] if status == 0 else []  # fmt: skip
         else:
             status, said = world.train(folder, hungry)
-            pair = [files.load_tensors(x / "run" / runs.CHECKPOINT)[0]
+            pair = [files.load_tensors(x / "run" / training.CHECKPOINT)[0]
                     for x in (folder, world.clean)] if status == 0 else []  # fmt: skip
         near = status == 0 and all((pair[0][k] - pair[1][k]).abs().max() < 1e-4 for k in pair[1])
         yield {"fault": f"out of memory, {place}", "case": f"{type(error).__name__} {said[-200:]}",

@@ -20,9 +20,12 @@ from tiny import (
     run,
 )
 
-from minictrl import evaluation, files, models, rollout, runs, update
+from minictrl import files, models, rollout, runs, update
+from minictrl.budget import Budget
 from minictrl.config import CALIBRATION, TEST_REF
+from minictrl.results import read
 from minictrl.task import load_task
+from minictrl.training import Training
 
 
 def readers(world: World) -> dict:
@@ -32,8 +35,8 @@ def readers(world: World) -> dict:
 
     def restored(folder: Path):
         learner = update.make_learner(fresh_policy(world), value_head=False)
-        budget = runs.Budget(1.0, lambda kl: kl)
-        training = runs.Training(folder / "run", learner, budget, 4)
+        budget = Budget(1.0, lambda kl: kl)
+        training = Training(folder / "run", learner, budget, 4)
         training._restore()
         rows = (folder / "run" / "metrics.jsonl").read_bytes()
         return files.check_sum(learner.state()), training.step, budget.target, rows
@@ -55,7 +58,7 @@ def readers(world: World) -> dict:
     def table(folder: Path):
         parts = evaluated(folder)
         del parts["eval.json"]
-        return evaluation.read(folder / "run"), parts
+        return read(folder / "run"), parts
 
     def settings(folder: Path):
         config, stored = runs.load_record(folder / "run")

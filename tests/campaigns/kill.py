@@ -29,7 +29,7 @@ from tiny import (
     run,
 )
 
-from minictrl import evaluation, files, models, rollout, runs, update
+from minictrl import evaluation, files, models, rollout, runs, training, update
 from minictrl.methods import METHODS
 
 CASES = {name: ["--method", name] for name in METHODS} | {
@@ -48,10 +48,10 @@ HOOKS = {
     "sampling": (rollout, "sample", "within"),
     "scoring": (rollout, "score", "within"),
     "update": (update, "update", "within"),
-    "checkpoint": (runs.Training, "_save", "within"),
+    "checkpoint": (training.Training, "_save", "within"),
     "policy": (models, "save_policy", "within"),
     "rename": (os, "replace", "before"),
-    "row": (runs.Training, "log", "after"),
+    "row": (training.Training, "log", "after"),
     "evaluation": (evaluation, "evaluate", "within"),
 }
 STAGES = [("train", hook) for hook in HOOKS if hook != "evaluation"]

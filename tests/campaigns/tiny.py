@@ -27,9 +27,10 @@ from tqdm import tqdm  # noqa: E402
 
 import evaluate  # noqa: E402
 import train  # noqa: E402
-from minictrl import evaluation, files, runs  # noqa: E402
+from minictrl import files, runs, training  # noqa: E402
 from minictrl.cli import run_script  # noqa: E402
 from minictrl.methods import METHODS  # noqa: E402
+from minictrl.results import parts_of  # noqa: E402
 
 torch.set_num_threads(1)
 LATE = ("baselines", "exchange", "figures", "report", "rollout", "track", "update")
@@ -89,7 +90,7 @@ class Child:
                 tqdm.set_lock(threading.RLock())  # its own is shared: with one that was killed, too
                 sys.modules["matplotlib"] = None  # pictures would take most of the time
                 sys.argv[0] = f"{script}.py"
-                runs.PAUSE = 0  # seconds between checkpoints
+                training.PAUSE = 0  # seconds between checkpoints
                 try:
                     prepare()
                     run_script(lambda: SCRIPTS[script](argv))
@@ -146,14 +147,14 @@ def results(folder: Path) -> dict:
     lines = (out / "metrics.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
     found["metrics.jsonl"] = [{k: x for k, x in row.items() if k not in CLOCK} for row in rows]
-    tensors, _ = files.load_tensors(out / runs.CHECKPOINT)
+    tensors, _ = files.load_tensors(out / training.CHECKPOINT)
     found["checkpoint"] = files.check_sum(tensors)
     return found
 
 
 def evaluated(folder: Path) -> dict:
     """All that an evaluation has come to."""
-    paths = ["eval.json", *(path.name for path in evaluation.parts_of(folder, "").values())]
+    paths = ["eval.json", *(path.name for path in parts_of(folder, "").values())]
     return {name: (folder / "run" / name).read_bytes() for name in paths}
 
 

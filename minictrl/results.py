@@ -1,0 +1,99 @@
+"""The files that an evaluation leaves in a run: their names and columns, and reading them."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from safetensors.torch import load_file
+from torch import Tensor
+
+from minictrl.cli import command
+from minictrl.files import (
+    NUMBER,
+    PERHAPS,
+    TEXT,
+    check_columns,
+    read_rows,
+    read_sealed,
+    reading,
+    sha256_of,
+)
+
+ROW = {name: TEXT for name in ("procedure", "scorer")}  # the columns of eval.json
+ROW |= {name: NUMBER for name in ("n", "win_rate", "kl", "prompts", "samples")}
+ROW |= {name: PERHAPS for name in ("stderr", "kl_stderr", "theory", "optimal")}
+ENDS = ("", "_reference")  # of the columns of samples.jsonl: of pi and of pi_ref
+SAMPLE = {"prompt": (str, list)} | {name: TEXT for name in ("reference", "response")}
+SAMPLE |= {f"best{end}": TEXT for end in ENDS}
+SAMPLE |= {f"{name}{end}": NUMBER for name in ("reward", "C_hat", "best_C_hat") for end in ENDS}
+
+
+def file_suffix(split: str, other_models: dict[str, str] | None = None) -> str:
+    """What the names of an evaluation's files end with: eval-train.json, eval-judge-NAME.json."""
+    parts = [] if split == "test" else [split]
+    for role, model in (other_models or {}).items():
+        parts.append(f"{role}-{re.sub(r'[^A-Za-z0-9.]+', '-', Path(model).name)}")
+    return "".join(f"-{part}" for part in parts)
+
+
+def check_kept(path: Path, other_models: dict[str, str]):
+    """Raises ValueError if there is an eval.json of this name from a model of the same name in
+    another directory.
+    """
+    if not other_models or not path.is_file():
+        return
+    with reading(path, f"delete {path}"):
+        kept = read_sealed(path).get("models", {})
+    for role, model in other_models.items():
+        if kept.get(role, model) != model:
+            raise ValueError(
+                f"--{role} {model}: {path} has the win rates by {kept[role]}; rename or delete it"
+            )
+
+
+def eval_path(run: Path, suffix: str) -> Path:
+    """The file of an evaluation's table."""
+    return run / f"eval{suffix}.json"
+
+
+def parts_of(run: Path, suffix: str) -> dict[str, Path]:
+    """The files of an evaluation beside eval.json."""
+    return {
+        "wins": run / f"wins{suffix}.safetensors",
+        "by_prompt": run / f"by_prompt{suffix}.safetensors",
+        "samples": run / f"samples{suffix}.jsonl",
+    }
+
+
+def read(run: Path, suffix: str = "") -> list[dict]:
+    """The rows of a run's eval.json. Raises ValueError if that or a file of `parts_of` is not as it
+    was written.
+    """
+    path, parts = eval_path(run, suffix), parts_of(run, suffix)
+    again = f"delete {path} and give the command that made it again"
+    with reading(path, again):
+        stored = read_sealed(path)
+        check_columns(stored["rows"], ROW)
+        sums = dict(stored.get("parts", {}))
+    for part, sha256 in sums.items():
+        with reading(parts[part], again):
+            if sha256_of(parts[part]) != sha256:
+                raise ValueError("it has changed since it was written")
+    return stored["rows"]
+
+
+def read_tensors(run: Path, name: str, suffix: str = "") -> dict[str, Tensor]:
+    """The tensors of a run's wins or by_prompt. Raises ValueError if they are damaged."""
+    path = parts_of(run, suffix)[name]
+    with reading(path, f"evaluate the run again: {command('evaluate.py', run)}"):
+        return load_file(path)
+
+
+def read_samples(run: Path, suffix: str = "") -> list[dict]:
+    """The rows of a run's samples.jsonl. Raises ValueError if it is damaged."""
+    path = parts_of(run, suffix)["samples"]
+    with reading(path, f"evaluate the run again: {command('evaluate.py', run)}"):
+        rows = read_rows(path)
+        check_columns(rows, SAMPLE)
+    return rows
