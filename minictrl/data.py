@@ -181,9 +181,10 @@ def prompt_of(row, column: str | None = None) -> Prompt:
     before the last answer of "chosen", HH's transcript or messages. Of a conversation that ends
     with an answer, what comes before it.
 
-    A prompt that the messages of "chosen" begin with is a chat: all of them but the answer.
+    A prompt that the messages of "chosen" begin with, a system message apart, is a chat: all of
+    them but the answer.
     """
-    row = row if isinstance(row, dict) else {}
+    given, row = row, row if isinstance(row, dict) else {}
     chosen, column = row.get("chosen"), column or column_of(row)
     if column is None and isinstance(chosen, str) and "\n\nHuman:" in chosen:
         return parse_hh(chosen)[:-1]
@@ -194,14 +195,17 @@ def prompt_of(row, column: str | None = None) -> Prompt:
         if column != "prompt" and prompt and prompt[-1]["role"] == "assistant":
             prompt.pop()
     first = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    if is_prompt(first) and is_prompt(before) and before[: len(first)] == first:
-        return before
+    if is_prompt(first) and is_prompt(before):
+        system = before[0]["role"] == "system" and first[0]["role"] != "system"
+        turns = before[1:] if system else before
+        if turns[: len(first)] == first:
+            return before
     if is_prompt(prompt):
         return prompt
     raise ValueError(
         f'give "{column or "prompt"}", a text that is not empty, or "messages" (ShareGPT\'s '
         '"conversations"), a list of {"role": system, user or assistant, "content": …} that ends '
-        f"with the user's, or name the column (--column); it holds {str(row)[:80]}"
+        f"with the user's, or name the column (--column); it holds {str(given)[:80]}"
     )
 
 

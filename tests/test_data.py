@@ -81,6 +81,8 @@ PARTS = [{"type": "text", "text": "H"}, {"type": "text", "text": "i", "image": N
                 {"from": "gpt", "value": "Ho"},
             ]
         },
+        {"prompt": "Hi", "chosen": [*ASKED, {"role": "assistant", "content": "Ho"}]},
+        {"prompt": ASKED[1:], "chosen": [*ASKED, {"role": "assistant", "content": "Ho"}]},
     ],
 )
 def test_conversations_are_read_as_people_have_them(row):

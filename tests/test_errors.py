@@ -125,6 +125,27 @@ def test_seeds_that_happen_to_agree_still_have_the_error_of_the_rest(seeds):
     assert crossed(values).stderr == pytest.approx((seeds * 400) ** -0.5, rel=0.15)
 
 
+def test_one_prompt_has_no_error_whatever_the_seeds():
+    for values in ([[0.5]], [[0.5], [0.7]]):
+        estimate = crossed(values)
+        assert estimate.mean == pytest.approx(np.mean(values)) and math.isnan(estimate.stderr)
+
+
+@pytest.mark.parametrize("S, least", [(2, 0.86), (3, 0.91)])
+@pytest.mark.parametrize("share", [0.25, 0.57, 0.87])
+def test_intervals_of_few_seeds_hold_less_often_where_seeds_are_most_of_the_variance(
+    S, least, share
+):
+    """share: of the mean's variance that seeds have. The least of 1,000 experiments, as in
+    docs/results.md, less two standard errors.
+    """
+    rng = np.random.default_rng(3)
+    rest = (1 - share) / P  # of the variance over experiments, so that the whole is 1 / P
+    values = math.sqrt(rest * S * P) * rng.standard_normal((1000, S, P))
+    values += math.sqrt(share / P * S) * rng.standard_normal((1000, S, 1))
+    assert least <= held(values, 0.0) <= 0.985
+
+
 def test_the_detectable_difference_is_above_zero_in_80_per_cent_of_experiments():
     """Five seeds and one, where the quantiles are Student's and the normal law's; +- 0.013."""
     rng = np.random.default_rng(3)

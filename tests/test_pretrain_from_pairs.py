@@ -189,7 +189,10 @@ def test_an_encoder_is_the_base_of_a_reward_model(trained, tmp_path, capsys):
 def test_one_step_that_changed_nothing_claims_nothing(trained, tmp_path, capsys):
     task, start = str(trained[0] / "pairs.jsonl"), str(trained[0] / "start")
     train_pairs_task(task, tmp_path / "out", policy=start, limit=4, lr=1e-9, device="cpu")
-    assert "reward: it is not shown to have learned anything" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "reward: it is not shown to have learned anything" in said
+    for role in ("policy", "reward", "judge"):
+        assert f"{role}: it has learned nothing of what is held out" in said
 
 
 def test_a_seed_makes_the_same_models_whatever_the_process_has_drawn_before(trained, tmp_path):

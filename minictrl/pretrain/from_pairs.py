@@ -39,6 +39,8 @@ from minictrl.pretrain.pairs import Pair, load_pairs
 from minictrl.pretrain.preferences import beats
 from minictrl.scorers.text import encoded, render, spaced, written
 
+LEAST = 1e-3  # nats by which a held-out loss falls if something is learned
+
 
 def train_pairs_task(
     task: str,
@@ -123,6 +125,16 @@ def train_scorers(
         scorer = load_scorer(str(out / role), role, device=device)
         result |= report(role, chosen_share(scorer, test), len(test), len(part))
     return result
+
+
+def report_nats(role: str, what: str, after: float, before: float) -> None:
+    """Prints the held-out loss before and after training, and says so where it has not fallen."""
+    print(f"{role}: {after:.3f} nats {what}, {before:.3f} before")
+    if not after < before - LEAST:
+        print(
+            f"{role}: it has learned nothing of what is held out, whatever its accuracy: try more "
+            "pairs, more --epochs, or another --lr"
+        )
 
 
 def report(role: str, share: float, pairs: int, trained_on: int) -> dict[str, float]:
@@ -210,9 +222,7 @@ def sft(model: nn.Module, tokenizer, train: list, held_out: list, out: Path, **o
     before = mean(loss, held_out, options["micro_batch"])
     fit(model, train, loss, out, **options)
     after = mean(loss, held_out, options["micro_batch"])
-    print(
-        f"policy: {after:.3f} nats a token of {len(held_out)} held-out answers, {before:.3f} before"
-    )
+    report_nats("policy", f"a token of {len(held_out)} held-out answers", after, before)
     return after
 
 
@@ -249,7 +259,7 @@ def bradley_terry(
     before = mean(loss, held_out, options["micro_batch"])
     fit(model, train, loss, out, **options)
     after = mean(loss, held_out, options["micro_batch"])
-    print(f"{out.name}: {after:.3f} nats a held-out pair, {before:.3f} before, log 2 = 0.693")
+    report_nats(out.name, "a held-out pair (log 2 = 0.693)", after, before)
     save_fitted(model.cpu(), tokenizer, out)
 
 

@@ -54,7 +54,7 @@ def crossed(values) -> Estimate:
     S, P = values.shape
     mean, of_seeds, of_prompts = values.mean(), values.mean(1), values.mean(0)
     prompts = variance(of_prompts)
-    if S == 1:
+    if S == 1 or P == 1:  # with one prompt there is no error: prompts is nan
         return Estimate(mean.item(), prompts**0.5, P - 1)
     seeds = variance(of_seeds)
     rest = values - of_prompts - of_seeds[:, None] + mean
