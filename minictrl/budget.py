@@ -6,7 +6,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from minictrl.procedures.cells import OutOfReach
-from minictrl.procedures.masses import positive
+from minictrl.procedures.masses import number, positive
 from minictrl.transforms import log_partition
 
 WIDE = 12.0  # in log beta: by how much the bracket grows until it holds the KL
@@ -25,6 +25,8 @@ def empirical_beta(r_ref: Tensor, kl: float) -> float:
     don't reach.
     """
     positive("kl", kl)
+    if r_ref.dim() != 2 or not r_ref.numel():
+        raise ValueError(f"r_ref is {tuple(r_ref.shape)}: must be (prompts, samples), of some")
     if not r_ref.isfinite().all():
         raise ValueError("r_ref holds rewards that are not finite: no beta makes a policy of them")
     r = r_ref.double() - r_ref.double().amax(1, keepdim=True)  # so that the best keep their digits
@@ -70,9 +72,9 @@ class Budget:
     def __init__(
         self, kl: float | None, beta_at: Callable[[float], float], beta: float | None = None
     ):
-        self.kl = self.target = kl  # nats
+        self.kl = self.target = None if kl is None else positive("kl", kl)  # nats
         self.beta_at = beta_at
-        self.beta = beta or beta_at(kl)
+        self.beta = beta_at(kl) if beta is None else positive("beta", beta)
 
     def follow(self, kl_ref: float) -> float:
         """The beta of an update, from the KL of its rollout in nats.
@@ -82,6 +84,7 @@ class Budget:
         """
         if self.kl is None:
             return self.beta
+        kl_ref = number("kl_ref", kl_ref)
         error = bounded(math.log(max(kl_ref, 1e-9) / self.kl), ERROR_BOUNDS)
         moved = self.target / self.kl * math.exp(-DRIFT * error)
         self.target = self.kl * bounded(moved, TARGET_BOUNDS)

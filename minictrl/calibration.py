@@ -29,6 +29,7 @@ def leave_one_out_calibration(r_ref: Tensor) -> Tensor:
     r_ref: (P, K) rewards of y ~ pi_ref(.|x). Returns (P, K) in [0, 1], a tie counting one half. So
     the calibration's samples are a training set. Raises ValueError as `calibrated_reward` does.
     """
+    r_ref = torch.as_tensor(r_ref)
     if r_ref.ndim != 2 or r_ref.shape[1] < 2:
         raise ValueError(
             f"r_ref is {tuple(r_ref.shape)}: must be (prompts, samples) with at least 2 samples "

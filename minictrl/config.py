@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, fields, replace
 from numbers import Integral, Real
 from pathlib import Path
 
-from minictrl.cli import MOST
+from minictrl.cli import DEVICES, MOST
 from minictrl.methods import METHODS, get_method
 from minictrl.procedures import PROCEDURES, parse_procedure
 
@@ -269,8 +269,8 @@ class Config:
         both = self.kl is not None and self.beta is not None
         self._need(not both, "beta", f"give --kl or --beta, not both (--kl is {self.kl})")
         self._need(self.lam is None or 0 <= self.lam <= 1, "lam", "use a number from 0 to 1")
-        known_device = self.device in ("auto", "cpu") or self.device.startswith("cuda")
-        self._need(known_device, "device", "use auto, cpu or cuda")
+        known_device = DEVICES.fullmatch(self.device)
+        self._need(known_device, "device", "use auto, cpu, cuda or cuda:INDEX")
 
     @property
     def own_prompts(self) -> bool:

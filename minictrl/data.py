@@ -45,6 +45,8 @@ def load_rows(
     """(prompt, the other columns of its row) of each prompt, as `load_prompts`."""
     check_split(split)
     name = str(task_or_file)
+    if not name:
+        raise ValueError("--task '': give a task, a file or a data set")
     if name not in TASKS:
         rows = convert(read_own(name, data_split), partial(row_of, column=column))
         rows = unique(rows, whose=name)
@@ -111,6 +113,7 @@ def read_hub(source: dict, split: str) -> Iterable[tuple[str, dict]]:
             f"data set {source['name']} needs `datasets`: pip install -e '.[hub]'"
         ) from None
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what is wrong is said below
     name, part = hub_name(source["name"]), source[split]
     where = f"{name}{'/' + source['folder'] if source['folder'] else ''}, {part}"
     saved, suffix = Path(name, "dataset_dict.json").is_file(), Path(name).suffix

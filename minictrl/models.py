@@ -26,11 +26,11 @@ from minictrl.lm.hub import from_hub
 from minictrl.lm.identity import config_of, tokenizer_of
 from minictrl.lm.kvcache import arguments
 from minictrl.lm.logprobs import response_logits
-from minictrl.lm.prompts import check_ids, known_ends, left_pad
+from minictrl.lm.prompts import check_ids, check_text, known_ends, left_pad
 from minictrl.scorers.classifier import load_classifier
 from minictrl.scorers.function import load_function
 from minictrl.scorers.generative import QUESTION, load_generative
-from minictrl.scorers.text import is_causal, set_precision
+from minictrl.scorers.text import chat, is_causal, set_precision
 
 SUMS = "SHA256SUMS"  # of a saved policy's files
 SEES = 0.01  # of the largest logit: what a causal model's never move by when the next token changes
@@ -42,8 +42,11 @@ def model_of(name: str, role: str) -> str:
 
     The models of a task whose entry names the task itself are this package's own.
     """
+    name = str(name)
+    if not name:
+        raise ValueError(f"{role} '': give a hub name, a directory or a task")
     if name not in TASKS:
-        return str(name)
+        return name
     named = TASKS[name][role]
     return str(ASSETS / role) if named == name else named
 
@@ -171,7 +174,8 @@ def check_saved(path: Path):
 @dataclass(frozen=True)
 class Scorer:
     """A reward model or a judge: called with B prompts and texts, it gives scores (B,), float32 on
-    the CPU; higher is better. Raises ValueError on a score that isn't finite.
+    the CPU; higher is better. Raises ValueError on a score that isn't finite, and on what is no
+    list of prompts with a text for each.
     """
 
     name: str
@@ -182,6 +186,7 @@ class Scorer:
     prefixes: Callable[[list, Tensor, Tensor], Tensor] | None = None
 
     def __call__(self, prompts: list[Prompt], texts: list[str]) -> Tensor:
+        check_pairs(self.role, prompts, texts)
         return check_finite(self.evaluate(prompts, texts), self.name, self.role, prompts, texts)
 
     def of_prefixes(self, prompts: list[Prompt], tokens: Tensor, mask: Tensor) -> Tensor:
@@ -225,6 +230,8 @@ def load_scorer(
         else:
             model, tokenizer, evaluate, prefixes = load_classifier(name, role, label, device)
         depends_on = [model, config_of(model), tokenizer_of(tokenizer), label, QUESTION]
+        if tokenizer.chat_template:  # which may write today's date
+            depends_on.append(chat(tokenizer, [{"role": "user", "content": "a"}]))
     before = digest(*depends_on)  # as it was saved
     if tokenizer is not None:
         set_precision(model, device)
@@ -253,6 +260,26 @@ def parted(name: str) -> tuple[str, str]:
     while "#" in head and not Path(head).exists():
         head = head.rpartition("#")[0]
     return head, name.removeprefix(head)[1:]
+
+
+def check_pairs(role: str, prompts: list[Prompt], texts: list[str]) -> None:
+    """Raises ValueError unless there are as many prompts as texts, all of them text or messages."""
+    if isinstance(prompts, str) or isinstance(texts, str):
+        raise ValueError(f"{role}: prompts and texts must be two lists, and one is a text")
+    if len(prompts) != len(texts):
+        raise ValueError(f"{role}: {len(prompts)} prompts, {len(texts)} texts; give one for each")
+    for i, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
+        try:
+            parts = [prompt] if isinstance(prompt, str) else [m["content"] for m in prompt]
+        except (TypeError, KeyError):
+            parts = [None]
+        if not all(isinstance(part, str) for part in (text, *parts)):
+            raise ValueError(
+                f"{role}: pair {i} is {str((prompt, text))[:80]}: give a text, or chat messages "
+                "with a content, and the response's text"
+            )
+        for part in (text, *parts):
+            check_text(f"{role}: pair {i}", part)
 
 
 def check_finite(

@@ -25,15 +25,20 @@ import torch
 from torch import Tensor
 
 from minictrl.calibration import at_least_float32
+from minictrl.procedures.masses import number, positive
 
 
 def _check(mask: Tensor, **tensors: Tensor) -> Tensor:
-    """The mask as booleans, or a ValueError: one shape for all, right-padded, no empty response."""
+    """The mask as booleans, or a ValueError: one shape for all, 0 and 1, right-padded, no empty
+    response.
+    """
     for name, x in tensors.items():
         if x.shape != mask.shape or mask.dim() != 2:
             raise ValueError(
                 f"{name} is {tuple(x.shape)}, mask is {tuple(mask.shape)}: both must be (B, T)"
             )
+    if not ((mask == 0) | (mask == 1)).all():
+        raise ValueError("mask must be 0 and 1 alone: 1 on response tokens; weigh losses instead")
     mask = mask.bool()
     if not mask.numel():
         raise ValueError(f"mask is {tuple(mask.shape)}: there must be a response and a token")
@@ -45,8 +50,15 @@ def _check(mask: Tensor, **tensors: Tensor) -> Tensor:
     return mask
 
 
+def _same_shape(**tensors: Tensor) -> None:
+    shapes = {name: tuple(x.shape) for name, x in tensors.items()}
+    if len(set(shapes.values())) > 1:
+        raise ValueError(f"{shapes} must have one shape")
+
+
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
-    """Mean of x (any shape) where mask is 1, a scalar."""
+    """Mean of x (any shape) where mask, of the same shape, is 1: a scalar. ValueError on shapes."""
+    _same_shape(x=x, mask=mask)
     return x.masked_fill(~mask.bool(), 0).sum() / mask.sum()
 
 
@@ -64,6 +76,7 @@ def token_rewards(R: Tensor, logprobs: Tensor, ref_logprobs: Tensor, mask: Tenso
             f"R is {tuple(R.shape)}: must be ({len(mask)},), one Phi(C_hat) / beta for each "
             "response"
         )
+    ref_logprobs, logprobs = at_least_float32(ref_logprobs), at_least_float32(logprobs)
     rewards = (ref_logprobs - logprobs).masked_fill(~mask, 0)
     last = mask.sum(1, keepdim=True) - 1
     return rewards.scatter_add(1, last, R[:, None].to(rewards))
@@ -80,7 +93,7 @@ def gae(
     behind the mask. lam = 1 gives the reward to go minus V: unbiased whatever V is.
     """
     for name, value in (("gamma", gamma), ("lam", lam)):
-        if not 0 <= value <= 1:
+        if not 0 <= number(name, value) <= 1:
             raise ValueError(f"{name} is {value}: must be between 0 and 1")
     mask = _check(mask, token_rewards=token_rewards, values=values)
     dtype = torch.promote_types(token_rewards.dtype, values.dtype)
@@ -136,7 +149,8 @@ def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
 
     For reports, and for GRPO's original loss. As a loss its gradient is that of KL(pi_ref || pi).
     """
-    logratio = ref_logprobs - logprobs
+    _same_shape(logprobs=logprobs, ref_logprobs=ref_logprobs)
+    logratio = at_least_float32(ref_logprobs) - at_least_float32(logprobs)
     return logratio.exp() - 1 - logratio
 
 
@@ -167,6 +181,7 @@ def policy_loss(
     hold for every token of a response. Stats, means over tokens: approx_kl (KL(pi_old || pi) in
     nats a token, by k3), clipfrac (share of ratios outside 1 +- clip).
     """
+    clip = positive("clip", clip)
     _check(mask, logprobs=logprobs, old_logprobs=old_logprobs)
     if advantages.shape not in (mask.shape, (len(mask), 1)):
         raise ValueError(
@@ -175,9 +190,10 @@ def policy_loss(
         )
     pad = ~mask.bool()
     # before exp: a NaN there would reach the gradient
+    logprobs, old_logprobs = at_least_float32(logprobs), at_least_float32(old_logprobs)
     logratio = (logprobs - old_logprobs).masked_fill(pad, 0)
     ratio = logratio.exp()
-    advantages = advantages.expand_as(ratio).masked_fill(pad, 0)
+    advantages = at_least_float32(advantages).expand_as(ratio).masked_fill(pad, 0)
     surrogate = torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
     with torch.no_grad():
         stats = {
@@ -193,7 +209,7 @@ def value_loss(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
     """
     # before the square: 0 times a NaN is one, in the gradient
     _check(mask, values=values, returns=returns)
-    error = (values - returns).masked_fill(~mask.bool(), 0)
+    error = (at_least_float32(values) - at_least_float32(returns)).masked_fill(~mask.bool(), 0)
     return masked_mean(error.square(), mask) / 2
 
 
@@ -203,6 +219,8 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
 
     0 where the returns don't vary.
     """
-    returns, error = returns[mask.bool()], (returns - values)[mask.bool()]
+    mask = _check(mask, values=values, returns=returns)
+    returns, values = at_least_float32(returns)[mask], at_least_float32(values)[mask]
+    error = returns - values
     variance = returns.var(correction=0)
     return torch.where(variance > 0, 1 - error.var(correction=0) / variance, 0.0)

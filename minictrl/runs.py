@@ -30,6 +30,7 @@ from minictrl.files import (
     reading,
     write_sealed,
 )
+from minictrl.lm.hub import ADAPTER, local_copy, read_object
 from minictrl.models import check_saved, parted
 from minictrl.task import Task, rows_of
 
@@ -51,7 +52,7 @@ def hold(out: Path):
     It lies beside `out`, because a new run deletes what is in there. Raises ValueError if another
     run is at work.
     """
-    out = out.absolute()
+    out = out.resolve()  # a link is what it points to
     out.parent.mkdir(parents=True, exist_ok=True)
     try:
         return lock(out, wait=False)
@@ -85,22 +86,40 @@ def check(out: Path, settings: dict, config: Config, *, resume: bool, overwrite:
         return config
     if not holds_run(out):
         raise ValueError(f"--out {out}: holds something that is no run; give another --out")
+    if overwrite and not (out / MARKER).is_file():
+        raise ValueError(
+            f"--out {out}: holds a config.json as a run has it, but no {MARKER}, so it may not be "
+            "ours to delete; delete it yourself, or give another --out"
+        )
     if not overwrite:
         raise ValueError(
             f"--out {out}: holds a run already; add --resume or --overwrite, or give another --out"
         )
     for name in (*PATHS, "cache"):
-        path = file_of(getattr(config, name))
-        if path.name and path.exists() and path.resolve().is_relative_to(out.resolve()):
-            raise ValueError(
-                f"--{name} {path}: lies in {out}, which --overwrite deletes; give another --out"
-            )
+        for path in files_of(getattr(config, name)):
+            if path.name and path.exists() and path.resolve().is_relative_to(out.resolve()):
+                raise ValueError(
+                    f"--{name} {path}: lies in {out}, which --overwrite deletes; give another --out"
+                )
     return config
 
 
 def file_of(name: str | None) -> Path:
     """The file or directory that a name may stand for, without :FUNCTION and #LABEL."""
     return Path(parted(re.sub(r"(?<=\.py):.*", "", name or ""))[0])
+
+
+def files_of(name: str | None) -> list[Path]:
+    """`file_of` a name, its local copy of the hub, and the base of an adapter that it may be."""
+    if not name:
+        return []
+    path = file_of(name)
+    places = [path, local_copy(str(path))]
+    for place in places[:2]:
+        if (place / ADAPTER).is_file():
+            base = str(read_object("adapter", place / ADAPTER).get("base_model_name_or_path"))
+            places += [Path(base), local_copy(base)]
+    return places
 
 
 def holds_run(out: Path) -> bool:

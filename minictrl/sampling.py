@@ -16,6 +16,8 @@ import math
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from numbers import Real
+from operator import index
 
 import numpy as np
 import torch
@@ -56,6 +58,8 @@ def sample_plainly(
     seed: int,
 ) -> Samples:
     """`sample`, without a cache: a whole forward for each token. To read, and to test `sample`."""
+    _need_at_least(1, num_samples=num_samples, max_new_tokens=max_new_tokens)
+    seed = _check_draw(temperature, seed)
     B, M, T, device = len(prompts), num_samples, max_new_tokens, model.device
     pad, eos = tokenizer.pad_token_id, eos_ids(model, tokenizer).to(device)
     prompt_ids = encode_prompts(tokenizer, prompts)
@@ -104,7 +108,7 @@ def sample(
     size = 1 if batch_size is None else batch_size
     _need_at_least(1, num_samples=num_samples, max_new_tokens=max_new_tokens, batch_size=size)
     _need_at_least(0, first_sample=first_sample)
-    _check_draw(temperature, seed)
+    seed = _check_draw(temperature, seed)
     prompts = prompts if isinstance(prompts, str) else list(prompts)
     ids = encode_prompts(tokenizer, prompts)
     check_lengths(model, prompts, ids, max_new_tokens)
@@ -197,14 +201,18 @@ def _head_rows(model) -> int:
     return 2**18 // V if V <= 4096 else 256
 
 
-def _check_draw(temperature: float, seed: int) -> None:
-    if not hasattr(seed, "__index__"):
+def _check_draw(temperature: float, seed: int) -> int:
+    """The seed as an int."""
+    if isinstance(seed, bool) or not hasattr(seed, "__index__"):
         raise ValueError(f"seed={seed!r}: must be a whole number")
-    if not isinstance(temperature, (int, float)) or not 0 < temperature < math.inf:
+    if not -(2**63) <= index(seed) < 2**63:
+        raise ValueError(f"seed={seed!r}: must have 64 bits at most, because larger ones repeat")
+    if not isinstance(temperature, Real) or not 0 < temperature < math.inf:
         raise ValueError(f"temperature={temperature!r}: must be positive and finite")
+    return index(seed)
 
 
 def _need_at_least(least: int, **numbers: int) -> None:
     for name, value in numbers.items():
-        if not hasattr(value, "__index__") or value < least:
+        if isinstance(value, bool) or not hasattr(value, "__index__") or value < least:
             raise ValueError(f"{name}={value!r}: must be a whole number of at least {least}")

@@ -287,6 +287,8 @@ def _policy(
     if best is not None and continuous:
         return _Policy(best.log_ratio, cells.grid(COARSE), None)
     Phi, ref = _on_cells(transform if best is None else interpolated(best), K, levels)
+    if kl is None and not (Phi * scale).isfinite().all():
+        raise ValueError(f"beta {1 / scale:g}: Phi / beta is not finite; use a larger beta")
     if kl is None:
         return _Policy(cells.tilt(Phi, scale, ref), ref, K)
     if not continuous:  # a few values of the reward have a largest KL

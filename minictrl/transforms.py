@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from minictrl.calibration import at_least_float32, calibrated_reward
-from minictrl.procedures.masses import MassMap, at_least_1
+from minictrl.procedures.masses import MassMap, at_least_1, mass_map, positive
 from minictrl.procedures.optimum import FIXED_POINTS, fixed_point
 
 MAX_T = 80  # e^80 is still a float32
@@ -63,7 +63,7 @@ RAW = {
 @dataclass(frozen=True)
 class Transform:
     """Phi: called with u (any shape, in [0, 1]) it gives Phi(u) in u's shape and device, as float32
-    at least, because float16 ends at 65,504.
+    at least, because float16 ends at 65,504. Raises ValueError on u outside [0, 1].
     """
 
     name: str
@@ -71,6 +71,11 @@ class Transform:
     calibrated = True  # so that every prompt's reward has the same law under pi_ref
 
     def __call__(self, u: Tensor) -> Tensor:
+        if not ((u >= 0) & (u <= 1)).all():
+            raise ValueError(
+                f"transform {self.name!r}: u has values outside [0, 1]; give calibrated rewards "
+                "(`calibration.calibrated_reward`)"
+            )
         return self.Phi(at_least_float32(u))
 
     def of_rewards(self, r: Tensor, r_ref: Tensor) -> Tensor:
@@ -122,9 +127,14 @@ def get_transform(
     probabilities of cells of [0, 1] (`procedures/masses.py`). K: samples of the calibration, for
     log's bound at 1/(2K); None, where u is C itself, for no bound. Raises ValueError on bad input.
     """
+    given, name = name, str(name)
+    mass_map(procedure)
+    at_least_1("n", n)
     if K is not None:
         at_least_1("K", K)
-    tilt = re.fullmatch(r"exp([+-]?(\d+\.?\d*|\.\d+))", str(name))
+    if beta is not None:
+        positive("beta", beta)
+    tilt = re.fullmatch(r"exp([+-]?(\d+\.?\d*|\.\d+))", name)
     if name in RAW:
         return RawReward(name, RAW[name])
     if name in FIXED_POINTS:
@@ -141,7 +151,7 @@ def get_transform(
         return Transform(name, exp(t))
     if name not in CLOSED_FORMS:
         known = ", ".join([*CLOSED_FORMS, *FIXED_POINTS, *RAW])
-        raise ValueError(f"unknown transform {name!r}; known: exp<t> (exp5, exp-10, …), {known}")
+        raise ValueError(f"unknown transform {given!r}; known: exp<t> (exp5, exp-10, …), {known}")
     if name == "log" and K is not None:
         return Transform(name, lambda u: log(u.clamp(min=1 / (2 * K))))
     top = torch.as_tensor(CLOSED_FORMS[name](torch.ones(1)))

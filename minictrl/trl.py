@@ -31,10 +31,11 @@ from torch import Tensor
 
 from minictrl import runs
 from minictrl.config import CALIBRATION, TASKS, Config
-from minictrl.data import Prompt, key
+from minictrl.data import Prompt, key, message
 from minictrl.lm.device import resident
 from minictrl.lm.prompts import encode_prompts
 from minictrl.methods import get_method
+from minictrl.models import check_pairs
 from minictrl.reference import CHUNK, Reference
 from minictrl.rollout import reference_key, reference_samples, sample_and_score
 from minictrl.sampling import texts_of
@@ -69,8 +70,11 @@ def ctrl_reward(
     def reward(prompts: list[Prompt], completions: list, **_) -> list[float]:
         if not prompts:
             return []
+        texts = [
+            y if isinstance(y, str) or not y else message(y[-1])["content"] for y in completions
+        ]
+        check_pairs("reward", prompts, texts)
         r_ref = calibration.r_ref(prompts)
-        texts = [y if isinstance(y, str) else y[-1]["content"] for y in completions]
         scores = task.reward(prompts, texts).tolist()
         same = calibration.rewards_of_samples(prompts)
         r = [known.get(y, score) for known, y, score in zip(same, texts, scores)]

@@ -114,3 +114,23 @@ def test_the_theory_beside_a_run_with_ties_is_of_the_Phi_it_was_trained_with():
     assert method.beta_for(0.6, r_ref) != pytest.approx(method.beta, rel=0.5)
     u = torch.linspace(0, 1, 11, dtype=torch.float64)
     assert torch.equal(curve_of(config)(u), method.Phi(u))
+
+
+def test_numbers_that_are_no_budget_are_refused():
+    for settings in ((math.nan,), (0.0,), (-1.0,), (None, lambda kl: 1.0, -1.0)):
+        with pytest.raises(ValueError, match="must be"):
+            Budget(*settings) if len(settings) > 1 else Budget(*settings, lambda kl: 1.0)
+    with pytest.raises(ValueError, match="kl_ref nan"):
+        Budget(1.0, lambda kl: 1.0).follow(math.nan)
+    for r_ref in (torch.ones(3), torch.ones(0, 3)):
+        with pytest.raises(ValueError, match="must be .prompts, samples."):
+            empirical_beta(r_ref, 0.1)
+
+
+@pytest.mark.parametrize("transform, beta", [("identity", 1e-30), ("exp80", 1e-5), ("none", 1e-38)])
+def test_a_beta_that_nothing_can_follow_is_named(transform, beta):
+    method = get_method("ppo")(Config(transform=transform, beta=beta).resolved())
+    r_ref = torch.randn(4, 50, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(ValueError, match="--beta .*use a larger --beta"):
+        method.check_beta(beta, r_ref)
+    method.check_beta(1e30 if transform == "exp80" else 0.1, r_ref)

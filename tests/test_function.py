@@ -171,3 +171,37 @@ def test_a_file_may_hold_a_dataclass_and_import_what_lies_beside_it(tmp_path, mo
         3,
     ]
     assert sys.modules["json"] is json
+
+
+def test_what_a_function_imports_from_beside_it_is_part_of_its_digest(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.path", [*sys.path])
+    (tmp_path / "part_of_it").mkdir()
+    files = {
+        "scale_of_it.py": "from part_of_it.deeper import SIGN\nSCALE = 1",
+        "part_of_it/__init__.py": "",
+        "part_of_it/deeper.py": "from . import other\nSIGN = 1",
+        "part_of_it/other.py": "",
+        "unrelated.py": "",
+    }
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    (tmp_path / "r.py").write_text(
+        "from minictrl import theory\nfrom scale_of_it import SCALE\n"
+        "def f(prompts, texts):\n    return [SCALE * len(text) for text in texts]\n"
+    )
+
+    def digest() -> str:
+        return load_scorer(f"{tmp_path}/r.py:f", "reward").digest
+
+    before = digest()
+    for name in files:
+        (tmp_path / name).write_text(files[name] + "\n# other")
+        assert (digest() == before) == (name == "unrelated.py"), name
+        (tmp_path / name).write_text(files[name])
+    assert digest() == before
+
+
+def test_whole_numbers_above_2_to_the_24_are_said(file):
+    file.write_text("def far(prompts, texts):\n    return [2**24 + len(text) for text in texts]\n")
+    with pytest.warns(UserWarning, match="scores that differ tie as float32"):
+        load_scorer(f"{file}:far", "reward")(["a"] * 9, ["x" * i for i in range(9)])

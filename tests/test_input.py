@@ -20,6 +20,7 @@ import train
 from minictrl import runs
 from minictrl.config import Config
 from minictrl.files import check_writable, read_sealed, write_sealed
+from minictrl.lm.device import resolve_device
 from minictrl.task import load_task
 
 ROOT = Path(__file__).parent.parent
@@ -396,3 +397,45 @@ def test_a_disk_that_is_full_costs_no_finished_step(tmp_path):
         load_file(tmp_path / name / "policy" / "model.safetensors") for name in ("full", "whole")
     )
     assert all(torch.equal(ended[name], expected[name]) for name in expected)
+
+
+def test_what_has_no_marker_is_not_deleted(tmp_path):
+    (tmp_path / "config.json").write_text('{"task": "x", "method": "y"}')
+    (tmp_path / "thesis.txt").write_text("precious")
+    with pytest.raises(ValueError, match="no .minictrl, so it may not be ours"):
+        train.main(["--out", str(tmp_path), "--overwrite"])
+    assert (tmp_path / "thesis.txt").read_text() == "precious"
+
+
+def test_a_run_does_not_delete_its_own_models_under_another_name(tmp_path, monkeypatch):
+    """From a local copy of the hub, and as the base of an adapter."""
+    out = tmp_path / "out"
+    (out / "policy").mkdir(parents=True)
+    (out / runs.MARKER).touch()
+    monkeypatch.setenv("MINICTRL_HUB", str(out))
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    settings = {"base_model_name_or_path": str(out / "policy")}
+    (adapter / "adapter_config.json").write_text(json.dumps(settings))
+    for policy in ("policy", str(adapter)):
+        config = replace(Config().resolved(), policy=policy)
+        with pytest.raises(ValueError, match="--policy .*which --overwrite deletes"):
+            runs.check(out, {}, config, resume=False, overwrite=True)
+
+
+def test_two_runs_do_not_share_a_directory_through_a_link(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "run")
+    with runs.hold(tmp_path / "run"), pytest.raises(ValueError, match="another run is at work"):
+        runs.hold(tmp_path / "link")
+
+
+@pytest.mark.parametrize("name", ["cuda:x", "cuda:", "cuda:-1", "cudax", "cuda:00", "cuda:256"])
+def test_a_device_that_is_none_is_refused_where_there_is_a_gpu(name, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    with pytest.raises(ValueError, match="--device"):
+        resolve_device(name)
+    monkeypatch.setenv("LOCAL_RANK", name.removeprefix("cuda").removeprefix(":") or "y")
+    with pytest.raises(ValueError, match="--device"):
+        resolve_device("auto")

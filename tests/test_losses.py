@@ -19,6 +19,7 @@ from minictrl.methods.grpo import grpo_advantages
 from minictrl.methods.ipo import ipo_loss
 from minictrl.methods.pkpo import beats_best_of, max_at_n_advantages
 from minictrl.methods.qrpo import qrpo_loss
+from minictrl.methods.tpo import tpo_loss
 from minictrl.ppo import gae, loo_advantages, policy_loss
 from minictrl.transforms import get_transform, log_partition
 
@@ -398,3 +399,27 @@ def test_a_log_Z_of_another_shape_is_refused():
     R = torch.arange(6.0).view(2, 3)
     with pytest.raises(ValueError, match="must have one shape"):
         qrpo_loss(torch.zeros(6), torch.zeros(6), R.flatten(), log_partition(R))
+
+
+def test_log_probabilities_of_tokens_are_refused_where_sums_are_asked_for():
+    x = randn(3, 3)
+    for call in (
+        lambda: ipo_loss(x, x, x, x, tau=1.0),
+        lambda: qrpo_loss(x, x, x, 0.0),
+        lambda: tpo_loss(x[0], x[0], x[0]),
+    ):
+        with pytest.raises(ValueError, match="summed over its tokens"):
+            call()
+
+
+def test_regressions_of_half_precision_do_not_overflow():
+    x = torch.zeros(4, dtype=torch.float16)
+    assert ipo_loss(x, x, x, x, tau=1e-3) == pytest.approx(250_000)
+    assert qrpo_loss(x, x, x + 300, 0.0) == 90_000
+
+
+def test_a_reward_that_is_not_finite_beats_nothing():
+    r = torch.zeros(2, 3)
+    for bad, ref in ((r * math.nan, r), (r, r * math.nan), (r[:1], r)):
+        with pytest.raises(ValueError, match="finite rewards of the same prompts"):
+            beats_best_of(bad, ref, 2)

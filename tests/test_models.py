@@ -1,7 +1,9 @@
 """Policies, reward models and judges by name, on tiny random models in the hub's layout."""
 
 import importlib.util
+from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -374,3 +376,24 @@ def test_smollm2_from_its_gguf_file_knows_the_capital_of_france(tmp_path):
     assert "Paris" in tok.decode(
         policy.generate(ids, max_new_tokens=12, do_sample=False)[0, ids.shape[1] :]
     )
+
+
+def test_the_date_in_a_chat_template_moves_no_reward_in_silence(tmp_path, monkeypatch):
+    """A template that takes a date gets a fixed one; one that asks the clock is another model."""
+    model = GPT2ForSequenceClassification(GPT2)
+    now = "{% if date_string is not defined %}{% set date_string = strftime_now('%d %b %Y') %}"
+    content = "{{ date_string }} {{ messages[-1]['content'] }}"
+    templates = {
+        "given": now + "{% endif %}" + content,
+        "asked": "{{ strftime_now('%d %b %Y') }} {{ messages[-1]['content'] }}",
+    }
+    digests = {}
+    for day in (1, 2):
+        clock = SimpleNamespace(now=lambda day=day: datetime(2026, 1, day))
+        monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", clock)
+        for name, template in templates.items():
+            path = save(tmp_path / name, model, template=template)
+            scorer = load_scorer(path, "reward", device="cpu")
+            digests[name, day] = scorer.digest
+    assert digests["given", 1] == digests["given", 2]
+    assert digests["asked", 1] != digests["asked", 2]

@@ -12,6 +12,7 @@ from minictrl.ppo import (
     gae,
     k3,
     loo_advantages,
+    masked_mean,
     policy_loss,
     prefix_values,
     token_rewards,
@@ -309,3 +310,38 @@ def test_rewards_of_another_dtype_round_no_value(kind):
     expected = gae(rewards, values, torch.ones(1, 3))
     for got, want in zip(gae(rewards.to(kind), values, torch.ones(1, 3)), expected):
         torch.testing.assert_close(got, want)
+
+
+def test_masks_are_0_and_1_and_clip_is_positive():
+    x = torch.zeros(2, 2)
+    for mask in ([[0.5, 0.5], [1, 1]], [[2.0, 1], [1, 1]], [[math.nan, 1], [1, 1]]):
+        with pytest.raises(ValueError, match="0 and 1 alone"):
+            value_loss(x, x + 1, torch.tensor(mask))
+    for clip in (-1, 0, math.nan, "x"):
+        with pytest.raises(ValueError, match="clip"):
+            policy_loss(x, x, x, x + 1, clip=clip)
+    with pytest.raises(ValueError, match="lam 'x': must be a number"):
+        gae(x, x, x + 1, lam="x")
+
+
+def test_nothing_is_broadcast_without_a_word():
+    x, mask = torch.zeros(3, 2), torch.ones(3, 2)
+    for call in (
+        lambda: masked_mean(x, torch.ones(2)),
+        lambda: masked_mean(x, torch.ones(3, 1)),
+        lambda: k3(x, x[:, :1]),
+        lambda: explained_variance(x[0], x, mask),
+        lambda: explained_variance(x, x[:, :1], mask),
+    ):
+        with pytest.raises(ValueError, match="must have one shape|must be"):
+            call()
+
+
+def test_losses_of_half_precision_do_not_overflow():
+    """float16 ends at 65,504."""
+    zeros, mask = torch.zeros(2, 400, dtype=torch.float16), torch.ones(2, 400)
+    rewards = token_rewards(torch.tensor([1e5, 1.0]), zeros, zeros, mask)
+    assert rewards[:, -1].tolist() == [1e5, 1.0]
+    assert value_loss(zeros + 300, zeros, mask) == 45_000
+    loss, _ = policy_loss(zeros, zeros, zeros + 200, mask)
+    assert loss == -80_000

@@ -20,6 +20,7 @@ from minictrl.lm.draw import uniforms
 from minictrl.lm.kvcache import SHARED_PREFIX, PrefixCache, fitting_rows
 from minictrl.lm.logprobs import sequence_logprobs
 from minictrl.lm.prompts import encode_prompts, left_pad
+from minictrl.models import load_policy
 from minictrl.sampling import sample, sample_plainly
 
 V, EOS = 12, 1
@@ -304,3 +305,22 @@ def test_logits_that_are_not_finite_are_named():
     model.lm_head.weight.data[3] = float("nan")
     with pytest.raises(ValueError, match="not finite"):
         draw(model)
+
+
+def test_seeds_may_be_numpys_and_have_64_bits():
+    model, tokenizer = load_policy("reviews")
+
+    def draw(seed, **options):
+        options = {"num_samples": 2, "max_new_tokens": 3} | options
+        return sample(model, tokenizer, ["The film"], seed=seed, **options).texts
+
+    assert draw(np.int64(3)) == draw(torch.tensor(3)) == draw(3)
+    assert draw(3, temperature=np.float32(1)) == draw(3)
+    for seed in (2**64, -(2**70), True, 1.0):
+        with pytest.raises(ValueError, match="seed="):
+            draw(seed)
+    for name in ("num_samples", "max_new_tokens"):
+        with pytest.raises(ValueError, match=f"{name}=True"):
+            draw(3, **{name: True})
+    with pytest.raises(ValueError, match="half a character"):
+        sample(model, tokenizer, ["a\ud800"], num_samples=1, max_new_tokens=1, seed=0)

@@ -129,3 +129,19 @@ def test_graded_bradley_terry_is_least_where_the_gap_is_the_labels():
     scores = (sharpness * labels).requires_grad_()
     bradley_terry_loss(scores, labels, sharpness).backward()
     assert scores.grad.abs().max() < 1e-7
+
+
+def test_what_is_no_list_of_prompts_with_a_text_each_is_refused():
+    score = load_scorer("reviews", "reward", device="cpu")
+    for prompts, texts, fault in (
+        ("The film", " is good", "must be two lists"),
+        (["a"], "b", "must be two lists"),
+        (["a", "b"], [" c"], "2 prompts, 1 texts"),
+        (["a"], [None], "pair 0"),
+        ([5], [" a"], "pair 0"),
+        ([[{"role": "user"}]], [" a"], "pair 0"),
+        (["a\ud800"], [" b"], "half a character"),
+        (["a"], [" \ud800"], "half a character"),
+    ):
+        with pytest.raises(ValueError, match=fault):
+            score(prompts, texts)

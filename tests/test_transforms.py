@@ -138,3 +138,18 @@ def test_phi_of_half_precision_does_not_overflow():
     for name in ("exp20", "bon_fp"):
         Phi = get_transform(name, beta=1.0)
         assert torch.equal(Phi(u.half()), Phi(u.half().float()))
+
+
+def test_phi_is_of_calibrated_rewards_alone():
+    for name in ("identity", "exp80", "log"):
+        for u in (1.5, -0.1, math.nan):
+            with pytest.raises(ValueError, match="outside .0, 1."):
+                get_transform(name)(torch.tensor([0.5, u]))
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"procedure": "bom"}, {"n": 0}, {"n": 10**9}, {"beta": -1}, {"beta": math.nan}]
+)
+def test_settings_are_checked_where_the_transform_needs_none(arguments):
+    with pytest.raises(ValueError, match=next(iter(arguments))):
+        get_transform("identity", **arguments)

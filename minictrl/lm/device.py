@@ -10,6 +10,8 @@ from typing import TypeVar
 import torch
 from torch import nn
 
+from minictrl.cli import DEVICES
+
 Result = TypeVar("Result")
 TOKEN = 16  # bytes of a sampled token: itself, its log-probability, its place in a mask
 
@@ -26,18 +28,18 @@ def resolve_device(name: str) -> torch.device:
         rank = os.environ.get("LOCAL_RANK")
         name = "cuda" if torch.cuda.is_available() else "cpu"
         name += f":{rank}" if rank and name == "cuda" else ""
-    if name != "cpu" and not (name.startswith("cuda") and torch.cuda.is_available()):
+    known = DEVICES.fullmatch(name)
+    if not known or (name != "cpu" and not torch.cuda.is_available()):
         raise ValueError(f"--device {name}: no such device is to be seen here; use cpu or auto")
-    device = torch.device(name)
-    if device.type == "cuda":
+    if name != "cpu":
         count = torch.cuda.device_count()
-        if (device.index or 0) >= count:
+        if int(known[1] or 0) >= count:
             raise ValueError(
                 f"--device {name}: there are {count} GPUs; use cuda:0 to cuda:{count - 1}"
             )
         torch.set_float32_matmul_precision("highest")
         torch.backends.cuda.enable_cudnn_sdp(False)
-    return device
+    return torch.device(name)
 
 
 def free_memory(device: torch.device) -> int:

@@ -37,13 +37,18 @@ LEAST, MOST = 16, 1_000_000
 HEADS = ("score", "classifier", "v_head", "qa_outputs")  # what a language model has no place for
 
 
+def local_copy(name: str) -> Path:
+    """Where a local copy of what the hub calls `name` would be."""
+    return Path(os.environ.get("MINICTRL_HUB", ".")) / name
+
+
 def hub_name(name: str) -> str:
     """A local copy of what the hub calls `name`, if there is one, else the name.
 
     A hub that no one can reach is asked nothing: its client would try for half a minute before it
     looks into its cache.
     """
-    local = Path(os.environ.get("MINICTRL_HUB", ".")) / name
+    local = local_copy(name)
     if local.exists():
         return str(local)
     from huggingface_hub import constants

@@ -19,6 +19,7 @@ def encode_prompts(tokenizer, prompts: list[str]) -> list[list[int]]:
             raise ValueError(
                 f"prompt {i} is {type(prompt).__name__}: must be text (render chat messages first)"
             )
+        check_text(f"prompt {i}", prompt)
     bos = tokenizer.bos_token
     ids = [
         tokenizer(p, add_special_tokens=not (bos and p.startswith(bos)))["input_ids"]
@@ -31,6 +32,14 @@ def encode_prompts(tokenizer, prompts: list[str]) -> list[list[int]]:
                 f"prompt {i} ({prompts[i]!r}) has no tokens: a prompt needs at least one"
             )
     return ids
+
+
+def check_text(name: str, text: str) -> None:
+    """Raises ValueError on half a character, a lone surrogate, which no tokenizer reads."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{name} {text[:60]!r}: holds half a character; take it out") from None
 
 
 def without_eos(tokenizer, text: str, ids: list[int]) -> list[int]:

@@ -18,6 +18,8 @@ from minictrl.procedures.optimum import FIXED_POINTS
 from minictrl.reference import Reference
 from minictrl.transforms import RAW, get_transform
 
+HUGE = 1e6  # nats
+
 
 class Method:
     """A method with the settings of its run. `Online` and `Offline` say what else one has.
@@ -88,6 +90,15 @@ class Method:
                 f"values: ask for less than {math.log(c.K + 1):.2f}, or take more samples (--K)"
             )
         return theory.beta_for_kl(c.transform, kl, procedure=c.procedure, n=c.n)
+
+    def check_beta(self, beta: float, r_ref: Tensor) -> None:
+        """Raises ValueError on a --beta at which R, of pi_ref's samples r_ref (P, K), is huge."""
+        R = self.Phi.in_nats(self.Phi.of_rewards(r_ref, r_ref), beta, r_ref).abs().max()
+        if not R <= HUGE:
+            raise ValueError(
+                f"--beta {beta:g}: R = Phi / beta is up to {R:.2g} nats, which nothing can follow; "
+                "use a larger --beta, or --kl"
+            )
 
     def loss(
         self, logprobs: Tensor, values: Tensor | None, batch: Batch
@@ -232,11 +243,14 @@ def best_and_worst(
 # --- shapes ---
 
 
-def check_shapes(**tensors: Tensor) -> None:
-    """Raises ValueError unless all tensors have one shape."""
+def check_shapes(dim: int = 1, **tensors: Tensor) -> None:
+    """Raises ValueError unless all tensors have one shape, of so many dimensions."""
     shapes = {name: tuple(x.shape) for name, x in tensors.items()}
-    if len(set(shapes.values())) > 1:
-        raise ValueError(f"{shapes} must have one shape: one number per response")
+    if len(set(shapes.values())) > 1 or any(len(shape) != dim for shape in shapes.values()):
+        raise ValueError(
+            f"{shapes} must have one shape, {'(B,)' if dim == 1 else '(B, n)'}: one number per "
+            "response, log-probabilities summed over its tokens"
+        )
 
 
 def check_samples(name: str, x: Tensor, n: int, least: int = 1) -> None:

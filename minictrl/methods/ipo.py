@@ -6,7 +6,9 @@ Departure: the samples of a prompt are paired once per run, not anew for every e
 from torch import Tensor
 
 from minictrl.batch import Batch
+from minictrl.calibration import at_least_float32
 from minictrl.methods.base import Offline, check_shapes, pairs
+from minictrl.procedures.masses import positive
 from minictrl.reference import Reference
 
 
@@ -44,7 +46,7 @@ def ipo_loss(
         ref_chosen_logprobs=ref_chosen_logprobs,
         ref_rejected_logprobs=ref_rejected_logprobs,
     )
-    if not tau > 0:
-        raise ValueError(f"tau is {tau}: must be > 0, it is the KL's strength")
-    h = (chosen_logprobs - ref_chosen_logprobs) - (rejected_logprobs - ref_rejected_logprobs)
+    positive("tau", tau)
+    chosen, rejected = at_least_float32(chosen_logprobs), at_least_float32(rejected_logprobs)
+    h = (chosen - ref_chosen_logprobs) - (rejected - ref_rejected_logprobs)
     return (h - 1 / (2 * tau)).square().mean()

@@ -9,7 +9,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from minictrl.batch import Batch
-from minictrl.calibration import leave_one_out_calibration
+from minictrl.calibration import at_least_float32, leave_one_out_calibration
 from minictrl.config import Config
 from minictrl.methods.base import Method as Base
 from minictrl.methods.base import Offline, check_shapes, responses
@@ -56,4 +56,5 @@ def qrpo_loss(logprobs: Tensor, ref_logprobs: Tensor, R: Tensor, log_Z: float | 
     check_shapes(logprobs=logprobs, ref_logprobs=ref_logprobs, R=R)
     if isinstance(log_Z, Tensor) and log_Z.numel() > 1:
         check_shapes(R=R, log_Z=log_Z)
+    logprobs, ref_logprobs, R = map(at_least_float32, (logprobs, ref_logprobs, R))
     return (R - log_Z - (logprobs - ref_logprobs)).square().mean()

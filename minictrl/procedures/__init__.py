@@ -32,17 +32,22 @@ SHARPEST = 0.01  # temperature; below it the quadrature of soft.py needs too man
 
 def parse_procedure(name: str) -> tuple[str, list[float]]:
     """(file, arguments) of a procedure's name. Raises ValueError on one that is unknown."""
-    soft = re.fullmatch(r"soft(\d+\.?\d*|\.\d+)", str(name))
+    given, name = name, str(name)
+    soft = re.fullmatch(r"soft(\d+\.?\d*|\.\d+)", name)
     if soft and float(soft[1]) < SHARPEST:
         raise ValueError(f"procedure {name!r}: use a temperature of at least {SHARPEST}, or bon")
     if not soft and name not in PROCEDURES:
         known = ", ".join(PROCEDURES)
-        raise ValueError(f"unknown procedure {name!r}; known: {known}, soft<t> (soft0.05, ...)")
+        raise ValueError(f"unknown procedure {given!r}; known: {known}, soft<t> (soft0.05, ...)")
     return ("soft", [float(soft[1])]) if soft else (name, [])
 
 
-@lru_cache
 def get_procedure(name: str):
     """The `base.Procedure` of a name, always the same object. Raises ValueError on a bad name."""
     file, arguments = parse_procedure(name)
+    return procedure_of(file, *arguments)
+
+
+@lru_cache
+def procedure_of(file: str, *arguments: float):
     return import_module(f"minictrl.procedures.{file}").Procedure(*arguments)

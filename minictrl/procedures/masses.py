@@ -13,6 +13,8 @@ from torch import Tensor
 from minictrl.procedures import get_procedure
 from minictrl.procedures.cells import cdf
 
+LARGEST = 1_000_000  # number of draws or samples: `cli.MOST`, which the math doesn't know
+
 # mass (..., G) of each cell, the cells' edges (..., G + 1), N -> mass after the procedure
 MassMap = Callable[[Tensor, Tensor, int], Tensor]
 
@@ -49,9 +51,12 @@ def masses_after(T: MassMap, mass: Tensor, edges: Tensor, n: int) -> Tensor:
 
 
 def at_least_1(name: str, n: int) -> int:
-    """n as an int. Raises ValueError unless it is a whole number of at least 1."""
-    if isinstance(n, bool) or not hasattr(n, "__index__") or index(n) < 1:
-        raise ValueError(f"{name} {n!r}: must be a whole number of at least 1; use 1 for one draw")
+    """n as an int. Raises ValueError unless it is a whole number from 1 to LARGEST."""
+    if isinstance(n, bool) or not hasattr(n, "__index__") or not 1 <= index(n) <= LARGEST:
+        raise ValueError(
+            f"{name} {n!r}: must be a whole number of at least 1 and at most {LARGEST}; use 1 for one "
+            "draw"
+        )
     return index(n)
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import copy
 import importlib.util
 import inspect
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -15,6 +16,9 @@ import torch
 from torch import Tensor
 
 from minictrl.data import Prompt, key
+
+OURS = Path(__file__).parent.parent  # the package, which a function may import
+MOST_KEPT = 0.9  # of the values of a function, where float32 makes others of them equal
 
 
 def load_function(
@@ -55,8 +59,39 @@ def load_function(
 
     used = {prompt: [row.get(column) for column in wanted] for prompt, row in columns.items()}
     file, _, function_name = spec.rpartition(":")
-    source = Path(file).read_bytes().decode(errors="replace")
-    return [function_name, source, used if wanted else None], evaluate
+    return [function_name, *sources(Path(file).resolve()), used if wanted else None], evaluate
+
+
+def sources(path: Path) -> list[str]:
+    """The text of a file of Python, and of what it imports from beside it, in the order of paths
+    but for the file itself, which is first.
+    """
+    texts, todo = {}, [path]
+    while todo:
+        file = todo.pop()
+        if file in texts or OURS in file.parents:
+            continue
+        texts[file] = file.read_bytes().decode(errors="replace")
+        for name, folder in imported(file, texts[file], path.parent):
+            at = folder / name.replace(".", "/")
+            todo += [x for x in (Path(f"{at}.py"), at / "__init__.py") if x.is_file()]
+    return [texts.pop(path), *(text for _, text in sorted(texts.items()))]
+
+
+def imported(file: Path, text: str, beside: Path) -> Iterator[tuple[str, Path]]:
+    """(module, folder that it is looked for in) of each import in a file's text."""
+    try:
+        nodes = list(ast.walk(ast.parse(text)))
+    except (SyntaxError, ValueError):  # which is said where it is imported
+        nodes = []
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, beside) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            folder = file.parents[node.level - 1] if node.level else beside
+            module = node.module or ""
+            yield module, folder
+            yield from ((f"{module}.{alias.name}".strip("."), folder) for alias in node.names)
 
 
 def scores_of(call: Callable, prompts: list[Prompt], texts: list[str], name: str) -> Tensor:
@@ -84,9 +119,9 @@ def scores_of(call: Callable, prompts: list[Prompt], texts: list[str], name: str
 
 
 def as_float32(exact: Tensor, name: str) -> Tensor:
-    """The scores (B,) as float32; warns if half of those that differ then tie."""
+    """The scores (B,) as float32; warns if a tenth of those that differ then tie."""
     scores = exact.float()
-    if len(scores.unique()) <= len(exact.unique()) / 2:
+    if len(scores.unique()) <= MOST_KEPT * len(exact.unique()):
         warnings.warn(
             f"{name}: scores that differ tie as float32, which has 7 digits; return smaller ones, "
             "without their common part",
