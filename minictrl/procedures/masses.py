@@ -54,8 +54,8 @@ def at_least_1(name: str, n: int) -> int:
     """n as an int. Raises ValueError unless it is a whole number from 1 to LARGEST."""
     if isinstance(n, bool) or not hasattr(n, "__index__") or not 1 <= index(n) <= LARGEST:
         raise ValueError(
-            f"{name} {n!r}: must be a whole number of at least 1 and at most {LARGEST}; use 1 for one "
-            "draw"
+            f"{name} {n!r}: must be a whole number of at least 1 and at most {LARGEST}; use 1 for "
+            "one draw"
         )
     return index(n)
 
