@@ -100,9 +100,8 @@ def train(config: Config, resume: bool):
     reference.save(out / "reference.safetensors", reference_key(task, seed, task.cache_keys))
 
     # 2. Transform: Phi is the method's, and beta follows from the KL budget.
-    beta_at = partial(method.beta_for, r_ref=reference.r_ref)
-    budget = Budget(config.kl, beta_at, beta=config.beta)
-    method.check_beta(budget.beta, reference.r_ref)
+    method.check_beta(config.beta, reference.r_ref)
+    budget = Budget(config.kl, partial(method.beta_for, r_ref=reference.r_ref), beta=config.beta)
     runs.write_config(out, config, budget.beta, made_from)
 
     # 3. Maximise E[Phi(C_hat)] - beta KL(pi || pi_ref).

@@ -196,11 +196,14 @@ def check_columns(rows, columns: dict[str, tuple[type, ...]]):
 
 @contextmanager
 def reading(path: Path, again: str) -> Iterator[None]:
-    """Names the file, and how to make it again, if what is read is not what was written."""
+    """Names the file, and how to make it again, if it is missing or not what was written."""
     try:
         yield
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"{path}: is damaged ({first_line(error)}); {again}") from None
+        what = f"is damaged ({first_line(error)})"
+        if isinstance(error, FileNotFoundError):
+            what = "there is no such file"
+        raise ValueError(f"{path}: {what}; {again}") from None
 
 
 def read_rows(path: Path) -> list:

@@ -50,15 +50,16 @@ def _check(mask: Tensor, **tensors: Tensor) -> Tensor:
     return mask
 
 
-def _same_shape(**tensors: Tensor) -> None:
+def check_shapes(rule: str = "", dim: int | None = None, **tensors: Tensor) -> None:
+    """Raises ValueError, with the rule, unless all tensors have one shape, of `dim` dimensions."""
     shapes = {name: tuple(x.shape) for name, x in tensors.items()}
-    if len(set(shapes.values())) > 1:
-        raise ValueError(f"{shapes} must have one shape")
+    if len(set(shapes.values())) > 1 or any(dim not in (None, x.dim()) for x in tensors.values()):
+        raise ValueError(f"{shapes} must have one shape{rule}")
 
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
     """Mean of x (any shape) where mask, of the same shape, is 1: a scalar. ValueError on shapes."""
-    _same_shape(x=x, mask=mask)
+    check_shapes(x=x, mask=mask)
     return x.masked_fill(~mask.bool(), 0).sum() / mask.sum()
 
 
@@ -149,7 +150,7 @@ def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
 
     For reports, and for GRPO's original loss. As a loss its gradient is that of KL(pi_ref || pi).
     """
-    _same_shape(logprobs=logprobs, ref_logprobs=ref_logprobs)
+    check_shapes(logprobs=logprobs, ref_logprobs=ref_logprobs)
     logratio = at_least_float32(ref_logprobs) - at_least_float32(logprobs)
     return logratio.exp() - 1 - logratio
 
@@ -182,18 +183,17 @@ def policy_loss(
     nats a token, by k3), clipfrac (share of ratios outside 1 +- clip).
     """
     clip = positive("clip", clip)
-    _check(mask, logprobs=logprobs, old_logprobs=old_logprobs)
+    mask = _check(mask, logprobs=logprobs, old_logprobs=old_logprobs)
     if advantages.shape not in (mask.shape, (len(mask), 1)):
         raise ValueError(
             f"advantages is {tuple(advantages.shape)}, mask is {tuple(mask.shape)}: must be "
             "(B, T), or (B, 1) for all tokens of a response"
         )
-    pad = ~mask.bool()
-    # before exp: a NaN there would reach the gradient
     logprobs, old_logprobs = at_least_float32(logprobs), at_least_float32(old_logprobs)
-    logratio = (logprobs - old_logprobs).masked_fill(pad, 0)
+    # before exp: a NaN there would reach the gradient
+    logratio = (logprobs - old_logprobs).masked_fill(~mask, 0)
     ratio = logratio.exp()
-    advantages = at_least_float32(advantages).expand_as(ratio).masked_fill(pad, 0)
+    advantages = at_least_float32(advantages).expand_as(ratio).masked_fill(~mask, 0)
     surrogate = torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
     with torch.no_grad():
         stats = {
@@ -208,8 +208,8 @@ def value_loss(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
     T). No clipping.
     """
     # before the square: 0 times a NaN is one, in the gradient
-    _check(mask, values=values, returns=returns)
-    error = (at_least_float32(values) - at_least_float32(returns)).masked_fill(~mask.bool(), 0)
+    mask = _check(mask, values=values, returns=returns)
+    error = (at_least_float32(values) - at_least_float32(returns)).masked_fill(~mask, 0)
     return masked_mean(error.square(), mask) / 2
 
 

@@ -115,11 +115,9 @@ def files_of(name: str | None) -> list[Path]:
         return []
     path = file_of(name)
     places = [path, local_copy(str(path))]
-    for place in places[:2]:
-        if (place / ADAPTER).is_file():
-            base = str(read_object("adapter", place / ADAPTER).get("base_model_name_or_path"))
-            places += [Path(base), local_copy(base)]
-    return places
+    adapters = [place / ADAPTER for place in places if (place / ADAPTER).is_file()]
+    bases = [str(read_object("adapter", x).get("base_model_name_or_path")) for x in adapters]
+    return [*places, *map(Path, bases), *map(local_copy, bases)]
 
 
 def holds_run(out: Path) -> bool:

@@ -35,7 +35,6 @@ from minictrl.data import Prompt, key, message
 from minictrl.lm.device import resident
 from minictrl.lm.prompts import encode_prompts
 from minictrl.methods import get_method
-from minictrl.models import check_pairs
 from minictrl.reference import CHUNK, Reference
 from minictrl.rollout import reference_key, reference_samples, sample_and_score
 from minictrl.sampling import texts_of
@@ -73,9 +72,8 @@ def ctrl_reward(
         texts = [
             y if isinstance(y, str) or not y else message(y[-1])["content"] for y in completions
         ]
-        check_pairs("reward", prompts, texts)
-        r_ref = calibration.r_ref(prompts)
         scores = task.reward(prompts, texts).tolist()
+        r_ref = calibration.r_ref(prompts)
         same = calibration.rewards_of_samples(prompts)
         r = [known.get(y, score) for known, y, score in zip(same, texts, scores)]
         r = torch.tensor(r)[:, None]  # (B, 1)

@@ -134,3 +134,12 @@ def test_a_beta_that_nothing_can_follow_is_named(transform, beta):
     with pytest.raises(ValueError, match="--beta .*use a larger --beta"):
         method.check_beta(beta, r_ref)
     method.check_beta(1e30 if transform == "exp80" else 0.1, r_ref)
+
+
+def test_an_outlier_among_raw_rewards_takes_no_kl_budget_away():
+    """R of the outlier is -1e9 nats, which the beta of the budget allows for."""
+    method = get_method("ppo")(Config(transform="none", kl=1.0).resolved())
+    r_ref = torch.randn(4, 50, generator=torch.Generator().manual_seed(0))
+    r_ref[0, 0] = -1e9
+    assert method.beta_for(1.0, r_ref) < 2
+    method.check_beta(method.config.beta, r_ref)

@@ -91,8 +91,12 @@ class Method:
             )
         return theory.beta_for_kl(c.transform, kl, procedure=c.procedure, n=c.n)
 
-    def check_beta(self, beta: float, r_ref: Tensor) -> None:
-        """Raises ValueError on a --beta at which R, of pi_ref's samples r_ref (P, K), is huge."""
+    def check_beta(self, beta: float | None, r_ref: Tensor) -> None:
+        """Raises ValueError on a --beta at which R, of pi_ref's samples r_ref (P, K), is huge. None
+        is that of a KL budget, which follows from the rewards, far outliers too.
+        """
+        if beta is None:
+            return
         R = self.Phi.in_nats(self.Phi.of_rewards(r_ref, r_ref), beta, r_ref).abs().max()
         if not R <= HUGE:
             raise ValueError(
@@ -243,14 +247,11 @@ def best_and_worst(
 # --- shapes ---
 
 
-def check_shapes(dim: int = 1, **tensors: Tensor) -> None:
-    """Raises ValueError unless all tensors have one shape, of so many dimensions."""
-    shapes = {name: tuple(x.shape) for name, x in tensors.items()}
-    if len(set(shapes.values())) > 1 or any(len(shape) != dim for shape in shapes.values()):
-        raise ValueError(
-            f"{shapes} must have one shape, {'(B,)' if dim == 1 else '(B, n)'}: one number per "
-            "response, log-probabilities summed over its tokens"
-        )
+def check_responses(dim: int = 1, **tensors: Tensor) -> None:
+    """Raises ValueError unless all tensors have one shape, (B,), or (B, n) with `dim` 2."""
+    shape = "(B,)" if dim == 1 else "(B, n)"
+    rule = f", {shape}: one number per response, log-probabilities summed over its tokens"
+    ppo.check_shapes(rule, dim, **tensors)
 
 
 def check_samples(name: str, x: Tensor, n: int, least: int = 1) -> None:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from minictrl.batch import Batch
 from minictrl.calibration import at_least_float32
-from minictrl.methods.base import Offline, check_shapes, pairs
+from minictrl.methods.base import Offline, check_responses, pairs
 from minictrl.procedures.masses import positive
 from minictrl.reference import Reference
 
@@ -40,7 +40,7 @@ def ipo_loss(
     All (B,), sums over the response's tokens in nats. Mean over pairs. On pairs drawn from pi_ref
     the optimum is pi_ref e^{C / tau} / Z: tau is beta. Raises ValueError on shapes or a tau <= 0.
     """
-    check_shapes(
+    check_responses(
         chosen_logprobs=chosen_logprobs,
         rejected_logprobs=rejected_logprobs,
         ref_chosen_logprobs=ref_chosen_logprobs,

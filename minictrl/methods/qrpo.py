@@ -12,7 +12,7 @@ from minictrl.batch import Batch
 from minictrl.calibration import at_least_float32, leave_one_out_calibration
 from minictrl.config import Config
 from minictrl.methods.base import Method as Base
-from minictrl.methods.base import Offline, check_shapes, responses
+from minictrl.methods.base import Offline, check_responses, responses
 from minictrl.reference import Reference
 from minictrl.transforms import RAW, log_partition
 
@@ -53,8 +53,8 @@ def qrpo_loss(logprobs: Tensor, ref_logprobs: Tensor, R: Tensor, log_Z: float | 
     All (B,), log-probabilities summed over the response's tokens; R = Phi(C_hat) / beta, log_Z that
     of the response's prompt. Offline: nothing is drawn from pi. Raises ValueError on shapes.
     """
-    check_shapes(logprobs=logprobs, ref_logprobs=ref_logprobs, R=R)
+    check_responses(logprobs=logprobs, ref_logprobs=ref_logprobs, R=R)
     if isinstance(log_Z, Tensor) and log_Z.numel() > 1:
-        check_shapes(R=R, log_Z=log_Z)
+        check_responses(R=R, log_Z=log_Z)
     logprobs, ref_logprobs, R = map(at_least_float32, (logprobs, ref_logprobs, R))
     return (R - log_Z - (logprobs - ref_logprobs)).square().mean()

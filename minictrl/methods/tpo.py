@@ -20,7 +20,7 @@ from torch import Tensor
 from minictrl.batch import Batch
 from minictrl.calibration import at_least_float32
 from minictrl.config import Config
-from minictrl.methods.base import check_shapes, partition, side_by_side
+from minictrl.methods.base import check_responses, partition, side_by_side
 from minictrl.methods.qrpo import Method as Qrpo
 from minictrl.methods.qrpo import reference_R
 from minictrl.reference import Reference
@@ -60,7 +60,7 @@ def tpo_loss(logprobs: Tensor, ref_logprobs: Tensor, R: Tensor) -> Tensor:
     its smallest value. 0 just for the tilt pi ~ pi_ref e^R on the samples of a group. Raises
     ValueError on shapes.
     """
-    check_shapes(2, logprobs=logprobs, ref_logprobs=ref_logprobs, R=R)
+    check_responses(2, logprobs=logprobs, ref_logprobs=ref_logprobs, R=R)
     logprobs, ref_logprobs, R = map(at_least_float32, (logprobs, ref_logprobs, R))
     log_q, log_p = R.log_softmax(1), (logprobs - ref_logprobs).log_softmax(1)
     return (log_q.exp() * (log_q - log_p)).sum(1).mean()

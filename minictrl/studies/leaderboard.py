@@ -133,10 +133,7 @@ def load_runs(path: Path, scale: dict) -> Rows:
     """The rows that `save_runs` wrote. Raises ValueError if the file is damaged or missing, or if
     its runs were not evaluated at the size of this scale.
     """
-    fix = "give a leaderboard.safetensors, such as the one in docs/"
-    if not path.is_file():
-        raise ValueError(f"--beside {path}: there is no such file; {fix}")
-    with reading(path, fix):
+    with reading(path, "give a leaderboard.safetensors, such as the one in docs/"):
         by_prompt, metadata = load_tensors(path)
         found = [
             row | {"run": name, "kls": by_prompt[name][0].numpy(), "wins": wins.numpy()}
