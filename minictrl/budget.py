@@ -5,8 +5,8 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from minictrl.checks import finite, number, positive
 from minictrl.procedures.cells import OutOfReach
-from minictrl.procedures.masses import number, positive
 from minictrl.transforms import log_partition
 
 WIDE = 12.0  # in log beta: by how much the bracket grows until it holds the KL
@@ -27,8 +27,7 @@ def empirical_beta(r_ref: Tensor, kl: float) -> float:
     positive("kl", kl)
     if r_ref.dim() != 2 or not r_ref.numel():
         raise ValueError(f"r_ref is {tuple(r_ref.shape)}: must be (prompts, samples), of some")
-    if not r_ref.isfinite().all():
-        raise ValueError("r_ref holds rewards that are not finite: no beta makes a policy of them")
+    finite("rewards", r_ref=r_ref)
     r = r_ref.double() - r_ref.double().amax(1, keepdim=True)  # so that the best keep their digits
     K = r.shape[1]
 

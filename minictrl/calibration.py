@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from minictrl.checks import finite, real
+
 
 def calibrated_reward(r: Tensor, r_ref: Tensor) -> Tensor:
     """C_hat(x, y), the share of pi_ref's samples that y beats, a tie counting one half (Eq. 12).
@@ -12,13 +14,13 @@ def calibrated_reward(r: Tensor, r_ref: Tensor) -> Tensor:
     The cost is M log K per prompt, not M K. Raises ValueError on shapes that do not match or a
     reward that is not finite.
     """
-    r, r_ref = torch.as_tensor(r), torch.as_tensor(r_ref)
+    r, r_ref = real("r", r), real("r_ref", r_ref)
     if r_ref.ndim != 2 or r.ndim not in (1, 2) or len(r) != len(r_ref) or not r_ref.numel():
         raise ValueError(
             f"r {tuple(r.shape)} and r_ref {tuple(r_ref.shape)}: must be (B,) or (B, M), and "
             "(B, K) with B and K at least 1; give each prompt its own row"
         )
-    z, y = _as_floats(r_ref=r_ref, r=r)
+    z, y = finite("rewards", r_ref=r_ref, r=r)
     below, up_to = ranks(y.reshape(len(r), -1), z)  # (B, M); a tie is in up_to alone
     return ((below + up_to).to(z) / (2 * z.shape[1])).reshape(r.shape)
 
@@ -29,13 +31,13 @@ def leave_one_out_calibration(r_ref: Tensor) -> Tensor:
     r_ref: (P, K) rewards of y ~ pi_ref(.|x). Returns (P, K) in [0, 1], a tie counting one half. So
     the calibration's samples are a training set. Raises ValueError as `calibrated_reward` does.
     """
-    r_ref = torch.as_tensor(r_ref)
+    r_ref = real("r_ref", r_ref)
     if r_ref.ndim != 2 or r_ref.shape[1] < 2:
         raise ValueError(
             f"r_ref is {tuple(r_ref.shape)}: must be (prompts, samples) with at least 2 samples "
             "per prompt, which are compared with each other"
         )
-    (z,) = _as_floats(r_ref=r_ref)
+    (z,) = finite("rewards", r_ref=r_ref)
     below, up_to = ranks(z, z)
     return (below + up_to - 1).to(z) / (2 * (z.shape[1] - 1))  # - 1: no sample meets itself
 
@@ -46,20 +48,3 @@ def ranks(y: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
     """
     ordered, y = z.sort(-1).values, y.contiguous()
     return torch.searchsorted(ordered, y), torch.searchsorted(ordered, y, right=True)
-
-
-def at_least_float32(x: Tensor) -> Tensor:
-    """x as float32, or as float64 if it is that."""
-    return x if x.dtype == torch.float64 else x.float()
-
-
-def _as_floats(**rewards: Tensor) -> list[Tensor]:
-    """The rewards in one dtype, float32 at least. Raises ValueError where one is not finite."""
-    dtype = torch.float32
-    for name, each in rewards.items():
-        if not each.isfinite().all():
-            bad = int((~each.isfinite()).sum())
-            raise ValueError(f"{name} has {bad} rewards that are not finite; drop or rescore them")
-        exact = each.dtype if each.is_floating_point() else torch.float64
-        dtype = torch.promote_types(dtype, exact)
-    return [each.to(dtype) for each in rewards.values()]

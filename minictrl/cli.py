@@ -8,9 +8,10 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from minictrl.checks import MOST
+
 LONGEST = 1000  # characters of a message
 DEVICES = re.compile(r"auto|cpu|cuda(?::(0|[1-9][0-9]*))?")
-MOST = 1_000_000  # of whatever is counted: more is a slip, and would run for ever
 
 
 def whole(least: int = 1) -> Callable[[str], int]:

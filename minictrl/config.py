@@ -13,7 +13,8 @@ from dataclasses import dataclass, field, fields, replace
 from numbers import Integral, Real
 from pathlib import Path
 
-from minictrl.cli import DEVICES, MOST
+from minictrl.checks import MOST
+from minictrl.cli import DEVICES
 from minictrl.methods import METHODS, get_method
 from minictrl.procedures import PROCEDURES, parse_procedure
 

@@ -264,8 +264,10 @@ def parted(name: str) -> tuple[str, str]:
 
 def check_pairs(role: str, prompts: list[Prompt], texts: list[str]) -> None:
     """Raises ValueError unless there are as many prompts as texts, all of them text or messages."""
-    if isinstance(prompts, str) or isinstance(texts, str):
-        raise ValueError(f"{role}: prompts and texts must be two lists, and one is a text")
+    for each in (prompts, texts):
+        if isinstance(each, str) or not hasattr(each, "__len__"):
+            kind = type(each).__name__
+            raise ValueError(f"{role}: prompts and texts must be two lists, and one is a {kind}")
     if len(prompts) != len(texts):
         raise ValueError(f"{role}: {len(prompts)} prompts, {len(texts)} texts; give one for each")
     for i, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):

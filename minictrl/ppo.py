@@ -24,19 +24,14 @@ which come first. What stands behind the mask, even a NaN, is never read.
 import torch
 from torch import Tensor
 
-from minictrl.calibration import at_least_float32
-from minictrl.procedures.masses import number, positive
+from minictrl.checks import at_least_float32, number, positive, same_shape
 
 
 def _check(mask: Tensor, **tensors: Tensor) -> Tensor:
     """The mask as booleans, or a ValueError: one shape for all, 0 and 1, right-padded, no empty
     response.
     """
-    for name, x in tensors.items():
-        if x.shape != mask.shape or mask.dim() != 2:
-            raise ValueError(
-                f"{name} is {tuple(x.shape)}, mask is {tuple(mask.shape)}: both must be (B, T)"
-            )
+    same_shape(", (B, T)", 2, mask=mask, **tensors)
     if not ((mask == 0) | (mask == 1)).all():
         raise ValueError("mask must be 0 and 1 alone: 1 on response tokens; weigh losses instead")
     mask = mask.bool()
@@ -50,16 +45,9 @@ def _check(mask: Tensor, **tensors: Tensor) -> Tensor:
     return mask
 
 
-def check_shapes(rule: str = "", dim: int | None = None, **tensors: Tensor) -> None:
-    """Raises ValueError, with the rule, unless all tensors have one shape, of `dim` dimensions."""
-    shapes = {name: tuple(x.shape) for name, x in tensors.items()}
-    if len(set(shapes.values())) > 1 or any(dim not in (None, x.dim()) for x in tensors.values()):
-        raise ValueError(f"{shapes} must have one shape{rule}")
-
-
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
     """Mean of x (any shape) where mask, of the same shape, is 1: a scalar. ValueError on shapes."""
-    check_shapes(x=x, mask=mask)
+    same_shape(x=x, mask=mask)
     return x.masked_fill(~mask.bool(), 0).sum() / mask.sum()
 
 
@@ -150,7 +138,7 @@ def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
 
     For reports, and for GRPO's original loss. As a loss its gradient is that of KL(pi_ref || pi).
     """
-    check_shapes(logprobs=logprobs, ref_logprobs=ref_logprobs)
+    same_shape(logprobs=logprobs, ref_logprobs=ref_logprobs)
     logratio = at_least_float32(ref_logprobs) - at_least_float32(logprobs)
     return logratio.exp() - 1 - logratio
 

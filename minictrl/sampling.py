@@ -12,23 +12,22 @@ never copied. Rows of the same step are decoded together, in waves of prompts of
 recorded as a CUDA graph and replayed until the rows change.
 """
 
-import math
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from numbers import Real
-from operator import index
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from minictrl.checks import positive, whole
 from minictrl.lm.decode import Wave, decode
 from minictrl.lm.device import halving
 from minictrl.lm.draw import draw, prompt_keys, uniforms
 from minictrl.lm.kvcache import PrefixCache, RepeatedCache, decoding, fitting_rows, is_plain
 from minictrl.lm.prompts import check_lengths, encode_prompts, eos_ids, left_pad, response_texts
 
+SEEDS = -(2**63), 2**63 - 1  # larger ones repeat
 SAMPLER = 2  # its version: another one draws other samples from the same seed
 
 
@@ -58,9 +57,9 @@ def sample_plainly(
     seed: int,
 ) -> Samples:
     """`sample`, without a cache: a whole forward for each token. To read, and to test `sample`."""
-    _need_at_least(1, num_samples=num_samples, max_new_tokens=max_new_tokens)
-    seed = _check_draw(temperature, seed)
-    B, M, T, device = len(prompts), num_samples, max_new_tokens, model.device
+    seed, temperature = whole("seed", seed, *SEEDS), positive("temperature", temperature)
+    M, T = whole("num_samples", num_samples), whole("max_new_tokens", max_new_tokens)
+    B, device = len(prompts), model.device
     pad, eos = tokenizer.pad_token_id, eos_ids(model, tokenizer).to(device)
     prompt_ids = encode_prompts(tokenizer, prompts)
     ids, attention = left_pad(prompt_ids, pad, device)
@@ -105,14 +104,15 @@ def sample(
     of a GPU), halved when a GPU runs out of memory; it changes no sample. Raises ValueError on no
     prompts, one that is not text or too long, a number out of range, logits that are not finite.
     """
-    size = 1 if batch_size is None else batch_size
-    _need_at_least(1, num_samples=num_samples, max_new_tokens=max_new_tokens, batch_size=size)
-    _need_at_least(0, first_sample=first_sample)
-    seed = _check_draw(temperature, seed)
+    seed, temperature = whole("seed", seed, *SEEDS), positive("temperature", temperature)
+    M, T = whole("num_samples", num_samples), whole("max_new_tokens", max_new_tokens)
+    first_sample = whole("first_sample", first_sample, 0)
+    if batch_size is not None:
+        whole("batch_size", batch_size)
     prompts = prompts if isinstance(prompts, str) else list(prompts)
     ids = encode_prompts(tokenizer, prompts)
     check_lengths(model, prompts, ids, max_new_tokens)
-    B, M, T = len(prompts), num_samples, max_new_tokens
+    B = len(prompts)
     device = model.get_input_embeddings().weight.device
     eos = eos_ids(model, tokenizer).to(device)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else int(eos[0])
@@ -199,20 +199,3 @@ def _head_rows(model) -> int:
         return 2**31
     V = model.config.vocab_size
     return 2**18 // V if V <= 4096 else 256
-
-
-def _check_draw(temperature: float, seed: int) -> int:
-    """The seed as an int."""
-    if isinstance(seed, bool) or not hasattr(seed, "__index__"):
-        raise ValueError(f"seed={seed!r}: must be a whole number")
-    if not -(2**63) <= index(seed) < 2**63:
-        raise ValueError(f"seed={seed!r}: must have 64 bits at most, because larger ones repeat")
-    if not isinstance(temperature, Real) or not 0 < temperature < math.inf:
-        raise ValueError(f"temperature={temperature!r}: must be positive and finite")
-    return index(seed)
-
-
-def _need_at_least(least: int, **numbers: int) -> None:
-    for name, value in numbers.items():
-        if isinstance(value, bool) or not hasattr(value, "__index__") or value < least:
-            raise ValueError(f"{name}={value!r}: must be a whole number of at least {least}")

@@ -14,16 +14,10 @@ import torch
 from torch import Tensor
 
 from minictrl.calibration import ranks
+from minictrl.checks import number, positive, real, whole
 from minictrl.procedures import cells
 from minictrl.procedures.cells import OutOfReach, cdf, midpoints
-from minictrl.procedures.masses import (
-    MassMap,
-    at_least_1,
-    mass_map,
-    mass_win_rate,
-    number,
-    positive,
-)
+from minictrl.procedures.masses import MassMap, mass_map, mass_win_rate
 from minictrl.procedures.optimum import (
     COARSE,
     CONVERGED,
@@ -57,7 +51,7 @@ def win_rate(density: Tensor, procedure: str | MassMap, n: int) -> float:
     procedure. Raises ValueError on a density that is negative or does not integrate to 1, an
     unknown procedure, n < 1.
     """
-    mass, n = _mass(density), at_least_1("n", n)
+    mass, n = _mass(density), whole("n", n)
     G = len(mass)
     # linear inside its cells, nowhere negative
     slope = cells.slopes(mass, torch.arange(G)).clamp(-2 * mass, 2 * mass)
@@ -97,8 +91,10 @@ def tradeoff(
     K samples (Eq. 12), mean over prompts. Returns float64 arrays of len(betas). Beyond MAX_KL the
     KL is a lower bound and the win rate 1 for all purposes.
     """
-    T, n, points = mass_map(procedure), at_least_1("n", n), []
-    for beta in betas:
+    T, n, betas, points = mass_map(procedure), whole("n", n), real("betas", betas), []
+    if betas.dim() != 1:
+        raise ValueError(f"betas {tuple(betas.shape)}: must be (B,); give a list, of one point too")
+    for beta in betas.tolist():
         best = None
         if transform in FIXED_POINTS:
             best = solve(solved_for(transform, T), n, beta=positive("beta", beta))
@@ -116,7 +112,7 @@ def beta_for_kl(
     procedure and n. Raises ValueError on a KL that is not positive, OutOfReach on one that is too
     large (the largest is named).
     """
-    T, n, kl = mass_map(procedure), at_least_1("n", n), positive("kl", kl)
+    T, n, kl = mass_map(procedure), whole("n", n), positive("kl", kl)
     if kl > MAX_KL:
         raise OutOfReach(
             f"kl {kl:g} is out of reach: the largest that is resolved is {MAX_KL:g} nats; "
@@ -174,7 +170,7 @@ def policy_at_kl(
     values, and the largest KL is that of a policy on the best value alone: a larger kl gives that
     policy.
     """
-    T, n, kl = mass_map(procedure), at_least_1("n", n), min(number("kl", kl), MAX_KL)
+    T, n, kl = mass_map(procedure), whole("n", n), min(number("kl", kl), MAX_KL)
     if kl < 1e-9:
         return cells.grid(COARSE), cells.grid(COARSE)
     best = frontier(solved_for(transform, T), n, kl) if transform in FIXED_POINTS else None
@@ -319,7 +315,7 @@ def _on_cells(
         # an empty level below the first is at 0, where log is not finite
         u = cells.centres(ref) if levels is None else cells.centres(ref).clamp(min=1e-12)
     else:
-        ref = cells.spacings(at_least_1("K", K))
+        ref = cells.spacings(whole("K", K))
         u = torch.arange(K + 1, dtype=torch.float64) / K
     Phi = transform if callable(transform) else get_transform(transform, K=K)
     values = torch.as_tensor(Phi(u), dtype=torch.float64)
@@ -331,7 +327,7 @@ def _on_cells(
 
 
 def _mass(density: Tensor) -> Tensor:
-    f = torch.as_tensor(density, dtype=torch.float64)
+    f = real("density", density).double()
     if f.ndim != 1 or len(f) < 2 or not f.isfinite().all() or f.min() < 0:
         raise ValueError(
             f"density {tuple(f.shape)}: must be (G > 1,), finite, nowhere negative; clamp it at 0"

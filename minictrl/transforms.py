@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from minictrl.calibration import at_least_float32, calibrated_reward
-from minictrl.procedures.masses import MassMap, at_least_1, mass_map, positive
+from minictrl.calibration import calibrated_reward
+from minictrl.checks import at_least_float32, positive, real, whole
+from minictrl.procedures.masses import MassMap, mass_map
 from minictrl.procedures.optimum import FIXED_POINTS, fixed_point
 
 MAX_T = 80  # e^80 is still a float32
@@ -71,6 +72,7 @@ class Transform:
     calibrated = True  # so that every prompt's reward has the same law under pi_ref
 
     def __call__(self, u: Tensor) -> Tensor:
+        u = real("u", u)
         if not ((u >= 0) & (u <= 1)).all():
             raise ValueError(
                 f"transform {self.name!r}: u has values outside [0, 1]; give calibrated rewards "
@@ -129,9 +131,9 @@ def get_transform(
     """
     given, name = name, str(name)
     mass_map(procedure)
-    at_least_1("n", n)
+    whole("n", n)
     if K is not None:
-        at_least_1("K", K)
+        whole("K", K)
     if beta is not None:
         positive("beta", beta)
     tilt = re.fullmatch(r"exp([+-]?(\d+\.?\d*|\.\d+))", name)

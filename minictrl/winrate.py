@@ -6,13 +6,12 @@ thrown away.
 
 import math
 
-import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from minictrl.calibration import ranks
+from minictrl.checks import finite, real, whole
 from minictrl.procedures import get_procedure
-from minictrl.procedures.masses import at_least_1
 
 
 def win_rate(
@@ -42,7 +41,7 @@ def win_rates(
 ) -> Tensor:
     """(P,) the win rate of each prompt, in float64. Arguments and errors as those of `win_rate`."""
     scores = {"select": select, "judge": judge, "select_ref": select_ref, "judge_ref": judge_ref}
-    scores = {name: torch.as_tensor(each) for name, each in scores.items()}
+    scores = {name: real(name, each) for name, each in scores.items()}
     _validate(scores, procedure, n)
     select, judge, select_ref, judge_ref = (each.double() for each in scores.values())
     weight, weight_ref = weights(select, select_ref, procedure, int(n))
@@ -94,10 +93,8 @@ def _validate(scores: dict[str, Tensor], procedure: str, n: int) -> None:
                 f"{shapes}: must be (P, M), select as judge, with one P of at least 1; "
                 "score the same responses twice"
             )
-        if not each.isfinite().all():
-            bad = int((~each.isfinite()).sum())
-            raise ValueError(f"{name} has {bad} scores that are not finite; drop or rescore them")
-    at_least_1("n", n)
+    finite("scores", **scores)
+    whole("n", n)
     M = min(scores["select"].shape[1], scores["select_ref"].shape[1])
     least = get_procedure(procedure).samples(n)
     if M < least:

@@ -389,7 +389,7 @@ def test_whole_numbers_have_the_advantages_of_the_same_floats(dtype):
 def test_odd_rewards_are_refused_in_a_line():
     with pytest.raises(ValueError, match="n is 5: must be"):
         beats_best_of(torch.zeros(1, 2), torch.zeros(1, 4), 5)
-    with pytest.raises(ValueError, match="r_ref holds rewards that are not finite"):
+    with pytest.raises(ValueError, match="r_ref has . rewards that are not finite"):
         empirical_beta(torch.tensor([[0.0, float("inf")]]), 0.1)
     with pytest.raises(ValueError, match="there must be a response and a token"):
         gae(*torch.zeros(3, 1, 0))
@@ -421,5 +421,5 @@ def test_regressions_of_half_precision_do_not_overflow():
 def test_a_reward_that_is_not_finite_beats_nothing():
     r = torch.zeros(2, 3)
     for bad, ref in ((r * math.nan, r), (r, r * math.nan), (r[:1], r)):
-        with pytest.raises(ValueError, match="finite rewards of the same prompts"):
+        with pytest.raises(ValueError, match="are not finite|rewards of the same prompts"):
             beats_best_of(bad, ref, 2)

@@ -9,9 +9,9 @@ from itertools import combinations, product
 import pytest
 import torch
 
-from minictrl import cli, theory
+from minictrl import theory
 from minictrl.calibration import calibrated_reward
-from minictrl.procedures import cells, get_procedure, masses
+from minictrl.procedures import cells, get_procedure
 from minictrl.procedures.base import ByRank
 from minictrl.procedures.masses import mass_win_rate
 from minictrl.winrate import win_rate, win_rates
@@ -240,7 +240,3 @@ def test_best_of_500_of_1000_weighs_the_largest_by_a_half():
     weights = get_procedure("bon").weights(torch.arange(1000.0).double()[None], 500)[0]
     assert weights[-1] == pytest.approx(0.5) and weights.sum() == pytest.approx(1)
     assert weights[-2] == pytest.approx(0.5 * 500 / 999)
-
-
-def test_the_most_draws_are_the_command_lines():
-    assert masses.LARGEST == cli.MOST

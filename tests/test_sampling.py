@@ -283,15 +283,15 @@ def test_dropout_is_off_while_sampling():
             dict(prompts=["a", "a " * 60]),
             "prompt 1 .* 60 tokens; .*max_new_tokens=12 .*context of 64",
         ),
-        (dict(max_new_tokens=0), "max_new_tokens=0"),
-        (dict(num_samples=0), "num_samples=0"),
-        (dict(temperature=0.0), "temperature=0"),
-        (dict(batch_size=0), "batch_size=0"),
-        (dict(num_samples=2.0), "num_samples=2.0: must be a whole number"),
-        (dict(num_samples=None), "num_samples=None"),
-        (dict(temperature="1"), "temperature='1'"),
-        (dict(temperature=math.inf), "temperature=inf"),
-        (dict(seed=1.5), "seed=1.5: must be a whole number"),
+        (dict(max_new_tokens=0), "max_new_tokens 0"),
+        (dict(num_samples=0), "num_samples 0"),
+        (dict(temperature=0.0), "temperature 0"),
+        (dict(batch_size=0), "batch_size 0"),
+        (dict(num_samples=2.0), "num_samples 2.0: must be a whole number"),
+        (dict(num_samples=None), "num_samples None"),
+        (dict(temperature="1"), "temperature '1'"),
+        (dict(temperature=math.inf), "temperature inf"),
+        (dict(seed=1.5), "seed 1.5: must be a whole number"),
         (dict(prompts=(text for text in ())), "no prompts"),
     ],
 )
@@ -317,10 +317,10 @@ def test_seeds_may_be_numpys_and_have_64_bits():
     assert draw(np.int64(3)) == draw(torch.tensor(3)) == draw(3)
     assert draw(3, temperature=np.float32(1)) == draw(3)
     for seed in (2**64, -(2**70), True, 1.0):
-        with pytest.raises(ValueError, match="seed="):
+        with pytest.raises(ValueError, match="seed "):
             draw(seed)
     for name in ("num_samples", "max_new_tokens"):
-        with pytest.raises(ValueError, match=f"{name}=True"):
+        with pytest.raises(ValueError, match=f"{name} True"):
             draw(3, **{name: True})
     with pytest.raises(ValueError, match="half a character"):
         sample(model, tokenizer, ["a\ud800"], num_samples=1, max_new_tokens=1, seed=0)

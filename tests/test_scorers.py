@@ -136,6 +136,7 @@ def test_what_is_no_list_of_prompts_with_a_text_each_is_refused():
     for prompts, texts, fault in (
         ("The film", " is good", "must be two lists"),
         (["a"], "b", "must be two lists"),
+        (None, ["a"], "must be two lists, and one is a NoneType"),
         (["a", "b"], [" c"], "2 prompts, 1 texts"),
         (["a"], [None], "pair 0"),
         ([5], [" a"], "pair 0"),

@@ -220,7 +220,7 @@ def test_extreme_transforms_and_betas_neither_overflow_nor_warn(name):
 @pytest.mark.parametrize(
     "call, names",
     [
-        (lambda: theory.tradeoff("exp10", "bon", 0, [1.0]), "n 0.*at least 1"),
+        (lambda: theory.tradeoff("exp10", "bon", 0, [1.0]), "n 0.*from 1 to"),
         (lambda: theory.tradeoff("exp10", "bon", 2.5, [1.0]), "n 2.5"),
         (lambda: theory.tradeoff("exp10", "beam", 4, [1.0]), "'beam'.*standard, bon, won, rewind"),
         (lambda: theory.tradeoff("exp", "bon", 4, [1.0]), "'exp'.*identity, log"),

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, Cache, DynamicCache
 
-from minictrl.calibration import at_least_float32
+from minictrl.checks import at_least_float32
 from minictrl.lm.device import free_memory
 from minictrl.lm.draw import BLOCK, whole_blocks
 

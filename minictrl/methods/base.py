@@ -10,6 +10,7 @@ from torch import Tensor
 
 from minictrl import budget, ppo, theory
 from minictrl.batch import Batch
+from minictrl.checks import same_shape
 from minictrl.config import Config
 from minictrl.procedures import get_procedure
 from minictrl.procedures.cells import OutOfReach
@@ -251,7 +252,7 @@ def check_responses(dim: int = 1, **tensors: Tensor) -> None:
     """Raises ValueError unless all tensors have one shape, (B,), or (B, n) with `dim` 2."""
     shape = "(B,)" if dim == 1 else "(B, n)"
     rule = f", {shape}: one number per response, log-probabilities summed over its tokens"
-    ppo.check_shapes(rule, dim, **tensors)
+    same_shape(rule, dim, **tensors)
 
 
 def check_samples(name: str, x: Tensor, n: int, least: int = 1) -> None:

@@ -6,9 +6,8 @@ Departure: the samples of a prompt are paired once per run, not anew for every e
 from torch import Tensor
 
 from minictrl.batch import Batch
-from minictrl.calibration import at_least_float32
+from minictrl.checks import at_least_float32, positive
 from minictrl.methods.base import Offline, check_responses, pairs
-from minictrl.procedures.masses import positive
 from minictrl.reference import Reference
 
 

@@ -8,7 +8,7 @@ minus that of those that don't. It is as unbiased, and the advantages of a group
 
 from torch import Tensor
 
-from minictrl.calibration import at_least_float32
+from minictrl.checks import at_least_float32
 from minictrl.methods.pkpo import Method as Pkpo
 from minictrl.methods.pkpo import max_at_n_advantages
 

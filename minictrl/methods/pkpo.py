@@ -14,7 +14,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from minictrl.calibration import at_least_float32, ranks
+from minictrl.calibration import ranks
+from minictrl.checks import at_least_float32, finite
 from minictrl.config import Config
 from minictrl.methods.base import Online, check_samples
 
@@ -66,11 +67,12 @@ def beats_best_of(r: Tensor, r_ref: Tensor, n: int) -> Tensor:
     ones, [C(L, n) + C(L + E, n)] / (2 C(K, n)). (C_hat^n is biased: +18 % at n = 32, K = 100.)
     """
     check_samples("r_ref", r_ref, n)
-    if r.dim() != 2 or len(r) != len(r_ref) or not (r.isfinite().all() and r_ref.isfinite().all()):
+    if r.dim() != 2 or len(r) != len(r_ref):
         raise ValueError(
-            f"r is {tuple(r.shape)}, r_ref {tuple(r_ref.shape)}: must be finite rewards of the "
-            "same prompts, (P, G) and (P, K)"
+            f"r is {tuple(r.shape)}, r_ref {tuple(r_ref.shape)}: must be rewards of the same "
+            "prompts, (P, G) and (P, K)"
         )
+    r, r_ref = finite("rewards", r=r, r_ref=r_ref)
     K = r_ref.shape[1]
     lower, up_to = ranks(r, r_ref)
     shares = [math.comb(count, n) / math.comb(K, n) for count in range(K + 1)]

@@ -9,7 +9,8 @@ from dataclasses import replace
 from torch import Tensor
 
 from minictrl.batch import Batch
-from minictrl.calibration import at_least_float32, leave_one_out_calibration
+from minictrl.calibration import leave_one_out_calibration
+from minictrl.checks import at_least_float32
 from minictrl.config import Config
 from minictrl.methods.base import Method as Base
 from minictrl.methods.base import Offline, check_responses, responses

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from minictrl.calibration import at_least_float32
+from minictrl.checks import at_least_float32
 from minictrl.methods.pkpo import Method as Pkpo
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from minictrl.batch import Batch
-from minictrl.calibration import at_least_float32
+from minictrl.checks import at_least_float32
 from minictrl.config import Config
 from minictrl.methods.base import check_responses, partition, side_by_side
 from minictrl.methods.qrpo import Method as Qrpo

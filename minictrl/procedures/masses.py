@@ -4,16 +4,12 @@ A continuous policy has many narrow cells, an empirical calibration K + 1 wide o
 problem one for each distinct reward. Within a cell all responses tie.
 """
 
-import math
 from collections.abc import Callable
-from operator import index
 
 from torch import Tensor
 
 from minictrl.procedures import get_procedure
 from minictrl.procedures.cells import cdf
-
-LARGEST = 1_000_000  # number of draws or samples: `cli.MOST`, which the math doesn't know
 
 # mass (..., G) of each cell, the cells' edges (..., G + 1), N -> mass after the procedure
 MassMap = Callable[[Tensor, Tensor, int], Tensor]
@@ -48,31 +44,3 @@ def masses_after(T: MassMap, mass: Tensor, edges: Tensor, n: int) -> Tensor:
         f"a procedure gave {shape or type(after).__name__} for masses {tuple(mass.shape)}: return "
         "as many, nowhere negative, that sum to 1"
     )
-
-
-def at_least_1(name: str, n: int) -> int:
-    """n as an int. Raises ValueError unless it is a whole number from 1 to LARGEST."""
-    if isinstance(n, bool) or not hasattr(n, "__index__") or not 1 <= index(n) <= LARGEST:
-        raise ValueError(
-            f"{name} {n!r}: must be a whole number of at least 1 and at most {LARGEST}; use 1 for "
-            "one draw"
-        )
-    return index(n)
-
-
-def number(name: str, x: float) -> float:
-    """x as a float. Raises ValueError on what is no number, NaN too."""
-    try:
-        value = float(x)
-    except (TypeError, ValueError):
-        value = math.nan
-    if math.isnan(value):
-        raise ValueError(f"{name} {x!r}: must be a number; try 1")
-    return value
-
-
-def positive(name: str, x: float) -> float:
-    """x as a float. Raises ValueError unless it is positive and finite."""
-    if not 0 < number(name, x) < math.inf:
-        raise ValueError(f"{name} {float(x):g}: must be positive and finite; try 1")
-    return float(x)

@@ -9,9 +9,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from minictrl.checks import positive, whole
 from minictrl.procedures import cells
 from minictrl.procedures.cells import cdf
-from minictrl.procedures.masses import MassMap, at_least_1, mass_map, mass_win_rate, positive
+from minictrl.procedures.masses import MassMap, mass_map, mass_win_rate
 
 # cells of the solver, which visits them a hundred times: KL to 1e-5, win rate to 1e-6
 COARSE = 4_000
@@ -170,7 +171,7 @@ def fixed_point(
 ) -> Callable[[Tensor], Tensor]:
     """Phi of bon_fp, won_fp or optimal at this N and beta, as a function on tensors in [0, 1]."""
     T = solved_for(name, procedure)
-    return interpolated(solve(T, at_least_1("n", n), beta=positive("beta", beta)))
+    return interpolated(solve(T, whole("n", n), beta=positive("beta", beta)))
 
 
 def interpolated(best: Optimum) -> Callable[[Tensor], Tensor]:

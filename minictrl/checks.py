@@ -1,0 +1,83 @@
+"""What the numbers that a caller gives have to be. Each check gives them back as what they are used
+as, or raises a ValueError that names the value, the rule and the fix.
+"""
+
+import math
+from operator import index
+
+import numpy as np
+import torch
+from torch import Tensor
+
+MOST = 1_000_000  # of whatever is counted: more is a slip, and would run for ever
+
+
+def whole(name: str, n: int, least: int = 1, most: int = MOST) -> int:
+    """n as an int, from `least` to `most`."""
+    if isinstance(n, bool) or not hasattr(n, "__index__") or not least <= index(n) <= most:
+        raise ValueError(f"{name} {n!r}: must be a whole number; give one from {least} to {most}")
+    return index(n)
+
+
+def number(name: str, x: float) -> float:
+    """x as a float, which may be infinite but not NaN."""
+    try:
+        value = math.nan if isinstance(x, (str, bytes, bool)) else float(x)
+    except (TypeError, ValueError):
+        value = math.nan
+    if math.isnan(value):
+        raise ValueError(f"{name} {x!r}: must be a number; try 1")
+    return value
+
+
+def positive(name: str, x: float) -> float:
+    """x as a float, positive and finite."""
+    if not 0 < number(name, x) < math.inf:
+        raise ValueError(f"{name} {float(x):g}: must be positive and finite; try 1")
+    return float(x)
+
+
+def real(name: str, x: Tensor) -> Tensor:
+    """x, real numbers in a tensor, an array or a list, as a tensor; Python's floats as float64."""
+    try:
+        tensor = x if isinstance(x, Tensor) else torch.from_numpy(np.array(x, order="C"))
+    except (TypeError, ValueError, RuntimeError):
+        tensor = None
+    if tensor is None or tensor.is_complex():
+        given = str(x)[:60].replace("\n", " ")
+        raise ValueError(f"{name} {given}: must be real numbers, in a tensor, an array or a list")
+    return tensor
+
+
+def finite(what: str, **tensors: Tensor) -> list[Tensor]:
+    """The tensors in one dtype: float32 at least, and float64 where one holds whole numbers, which
+    it must hold exactly. what: their plural, for the message.
+    """
+    dtype = torch.float32
+    for name, x in tensors.items():
+        if not x.isfinite().all():
+            bad = int((~x.isfinite()).sum())
+            raise ValueError(f"{name} has {bad} {what} that are not finite; drop or rescore them")
+        if not x.is_floating_point() and (x.double().to(x.dtype) != x).any():
+            raise ValueError(f"{name} has {what} beyond 2^53, which float64 rounds; scale them")
+        exact = x.dtype if x.is_floating_point() else torch.float64
+        dtype = torch.promote_types(dtype, exact)
+    return [x.to(dtype) for x in tensors.values()]
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """x as float32, or as float64 if it is that."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def same_shape(rule: str = "", dim: int | None = None, **tensors: Tensor) -> None:
+    """ValueError, with the rule, unless all are tensors of one shape, of `dim` dimensions."""
+    shapes = {name: shape(x) for name, x in tensors.items()}
+    dims = {len(each) for each in shapes.values() if isinstance(each, tuple)}
+    if len(set(shapes.values())) > 1 or not dims or dim not in (None, *dims):
+        raise ValueError(f"{shapes} must have one shape{rule}")
+
+
+def shape(x: Tensor) -> tuple[int, ...] | str:
+    """A tensor's shape; of anything else the name of its type."""
+    return tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
