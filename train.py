@@ -69,7 +69,10 @@ def main(argv=None):
 
     config = config.resolved()
     with runs.hold(Path(config.out)):
-        config = runs.check(Path(config.out), settings, config, resume=resume, overwrite=overwrite)
+        if resume:
+            config = runs.resumed(Path(config.out), settings)
+        else:
+            runs.check_out(config, overwrite=overwrite)
         return train(config, resume)
 
 

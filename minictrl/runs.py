@@ -60,30 +60,33 @@ def hold(out: Path):
         raise ValueError(f"--out {out}: another run is at work there; give another --out") from None
 
 
-def check(out: Path, settings: dict, config: Config, *, resume: bool, overwrite: bool) -> Config:
-    """The settings to run with: those given, or with `resume` those of the run that `out` holds.
+def resumed(out: Path, given: dict) -> Config:
+    """The settings of the run that `out` holds, but for those of FREE that are given.
 
-    Raises ValueError where `out` must not be touched: it holds another run and neither was asked
-    for, or no run to resume, or other settings were given than the run to resume has, or what the
-    new run reads would be deleted with the old one.
+    Raises ValueError if there is no run to resume, or if it was started with other settings.
     """
-    if resume:
-        stored = load_config(out)
-        for name, value in settings.items():
-            if name not in FREE and value != getattr(stored, name):
-                raise ValueError(
-                    f"--{name.replace('_', '-')} {value}: {out} was started with "
-                    f"{getattr(stored, name)}; leave it out to resume, or give another --out"
-                )
-        lr = settings.get("lr", stored.lr)
-        if lr != stored.lr and has_policy(out):
-            raise ValueError(f"--lr {lr}: {out} has no step left that could take it; leave it out")
-        return replace(stored, **{name: settings[name] for name in FREE if name in settings})
-    cache = Path(config.cache)
+    stored = load_config(out)
+    for name, value in given.items():
+        if name not in FREE and value != getattr(stored, name):
+            raise ValueError(
+                f"--{name.replace('_', '-')} {value}: {out} was started with "
+                f"{getattr(stored, name)}; leave it out to resume, or give another --out"
+            )
+    lr = given.get("lr", stored.lr)
+    if lr != stored.lr and has_policy(out):
+        raise ValueError(f"--lr {lr}: {out} has no step left that could take it; leave it out")
+    return replace(stored, **{name: given[name] for name in FREE if name in given})
+
+
+def check_out(config: Config, *, overwrite: bool):
+    """Raises ValueError where a new run must not touch its --out: it holds something that is no run
+    of ours, or a run that was not to be overwritten, or what the new run reads.
+    """
+    cache, out = Path(config.cache), Path(config.out)
     if cache.exists() and not cache.is_dir():
         raise ValueError(f"--cache {cache}: is a file; give a directory")
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return config
+        return
     if not holds_run(out):
         raise ValueError(f"--out {out}: holds something that is no run; give another --out")
     if overwrite and not (out / MARKER).is_file():
@@ -101,7 +104,6 @@ def check(out: Path, settings: dict, config: Config, *, resume: bool, overwrite:
                 raise ValueError(
                     f"--{name} {path}: lies in {out}, which --overwrite deletes; give another --out"
                 )
-    return config
 
 
 def file_of(name: str | None) -> Path:
@@ -181,7 +183,7 @@ def load_finished(run: Path) -> Config:
 
 
 def create(out: Path, config: Config, made_from: dict[str, str]):
-    """An empty run directory with its config.json; what was there is deleted: `check` has asked.
+    """An empty run directory with its config.json. What was there is deleted (see `check_out`).
 
     Whenever this is stopped, the directory is still ours, and half of an old run is none.
     """

@@ -120,8 +120,8 @@ def test_a_run_is_not_touched_without_being_asked(short_run, tmp_path):
 
 
 def test_a_run_without_a_judge_can_be_overwritten(short_run):
-    config = replace(Config().resolved(), judge=None)
-    assert runs.check(short_run, {}, config, resume=False, overwrite=True) is config
+    config = replace(Config().resolved(), judge=None, out=str(short_run))
+    runs.check_out(config, overwrite=True)
 
 
 @pytest.mark.parametrize("content", [None, "", '{"task": ', "[]", '{"task": 1}'])
@@ -336,9 +336,9 @@ def test_a_resumed_run_may_go_on_elsewhere_and_more_slowly(short_run, tmp_path):
     run = shutil.copytree(short_run, tmp_path / "run")
     settings = {"out": str(run), "cache": str(tmp_path), "device": "cpu", "lr": 1e-5}
     with pytest.raises(ValueError, match="--lr 1e-05: .* has no step left"):
-        runs.check(run, settings, Config().resolved(), resume=True, overwrite=False)
+        runs.resumed(run, settings)
     shutil.rmtree(run / "policy")
-    config = runs.check(run, settings, Config().resolved(), resume=True, overwrite=False)
+    config = runs.resumed(run, settings)
     assert (config.cache, config.device, config.lr) == (str(tmp_path), "cpu", 1e-5)
     assert config.transform == "exp10"
 
@@ -418,9 +418,9 @@ def test_a_run_does_not_delete_its_own_models_under_another_name(tmp_path, monke
     settings = {"base_model_name_or_path": str(out / "policy")}
     (adapter / "adapter_config.json").write_text(json.dumps(settings))
     for policy in ("policy", str(adapter)):
-        config = replace(Config().resolved(), policy=policy)
+        config = replace(Config().resolved(), policy=policy, out=str(out))
         with pytest.raises(ValueError, match="--policy .*which --overwrite deletes"):
-            runs.check(out, {}, config, resume=False, overwrite=True)
+            runs.check_out(config, overwrite=True)
 
 
 def test_two_runs_do_not_share_a_directory_through_a_link(tmp_path):
