@@ -53,13 +53,8 @@ def read_arguments(argv=None) -> argparse.Namespace:
 def main(argv=None):
     args = read_arguments(argv)
 
-    from minictrl import (  # torch and transformers, which --help doesn't need
-        evaluation,
-        figures,
-        report,
-        results,
-        runs,
-    )
+    # torch and transformers, which --help does not need
+    from minictrl import evaluation, figures, report, results, runs
 
     # all are checked before anything is drawn
     configs = [runs.load_finished(run) for run in args.runs]
@@ -79,9 +74,9 @@ def main(argv=None):
             device=args.device or config.device,
             other_models=other_models,
         )
-        print(f"\n{run}: {evaluation.headline(config, args.split, table[0])}")
-        print(f"\n{evaluation.markdown(table)}\n")
-        print(evaluation.models_line(config, other_models))
+        print(f"\n{run}: {results.headline(config, args.split, table[0])}")
+        print(f"\n{results.markdown(table)}\n")
+        print(results.models_line(config, other_models))
         print(figures.draw(run, suffix, table))
         if not suffix:
             report.write_card(run, config, table)

@@ -12,8 +12,8 @@ Where it departs from the paper:
    optimum is the same, and one learning rate fits every transform (`minictrl/ppo.py`).
 2. beta is not tuned by hand. It starts at the theory's for the KL that is asked for, and follows
    the KL that is measured (`minictrl/budget.py`).
-3. R is raised to log Z - 10 nats where it is lower, log Z being what makes pi_ref e^R / Z sum to 1:
-   there the optimum gives a response e^-10 of pi_ref's probability, and less would change nothing.
+3. R has a floor of log Z - 10 nats, where Z normalises pi_ref e^R / Z. At the floor a response
+   keeps e^-10 of pi_ref's probability, and a lower R would change nothing.
    `log` is not finite at C_hat = 0, and takes 1/(2K) for C_hat there
    (`minictrl/transforms.py`).
 4. There is no value network by default. On the embedded task a token's baseline is a cubic in the
@@ -40,8 +40,9 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from minictrl.cli import Parser, command, run_script
+from minictrl.cli import Parser, run_script
 from minictrl.config import CALIBRATION, Config
+from minictrl.messages import command
 
 # What imports torch is imported inside functions: --help and a mistyped flag answer at once.
 
@@ -51,13 +52,15 @@ WARMUP = 5  # steps
 def read_arguments(argv=None) -> tuple[dict, bool, bool]:
     parser = Parser("train.py", __doc__.split("\n")[0])
     Config.add_arguments(parser)
-    again = parser.add_mutually_exclusive_group()
-    again.add_argument(
+    existing = parser.add_mutually_exclusive_group()
+    existing.add_argument(
         "--resume",
         action="store_true",
         help="go on from the last checkpoint of --out, with its settings",
     )
-    again.add_argument("--overwrite", action="store_true", help="delete the run that --out holds")
+    existing.add_argument(
+        "--overwrite", action="store_true", help="delete the run that --out holds"
+    )
     settings = vars(parser.parse_args(argv))  # only what was given
     return settings, settings.pop("resume"), settings.pop("overwrite")
 
@@ -130,8 +133,9 @@ def train(config: Config, resume: bool):
 
 def save(task, config: Config):
     """RUN/policy. Raises ValueError on one that the last update has ruined: no later step tells."""
+    from minictrl.checks import NotFinite
     from minictrl.models import save_policy
-    from minictrl.sampling import NotFinite, sample
+    from minictrl.sampling import sample
 
     options = dict(num_samples=1, max_new_tokens=1, seed=0)
     try:
@@ -149,11 +153,11 @@ def load_and_check(config: Config):
 
     Whatever can be wrong with the input is found here, before the first sample is drawn.
     """
+    from minictrl.baselines import check_prefix_rewards
     from minictrl.exchange import read_reference
     from minictrl.files import sha256_of
     from minictrl.lm.device import check_room
     from minictrl.methods import get_method
-    from minictrl.rollout import check_prefix_rewards
     from minictrl.runs import digests_of
     from minictrl.task import load_task, read_prompts, scorer_of, try_scorers
     from minictrl.track import check_tracker

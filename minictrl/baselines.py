@@ -1,4 +1,5 @@
-"""What the reward to go of a token is compared with: one function per name of --baseline.
+"""Baselines for a token's reward to go, the sum of the rewards from it on: one function per name of
+--baseline.
 
 A baseline returns the batch with the advantages (B, T) of its R and, where there are values, those
 and their returns. The KL is in the reward, k1 per token, so R - sum of k1 is a response's return.
@@ -7,13 +8,15 @@ r_ref: (P, K) of the batch's prompts.
 
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from minictrl import ppo
 from minictrl.batch import Batch
 from minictrl.calibration import calibrated_reward
 from minictrl.config import Config
-from minictrl.rollout import prefix_rewards
+from minictrl.rollout import score
+from minictrl.sampling import texts_of
 from minictrl.task import Task
 from minictrl.transforms import RAW
 from minictrl.update import Learner, forward_all
@@ -43,10 +46,10 @@ def prefix(batch: Batch, task: Task, r_ref: Tensor, learner: Learner, config: Co
 def loo(batch: Batch, task: Task, r_ref: Tensor, learner: Learner, config: Config) -> Batch:
     """The reward to go minus the mean return of the other samples.
 
-    The others are those of all prompts: calibration gives their returns one law, so the mean of
-    many is the better baseline, above all for exp-10, where one bad response in a group of 8 would
-    lift the other 7. Raw rewards differ from prompt to prompt: there the others are the prompt's
-    own.
+    The others are those of all prompts: calibration gives their returns one distribution, so the
+    mean of many is the better baseline, above all for exp-10, where one bad response in a group of
+    8 would lift the other 7. Raw rewards differ from prompt to prompt: there the others are the
+    prompt's own.
     """
     rewards = token_rewards(batch)
     group = config.G if config.transform in RAW else len(batch)
@@ -73,3 +76,45 @@ def reward_to_go(rewards: Tensor) -> Tensor:
 def _gae(batch: Batch, rewards: Tensor, values: Tensor, lam: float) -> Batch:
     advantages, returns = ppo.gae(rewards, values, batch.mask, lam=lam)
     return replace(batch, values=values, returns=returns, advantages=advantages)
+
+
+def prefix_rewards(task: Task, batch: Batch, P: int) -> Tensor:
+    """(P, G T): at [p, g T + t] the reward of the first t tokens of response g to prompt p; after
+    the response's end, that of no token.
+
+    batch: P G rows, the G of a prompt together. A causal classifier reads all prefixes of a
+    response at once; a function of the user's gets the text of each.
+    """
+    prompts = [task.prompts[i] for i in batch.prompt_index.tolist()]  # (B,)
+    if task.reward.prefixes:
+        return task.reward.of_prefixes(prompts, batch.tokens, batch.mask).view(P, -1)
+    T, G = batch.tokens.shape[1], len(batch) // P
+    t = torch.arange(T, device=batch.mask.device)
+    lengths = batch.mask.sum(1)[:, None, None]
+    seen = (t < t[:, None]) & (t[:, None] < lengths)  # (B, T, T): of prefix t, its first t tokens
+    tokens = batch.tokens[:, None].expand(-1, T, -1)
+    texts = texts_of(task.tokenizer, batch.prompt.tolist(), tokens, seen)  # B lists of T
+    of_prompt = [sum(texts[i : i + G], []) for i in range(0, len(batch), G)]
+    return score(task.reward, prompts[::G], of_prompt)
+
+
+def check_prefix_rewards(task: Task):
+    """Raises ValueError if `prefix_rewards` can't ask the reward model. It reads one response of
+    the greatest length to the longest prompt, to see.
+    """
+    reward = task.reward
+    if reward.tokenizer is None:
+        return
+    why = None
+    if not reward.prefixes:
+        why = "is no causal classifier, which reads every prefix of a response in one pass"
+    elif reward.tokenizer.get_vocab() != task.tokenizer.get_vocab():
+        why = "cuts text into other tokens than the policy"
+    if why:
+        raise ValueError(
+            f"--baseline prefix: the reward model {reward.tokenizer.name_or_path} {why}; use "
+            "--baseline loo"
+        )
+    longest = max(range(len(task.texts)), key=lambda i: len(task.texts[i]))
+    tokens = torch.full((1, task.max_new_tokens), task.tokenizer.eos_token_id)
+    reward.of_prefixes([task.prompts[longest]], tokens, torch.ones(tokens.shape))

@@ -3,14 +3,13 @@
 import math
 from collections.abc import Callable
 
+import numpy as np
+import torch
 from torch import Tensor
 
-from minictrl.checks import finite, number, positive
-from minictrl.procedures.cells import OutOfReach
-from minictrl.transforms import log_partition
+from minictrl.checks import OutOfReach, finite, number, positive
+from minictrl.procedures import cells
 
-WIDE = 12.0  # in log beta: by how much the bracket grows until it holds the KL
-BISECTIONS = 60
 # of the controller
 DRIFT = 0.2  # share of the error that the target takes over at each step
 ERROR_BOUNDS = (-0.5, 1.5)  # log(kl_ref / kl) is kept between these
@@ -20,44 +19,30 @@ TARGET_BOUNDS = (1 / 20, 4)  # target / kl is kept between these
 def empirical_beta(r_ref: Tensor, kl: float) -> float:
     """beta at which pi_ref e^{r / beta} / Z is `kl` nats from pi_ref, on average over prompts.
 
-    The KL is that of pi_ref's own K samples with weights e^{r / beta} / Z from equal weights; beta
-    by bisection. r_ref: (P, K) rewards, raw or Phi(C_hat). Raises OutOfReach on a KL that K samples
-    don't reach.
+    The KL is that of pi_ref's own K samples with weights e^{r / beta} / Z from equal weights.
+    r_ref: (P, K) rewards, raw or Phi(C_hat). Raises OutOfReach on a KL that K samples don't reach.
     """
     positive("kl", kl)
     if r_ref.dim() != 2 or not r_ref.numel():
         raise ValueError(f"r_ref is {tuple(r_ref.shape)}: must be (prompts, samples), of some")
     finite("rewards", r_ref=r_ref)
     r = r_ref.double() - r_ref.double().amax(1, keepdim=True)  # so that the best keep their digits
-    K = r.shape[1]
-
-    def kl_at(log_beta: float) -> float:
-        R = (r / math.exp(log_beta)).clamp(min=-1e30)
-        mean = (R.softmax(1) * R).sum(1, keepdim=True)
-        return float((mean - log_partition(R)).mean())
-
-    largest = float((K / (r == 0).sum(1)).log().mean())  # of a policy on the best samples alone
+    ref = torch.full_like(r, 1 / r.shape[1])
+    largest = abs(cells.largest_kl(r, ref))  # of a policy on the best samples alone
     if kl > (1 - 1e-6) * largest:
         raise OutOfReach(
-            f"--kl {kl}: these rewards reach {largest:.2f} nats with {K} samples; use a smaller "
-            "KL, more samples (--K), or rewards that differ more"
+            f"--kl {kl}: these rewards reach {largest:.2f} nats with {r.shape[1]} samples; use a "
+            "smaller KL, more samples (--K), or rewards that differ more"
         )
-    low = high = math.log(float(r.std()))
-    while kl_at(low) < kl:
-        low -= WIDE
-    while kl_at(high) > kl:
-        high += WIDE
-    for _ in range(BISECTIONS):
-        middle = (low + high) / 2
-        low, high = (middle, high) if kl_at(middle) > kl else (low, middle)
-    return math.exp((low + high) / 2)
+    return 1 / cells.tilt_to_kl(r, kl, ref)[1]
 
 
 class Budget:
     """The beta of each step: fixed, or steered so that the measured KL ends at `kl` nats.
 
     The theory's beta holds for a policy that reaches the optimum. A trained one lags behind it:
-    with that beta exp10 ends at half of its budget. So a step uses the theory's beta of another KL,
+    with that beta exp10 ends at half of its budget. So a step asks the theory for the beta of a
+    larger or smaller KL,
 
         beta = beta_at(target * kl / kl_ref),  kl_ref the KL of the step's rollout.
 
@@ -84,16 +69,11 @@ class Budget:
         if self.kl is None:
             return self.beta
         kl_ref = number("kl_ref", kl_ref)
-        error = bounded(math.log(max(kl_ref, 1e-9) / self.kl), ERROR_BOUNDS)
+        error = float(np.clip(math.log(max(kl_ref, 1e-9) / self.kl), *ERROR_BOUNDS))
         moved = self.target / self.kl * math.exp(-DRIFT * error)
-        self.target = self.kl * bounded(moved, TARGET_BOUNDS)
+        self.target = self.kl * float(np.clip(moved, *TARGET_BOUNDS))
         try:
             self.beta = self.beta_at(self.target * math.exp(-error))
         except OutOfReach:
             self.target, self.beta = self.kl, self.beta_at(self.kl)
         return self.beta
-
-
-def bounded(x: float, bounds: tuple[float, float]) -> float:
-    low, high = bounds
-    return min(high, max(low, x))

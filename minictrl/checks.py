@@ -9,7 +9,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-MOST = 1_000_000  # of whatever is counted: more is a slip, and would run for ever
+from minictrl.messages import MOST
+
+
+class OutOfReach(ValueError):
+    """No policy of this transform, or of these samples, is that far from pi_ref."""
+
+
+class NotFinite(ValueError):
+    """Of a policy that is broken, or that training has broken."""
 
 
 def whole(name: str, n: int, least: int = 1, most: int = MOST) -> int:

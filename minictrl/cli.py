@@ -3,15 +3,11 @@
 import argparse
 import os
 import re
-import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from minictrl.checks import MOST
-
-LONGEST = 1000  # characters of a message
-DEVICES = re.compile(r"auto|cpu|cuda(?::(0|[1-9][0-9]*))?")
+from minictrl.messages import MOST, one_line
 
 
 def whole(least: int = 1) -> Callable[[str], int]:
@@ -59,25 +55,6 @@ def check_file(parser: Parser, flag: str, path: Path | None):
         parser.error(f"{flag} {path}: there is no such directory; make it first")
     if not os.access(folder, os.W_OK):
         parser.error(f"{flag} {path}: its directory can't be written; give another path")
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error, with the second where the first ends with a colon."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if not lines:
-        return type(error).__name__
-    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
-
-
-def one_line(text: object) -> str:
-    """A message on one line that a terminal shows as it is, without the middle of a long one."""
-    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
-    return line if len(line) <= LONGEST else f"{line[: LONGEST - 200]} … {line[-200:]}"
-
-
-def command(*words: object) -> str:
-    """`python WORDS`, to paste: of a path with a space in its name, too."""
-    return f"python {shlex.join(map(str, words))}"
 
 
 def program() -> str:

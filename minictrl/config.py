@@ -13,8 +13,7 @@ from dataclasses import dataclass, field, fields, replace
 from numbers import Integral, Real
 from pathlib import Path
 
-from minictrl.checks import MOST
-from minictrl.cli import DEVICES
+from minictrl.messages import DEVICES, MOST
 from minictrl.methods import METHODS, get_method
 from minictrl.procedures import PROCEDURES, parse_procedure
 
@@ -28,7 +27,7 @@ FILLED = ("transform", "n", "baseline", "steps", "out", "policy", "reward", "lr"
 FILLED += ("max_new_tokens",)
 BASELINES = ("prefix", "value", "loo")
 TRACKERS = ("wandb", "trackio", "tensorboard")
-ELSEWHERE = ("out", "device", "cache", "track")  # settings that do not change results
+WITHOUT_EFFECT = ("out", "device", "cache", "track")  # settings that do not change results
 
 # What a run draws: the calibration's samples of pi_ref, those of the evaluation, of pi_ref and of
 # pi. Training's steps are 1, 2, ... `Config.seed_for` has the seed of each.
@@ -341,7 +340,7 @@ class Config:
         for f in fields(self):
             value = getattr(self, f.name)
             default = own.get(f.name, f.default) if f.name in named else getattr(usual, f.name)
-            if value not in (None, default) and f.name not in ELSEWHERE:
+            if value not in (None, default) and f.name not in WITHOUT_EFFECT:
                 flags.append(f"--{f.name.replace('_', '-')} {shlex.quote(str(value))}")
         return " ".join(["python train.py", *flags])
 

@@ -26,17 +26,14 @@ SHAREGPT = {"human": "user", "gpt": "assistant"}  # its roles
 Prompt = str | list[dict]
 
 
-def load_prompts(
-    task_or_file: str, split: str = "train", *, column: str | None = None, data_split: str = "train"
-) -> list[Prompt]:
+def load_prompts(task_or_file: str, split: str = "train") -> list[Prompt]:
     """The prompts of a task or of a user's data, in a fixed order, each once.
 
     split: "train" for calibration and RL, "test" for evaluation; no prompt is in both. Every tenth
-    prompt of a user's data is "test". column, data_split: where a user's prompts are
-    (`Config.column`). Raises ValueError on an unknown task or split, data that can't be read, and a
-    bad line, naming its number.
+    prompt of a user's data is "test". Raises ValueError on an unknown task or split, data that
+    can't be read, and a bad line, naming its number.
     """
-    return [row[0] for row in load_rows(task_or_file, split, column=column, data_split=data_split)]
+    return [row[0] for row in load_rows(task_or_file, split)]
 
 
 def load_rows(

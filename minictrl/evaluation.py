@@ -5,7 +5,6 @@ Beside each measured win rate stands the theory's at the measured KL.
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -18,7 +17,7 @@ from torch.nn.functional import kl_div, log_softmax
 from minictrl import files, runs, theory
 from minictrl.batch import Batch
 from minictrl.calibration import calibrated_reward, leave_one_out_calibration
-from minictrl.config import FORMATS, TEST, TEST_REF, Config
+from minictrl.config import TEST, TEST_REF, Config, is_file
 from minictrl.files import save_tensors, sha256_of, write_rows, write_sealed
 from minictrl.lm.device import halving
 from minictrl.lm.logprobs import response_logits
@@ -101,7 +100,7 @@ def check(run: Path, config: Config, split: str):
     runs.finished_metrics(run)
     for name in runs.PATHS:
         file = runs.file_of(getattr(config, name))
-        if file.suffix in (".py", ".jsonl", *FORMATS) and not file.exists():
+        if (file.suffix == ".py" or is_file(str(file))) and not file.exists():
             raise ValueError(
                 f"{run}: its --{name} {file} is no file in {Path.cwd()}; evaluate it from the "
                 "directory where it was trained, or put the file back"
@@ -158,11 +157,11 @@ def table_of(
         at = (kl, procedure, n)
         levels = theory.tied_levels(select_ref, procedure, n)
         tied = levels is not None
-        law = {"levels": levels} if tied else {"K": config.K}
+        of_reward = {"levels": levels} if tied else {"K": config.K}
         shared = {
             "kl": kl,
             "kl_stderr": kl_stderr,
-            "theory": theory.at_kl(curve, *at, **law) if curve and curve.calibrated else None,
+            "theory": theory.at_kl(curve, *at, **of_reward) if curve and curve.calibrated else None,
             "optimal": None if tied else theory.optimal_win_rate(*at),
             "prompts": P,
             "samples": M,
@@ -269,44 +268,3 @@ def kl_of(policy, ref_policy, batch: Batch) -> Tensor:
     p, q = (log_softmax(response_logits(model, *inputs)[0], -1) for model in (policy, ref_policy))
     each = kl_div(q, p, reduction="none", log_target=True).sum(-1)
     return torch.zeros_like(batch.mask).masked_scatter(batch.mask.bool(), each).sum(1)
-
-
-def markdown(table: list[dict]) -> str:
-    """The table, to paste: win rates in per cent with standard errors, and the theory's."""
-    scorers = list(dict.fromkeys(row["scorer"] for row in table))
-    passes = [name for name in ("pass", "pass_ref") if name in table[0]]
-    head = ["procedure", "N", *(f"by {name}" for name in scorers), "theory", "optimal", *passes]
-
-    def percent(value: float | None, stderr: float | None = None) -> str:
-        if value is None:
-            return "–"
-        return f"{100 * value:.1f}" + plus_minus(stderr and 100 * stderr, 1)
-
-    lines = []
-    for i in range(0, len(table), len(scorers)):
-        rows = table[i : i + len(scorers)]
-        first = rows[0]
-        measured = [percent(row["win_rate"], row["stderr"]) for row in rows]
-        expected = [percent(first[name]) for name in ("theory", "optimal", *passes)]
-        lines.append([first["procedure"], str(first["n"]), *measured, *expected])
-    return files.markdown(head, lines)
-
-
-def headline(config: Config, split: str, row: dict) -> str:
-    """What a table is of. row: one of its rows."""
-    asked = f" (--kl {config.kl:g})" if config.kl else ""
-    drawn = f"{row['prompts']} {split} prompts, {row['samples']} responses each"
-    return f"{drawn}, KL {row['kl']:.3f}{plus_minus(row['kl_stderr'], 3)} nats{asked}"
-
-
-def plus_minus(stderr: float | None, digits: int) -> str:
-    """ " ± 0.012", or nothing where it is not known: one prompt has no error."""
-    known = stderr is not None and math.isfinite(stderr)
-    return f" ± {stderr:.{digits}f}" if known else ""
-
-
-def models_line(config: Config, other_models: dict[str, str]) -> str:
-    """The models behind the table's columns."""
-    models = {role: other_models.get(role) or getattr(config, role) for role in ("reward", "judge")}
-    none = "none; give evaluate.py a --judge"
-    return f"reward model: {models['reward']}, judge: {models['judge'] or none}"

@@ -135,8 +135,8 @@ def likeliest(task: Task, r_ref: Tensor, tokens: Tensor, mask: Tensor, size: int
 def with_logprobs(task: Task, r_ref: Tensor, tokens: Tensor, mask: Tensor, size: int) -> Reference:
     """Samples (P, K, T) with rewards (P, K) and the policy's log-probabilities."""
     P, K, _ = tokens.shape
-    of = torch.arange(P).repeat_interleave(K)
-    rows = Batch(prompt_index=of, tokens=tokens.flatten(0, 1), mask=mask.flatten(0, 1).float())
+    prompt = torch.arange(P).repeat_interleave(K)
+    rows = Batch(prompt_index=prompt, tokens=tokens.flatten(0, 1), mask=mask.flatten(0, 1).float())
     batch = with_prompts(task, rows.to(task.ids.device))
     logprobs, _ = forward_all(task.policy, None, batch, size)
     return Reference(r_ref, tokens.int(), logprobs.cpu().view(P, K, -1), mask)

@@ -29,6 +29,8 @@ TITLES = {
     "soft": "soft Best-of-{n}",
     "poisson": "Best-of-Poisson, {n} draws on average",
 }
+CURVES = ("C_hat", "kl_ref", "beta", "reward", "entropy", "approx_kl")
+CURVES += ("explained_variance", "grad_norm")
 KL, WIN_RATE = "KL(pi || pi_ref) [nats]", "win rate over pi_ref"
 COLORS = {  # of a transform, a method or a scorer, in every picture
     "identity": "C0", "log": "C1", "exp5": "C2", "exp10": "C3", "exp-5": "C4", "exp-10": "C5",
@@ -92,20 +94,7 @@ def win_rates(run: Path, suffix: str, table: list[dict]):
 def training(run: Path):
     """The learning curves of metrics.jsonl."""
     rows, budget = runs.finished_metrics(run), runs.load_config(run).kl
-    names = [
-        name
-        for name in (
-            "C_hat",
-            "kl_ref",
-            "beta",
-            "reward",
-            "entropy",
-            "approx_kl",
-            "explained_variance",
-            "grad_norm",
-        )
-        if rows[-1].get(name) is not None
-    ]
+    names = [name for name in CURVES if rows[-1].get(name) is not None]
     figure, axes = panels(math.ceil(len(names) / 4), min(4, len(names)), width=3.2, height=2.4)
     for axis, name in zip(axes, names):
         axis.plot([row["step"] for row in rows], [row[name] for row in rows])

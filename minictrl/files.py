@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from minictrl.cli import first_line
+from minictrl.messages import first_line
 
 
 @contextmanager
@@ -181,7 +181,7 @@ def without_nan(value):
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-NUMBER, TEXT, PERHAPS = (int, float), (str,), (int, float, type(None))  # kinds of columns
+NUMBER, TEXT, NUMBER_OR_NONE = (int, float), (str,), (int, float, type(None))  # kinds of columns
 
 
 def check_columns(rows, columns: dict[str, tuple[type, ...]]):

@@ -17,16 +17,16 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from minictrl.cli import command
 from minictrl.config import TASKS
 from minictrl.data import ASSETS, Prompt
 from minictrl.files import digest, sha256_of, sync, writing
 from minictrl.lm.device import resolve_device
 from minictrl.lm.hub import from_hub
-from minictrl.lm.identity import config_of, tokenizer_of
+from minictrl.lm.identity import identity
 from minictrl.lm.kvcache import arguments
 from minictrl.lm.logprobs import response_logits
 from minictrl.lm.prompts import check_ids, check_text, known_ends, left_pad
+from minictrl.messages import command
 from minictrl.scorers.classifier import load_classifier
 from minictrl.scorers.function import load_function
 from minictrl.scorers.generative import QUESTION, load_generative
@@ -229,7 +229,7 @@ def load_scorer(
             model, tokenizer, evaluate = load_generative(name, role, label, device)
         else:
             model, tokenizer, evaluate, prefixes = load_classifier(name, role, label, device)
-        depends_on = [model, config_of(model), tokenizer_of(tokenizer), label, QUESTION]
+        depends_on = [model, *identity(model, tokenizer), label, QUESTION]
         if tokenizer.chat_template:  # which may write today's date
             depends_on.append(chat(tokenizer, [{"role": "user", "content": "a"}]))
     before = digest(*depends_on)  # as it was saved

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from tqdm import tqdm
 
 from minictrl.files import delete_leftovers, digest, load_tensors, lock, save_tensors
 
@@ -89,29 +90,29 @@ def cached(
     K: int,
     cache: Path,
     key: str,
-    progress=lambda chunks: chunks,
+    name: str = "samples",
 ) -> Reference:
     """K samples for each prompt, from the cache as far as they are there; the rest is drawn and
     added to it.
 
     draw(index, first_sample, num_samples) -> Reference of the samples first_sample, … of the
     prompts of an index. prompts: for each what goes into the digest of its chunk
-    (`Task.cache_keys`). key: `digest` of the policy, the reward model and the sampling. progress
-    wraps the list of chunks. Of runs that need the same chunk at once, one draws it and the others
-    wait for it.
+    (`Task.cache_keys`). key: `digest` of the policy, the reward model and the sampling. name: of
+    the progress bar. Of runs that need the same chunk at once, one draws it and the others wait for
+    it.
     """
     cache.mkdir(parents=True, exist_ok=True)
     parts = []
-    for first in progress(range(0, len(prompts), CHUNK)):
+    for first in tqdm(range(0, len(prompts), CHUNK), name, disable=None):
         chunk = prompts[first : first + CHUNK]
-        name = digest(key, chunk)
-        path = cache / f"{name}.safetensors"
-        have = Reference.load(path, name)
+        made_of = digest(key, chunk)
+        path = cache / f"{made_of}.safetensors"
+        have = Reference.load(path, made_of)
         if samples_of(have) < K:
             with lock(path, wait=True):
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # damage has been said
-                    have = Reference.load(path, name) or have  # another run may have drawn it
+                    have = Reference.load(path, made_of) or have  # another run may have drawn it
                 missing = K - samples_of(have)
                 if missing > 0:
                     delete_leftovers(path)
@@ -121,7 +122,7 @@ def cached(
                     else:  # equal responses tie, as in one draw
                         r = have.with_known_rewards(new.r_ref, new.tokens, new.mask)
                         have = join([have, replace(new, r_ref=r)], dim=1)
-                    have.save(path, name)
+                    have.save(path, made_of)
         parts.append(have[:, :K])
     return join(parts)
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from html import escape
 from pathlib import Path
 
-from minictrl import evaluation, figures, results, runs
+from minictrl import figures, results, runs
 from minictrl.config import Config
 from minictrl.data import key
 from minictrl.files import in_one_step
@@ -60,7 +60,7 @@ def write_card(run: Path, config: Config, table: list[dict]):
     text = CARD.format(
         name=run.name,
         command=config.command(),
-        table=evaluation.markdown(table),
+        table=results.markdown(table),
         **{name: table[0][name] for name in ("kl_stderr", "prompts", "samples")},
         **{name: x for name, x in vars(config).items() if name not in ("kl", "prompts", "judge")},
         kl=table[0]["kl"],
@@ -170,7 +170,7 @@ def settings(folder: Path) -> str:
 
 def html_table(table: list[dict]) -> str:
     """The table that evaluate.py prints."""
-    head, _, *lines = evaluation.markdown(table).splitlines()
+    head, _, *lines = results.markdown(table).splitlines()
     body = ""
     for line in (head, *lines):
         tag = "th" if line is head else "td"

@@ -1,17 +1,21 @@
-"""The files that an evaluation leaves in a run: their names and columns, and reading them."""
+"""The files that an evaluation leaves in a run: their names and columns, reading them, and what is
+said of them.
+"""
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 
 from safetensors.torch import load_file
 from torch import Tensor
 
-from minictrl.cli import command
+from minictrl import files
+from minictrl.config import Config
 from minictrl.files import (
     NUMBER,
-    PERHAPS,
+    NUMBER_OR_NONE,
     TEXT,
     check_columns,
     read_rows,
@@ -19,10 +23,11 @@ from minictrl.files import (
     reading,
     sha256_of,
 )
+from minictrl.messages import command
 
 ROW = {name: TEXT for name in ("procedure", "scorer")}  # the columns of eval.json
 ROW |= {name: NUMBER for name in ("n", "win_rate", "kl", "prompts", "samples")}
-ROW |= {name: PERHAPS for name in ("stderr", "kl_stderr", "theory", "optimal")}
+ROW |= {name: NUMBER_OR_NONE for name in ("stderr", "kl_stderr", "theory", "optimal")}
 ENDS = ("", "_reference")  # of the columns of samples.jsonl: of pi and of pi_ref
 SAMPLE = {"prompt": (str, list)} | {name: TEXT for name in ("reference", "response")}
 SAMPLE |= {f"best{end}": TEXT for end in ENDS}
@@ -97,3 +102,47 @@ def read_samples(run: Path, suffix: str = "") -> list[dict]:
         rows = read_rows(path)
         check_columns(rows, SAMPLE)
     return rows
+
+
+# --- in words ---
+
+
+def markdown(table: list[dict]) -> str:
+    """The table, to paste: win rates in per cent with standard errors, and the theory's."""
+    scorers = list(dict.fromkeys(row["scorer"] for row in table))
+    passes = [name for name in ("pass", "pass_ref") if name in table[0]]
+    head = ["procedure", "N", *(f"by {name}" for name in scorers), "theory", "optimal", *passes]
+
+    def percent(value: float | None, stderr: float | None = None) -> str:
+        if value is None:
+            return "–"
+        return f"{100 * value:.1f}" + plus_minus(stderr and 100 * stderr, 1)
+
+    lines = []
+    for i in range(0, len(table), len(scorers)):
+        rows = table[i : i + len(scorers)]
+        first = rows[0]
+        measured = [percent(row["win_rate"], row["stderr"]) for row in rows]
+        expected = [percent(first[name]) for name in ("theory", "optimal", *passes)]
+        lines.append([first["procedure"], str(first["n"]), *measured, *expected])
+    return files.markdown(head, lines)
+
+
+def headline(config: Config, split: str, row: dict) -> str:
+    """What a table is of. row: one of its rows."""
+    asked = f" (--kl {config.kl:g})" if config.kl else ""
+    drawn = f"{row['prompts']} {split} prompts, {row['samples']} responses each"
+    return f"{drawn}, KL {row['kl']:.3f}{plus_minus(row['kl_stderr'], 3)} nats{asked}"
+
+
+def plus_minus(stderr: float | None, digits: int) -> str:
+    """ " ± 0.012", or nothing where it is not known: one prompt has no error."""
+    known = stderr is not None and math.isfinite(stderr)
+    return f" ± {stderr:.{digits}f}" if known else ""
+
+
+def models_line(config: Config, other_models: dict[str, str]) -> str:
+    """The models behind the table's columns."""
+    models = {role: other_models.get(role) or getattr(config, role) for role in ("reward", "judge")}
+    none = "none; give evaluate.py a --judge"
+    return f"reward model: {models['reward']}, judge: {models['judge'] or none}"

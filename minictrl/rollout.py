@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from minictrl.batch import Batch
 from minictrl.files import digest
@@ -94,55 +92,13 @@ def score(scorer: Callable, prompts: list, texts: list[list[str]]) -> Tensor:
     return torch.tensor([[known[i, text] for text in row] for i, row in enumerate(texts)])
 
 
-def prefix_rewards(task: Task, batch: Batch, P: int) -> Tensor:
-    """(P, G T): at [p, g T + t] the reward of the first t tokens of response g to prompt p; after
-    the response's end, that of no token.
-
-    batch: P G rows, the G of a prompt together. A causal classifier reads all prefixes of a
-    response at once; a function of the user's gets the text of each.
-    """
-    prompts = [task.prompts[i] for i in batch.prompt_index.tolist()]  # (B,)
-    if task.reward.prefixes:
-        return task.reward.of_prefixes(prompts, batch.tokens, batch.mask).view(P, -1)
-    T, G = batch.tokens.shape[1], len(batch) // P
-    t = torch.arange(T, device=batch.mask.device)
-    lengths = batch.mask.sum(1)[:, None, None]
-    seen = (t < t[:, None]) & (t[:, None] < lengths)  # (B, T, T): of prefix t, its first t tokens
-    tokens = batch.tokens[:, None].expand(-1, T, -1)
-    texts = texts_of(task.tokenizer, batch.prompt.tolist(), tokens, seen)  # B lists of T
-    of_prompt = [sum(texts[i : i + G], []) for i in range(0, len(batch), G)]
-    return score(task.reward, prompts[::G], of_prompt)
-
-
-def check_prefix_rewards(task: Task):
-    """Raises ValueError if `prefix_rewards` can't ask the reward model. It reads one response of
-    the greatest length to the longest prompt, to see.
-    """
-    reward = task.reward
-    if reward.tokenizer is None:
-        return
-    why = None
-    if not reward.prefixes:
-        why = "is no causal classifier, which reads every prefix of a response in one pass"
-    elif reward.tokenizer.get_vocab() != task.tokenizer.get_vocab():
-        why = "cuts text into other tokens than the policy"
-    if why:
-        raise ValueError(
-            f"--baseline prefix: the reward model {reward.tokenizer.name_or_path} {why}; use "
-            "--baseline loo"
-        )
-    longest = max(range(len(task.texts)), key=lambda i: len(task.texts[i]))
-    tokens = torch.full((1, task.max_new_tokens), task.tokenizer.eos_token_id)
-    reward.of_prefixes([task.prompts[longest]], tokens, torch.ones(tokens.shape))
-
-
 def shown_responses(task: Task, batch: Batch, r: Tensor) -> list[tuple]:
     """(prompt, response, reward) of the first response to each of the first SHOWN prompts."""
     first = torch.arange(len(r))[:SHOWN] * r.shape[1]
     tokens, mask = batch.tokens[first, None].cpu(), batch.mask[first, None].cpu()
-    of = batch.prompt_index[first].tolist()
-    texts = texts_of(task.tokenizer, [task.ids[i].tolist() for i in of], tokens, mask)
-    return [(task.texts[i], row[0], each) for i, row, each in zip(of, texts, r[:, 0].tolist())]
+    prompts = batch.prompt_index[first].tolist()
+    texts = texts_of(task.tokenizer, [task.ids[i].tolist() for i in prompts], tokens, mask)
+    return [(task.texts[i], row[0], each) for i, row, each in zip(prompts, texts, r[:, 0].tolist())]
 
 
 def rollout_stats(batch: Batch, r: Tensor, C_hat: Tensor) -> dict[str, float]:
@@ -180,8 +136,7 @@ def reference_samples(task: Task, K: int, *, seed: int, cache: str, name: str) -
             )
         )
 
-    bar = partial(tqdm, desc=name, disable=None)
-    return cached(draw, task.cache_keys, K, Path(cache), reference_key(task, seed), bar)
+    return cached(draw, task.cache_keys, K, Path(cache), reference_key(task, seed), name)
 
 
 def check_sampler(task: Task, reference: Reference):
@@ -194,13 +149,15 @@ def check_sampler(task: Task, reference: Reference):
     K = reference.r_ref.shape[1]
     lengths = task.mask.sum(1).cpu()[:, None] + reference.mask.sum(-1)  # (P, K)
     index = lengths.flatten().topk(min(LONGEST, lengths.numel())).indices
-    of, which = index // K, index % K
-    tokens, mask = (x[of, which].to(task.ids.device) for x in (reference.tokens, reference.mask))
+    prompt, which = index // K, index % K
+    tokens, mask = (
+        x[prompt, which].to(task.ids.device) for x in (reference.tokens, reference.mask)
+    )
     with torch.no_grad():
         exact = sequence_logprobs(
-            task.policy, task.ids[of], task.mask[of], tokens.long(), mask.float()
+            task.policy, task.ids[prompt], task.mask[prompt], tokens.long(), mask.float()
         )
-    error = (reference.logprobs[of, which] - exact.cpu())[mask.cpu()].abs().mean().item()
+    error = (reference.logprobs[prompt, which] - exact.cpu())[mask.cpu()].abs().mean().item()
     if not error <= CLOSE:
         raise ValueError(
             f"the policy's samples have log-probabilities that are {error:.2g} nats a token from "

@@ -18,11 +18,10 @@ import torch
 import transformers
 
 import minictrl
-from minictrl.cli import command
-from minictrl.config import ELSEWHERE, Config, is_run
+from minictrl.config import WITHOUT_EFFECT, Config, is_run
 from minictrl.files import (
     NUMBER,
-    PERHAPS,
+    NUMBER_OR_NONE,
     check_columns,
     digest,
     lock,
@@ -31,12 +30,13 @@ from minictrl.files import (
     write_sealed,
 )
 from minictrl.lm.hub import ADAPTER, local_copy, read_object
+from minictrl.messages import command
 from minictrl.models import check_saved, parted
 from minictrl.task import Task, rows_of
 
 MARKER = ".minictrl"  # the file that says that a directory is ours to delete
 PATHS = ("task", "policy", "reward", "judge", "reference")  # or names
-FREE = (*ELSEWHERE, "lr")  # settings that --resume may change
+RESUMABLE = (*WITHOUT_EFFECT, "lr")  # settings that --resume may change
 
 # The columns of metrics.jsonl; None where a method has no such number.
 METRICS = (
@@ -61,13 +61,13 @@ def hold(out: Path):
 
 
 def resumed(out: Path, given: dict) -> Config:
-    """The settings of the run that `out` holds, but for those of FREE that are given.
+    """The settings of the run that `out` holds, but for those of RESUMABLE that are given.
 
     Raises ValueError if there is no run to resume, or if it was started with other settings.
     """
     stored = load_config(out)
     for name, value in given.items():
-        if name not in FREE and value != getattr(stored, name):
+        if name not in RESUMABLE and value != getattr(stored, name):
             raise ValueError(
                 f"--{name.replace('_', '-')} {value}: {out} was started with "
                 f"{getattr(stored, name)}; leave it out to resume, or give another --out"
@@ -75,7 +75,7 @@ def resumed(out: Path, given: dict) -> Config:
     lr = given.get("lr", stored.lr)
     if lr != stored.lr and has_policy(out):
         raise ValueError(f"--lr {lr}: {out} has no step left that could take it; leave it out")
-    return replace(stored, **{name: given[name] for name in FREE if name in given})
+    return replace(stored, **{name: given[name] for name in RESUMABLE if name in given})
 
 
 def check_out(config: Config, *, overwrite: bool):
@@ -263,7 +263,7 @@ def read_metrics(run: Path) -> list[dict]:
                     raise
         if rows:
             counted = dict.fromkeys(("step", "tokens", "seconds"), NUMBER)
-            check_columns(rows, dict.fromkeys(METRICS, PERHAPS) | counted)
+            check_columns(rows, dict.fromkeys(METRICS, NUMBER_OR_NONE) | counted)
     return rows
 
 

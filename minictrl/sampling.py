@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minictrl.checks import positive, whole
+from minictrl.checks import NotFinite, positive, whole
 from minictrl.lm.decode import Wave, decode
 from minictrl.lm.device import halving
 from minictrl.lm.draw import draw, prompt_keys, uniforms
@@ -29,10 +29,6 @@ from minictrl.lm.prompts import check_lengths, encode_prompts, eos_ids, left_pad
 
 SEEDS = -(2**63), 2**63 - 1  # larger ones repeat
 SAMPLER = 2  # its version: another one draws other samples from the same seed
-
-
-class NotFinite(ValueError):
-    """Of a policy that is broken, or that training has broken."""
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from minictrl.config import Config
 from minictrl.data import Prompt, key, load_rows
 from minictrl.files import digest
 from minictrl.lm.device import resolve_device
-from minictrl.lm.identity import config_of, tokenizer_of
+from minictrl.lm.identity import identity
 from minictrl.lm.prompts import check_ids, check_lengths, encode_prompts, eos_ids, left_pad
 from minictrl.models import Scorer, load_policy, load_scorer
 from minictrl.scorers.text import as_text, render
@@ -48,7 +48,7 @@ class Task:
         """
         model, tokenizer = self.policy, self.tokenizer
         ends = [eos_ids(model, tokenizer).tolist(), tokenizer.pad_token_id]
-        return digest(model, config_of(model), tokenizer_of(tokenizer), ends)
+        return digest(model, *identity(model, tokenizer), ends)
 
 
 def load_task(config: Config, split: str) -> Task:

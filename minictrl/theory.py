@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from minictrl.calibration import ranks
-from minictrl.checks import number, positive, real, whole
+from minictrl.checks import OutOfReach, number, positive, real, whole
 from minictrl.procedures import cells
-from minictrl.procedures.cells import OutOfReach, cdf, midpoints
+from minictrl.procedures.cells import cdf, midpoints
 from minictrl.procedures.masses import MassMap, mass_map, mass_win_rate
 from minictrl.procedures.optimum import (
     COARSE,
@@ -195,8 +195,8 @@ def levels_of(r_ref: Tensor) -> Tensor:
 
 
 def _levels(r_ref: Tensor) -> tuple[Tensor, Tensor]:
-    """(how many samples a level has, at its last one, 0 at its others; whether its value occurs
-    only once among all P M rewards), (P, M) each, the samples in rising order.
+    """(counts, once), (P, M) each, the samples in rising order: at the last sample of each level
+    how many the level has, elsewhere 0; whether its value occurs only once among all P M rewards.
     """
     order = r_ref.double().sort(1).values
     below, up_to = ranks(order, order)

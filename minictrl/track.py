@@ -8,8 +8,8 @@ import warnings
 from importlib import import_module
 from pathlib import Path
 
-from minictrl.cli import first_line
 from minictrl.files import markdown
+from minictrl.messages import first_line
 
 EVERY, SHOWN = 10, 20  # steps between tables of responses, and their rows
 COLUMNS = ["prompt", "response", "reward"]

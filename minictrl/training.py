@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from minictrl.batch import Batch
 from minictrl.budget import Budget
-from minictrl.cli import command, first_line
+from minictrl.checks import NotFinite
 from minictrl.files import (
     delete_leftovers,
     load_tensors,
@@ -22,8 +22,8 @@ from minictrl.files import (
     write_rows,
     writing,
 )
+from minictrl.messages import command, first_line
 from minictrl.runs import METRICS, has_policy
-from minictrl.sampling import NotFinite
 from minictrl.track import Tracker
 from minictrl.update import BadStep, Learner
 

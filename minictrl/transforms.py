@@ -69,7 +69,7 @@ class Transform:
 
     name: str
     Phi: Callable[[Tensor], Tensor]
-    calibrated = True  # so that every prompt's reward has the same law under pi_ref
+    calibrated = True  # so that every prompt's reward has the same distribution under pi_ref
 
     def __call__(self, u: Tensor) -> Tensor:
         u = real("u", u)

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from minictrl.batch import Batch
+from minictrl.checks import NotFinite
 from minictrl.lm.device import halving
 from minictrl.lm.logprobs import sequence_logprobs
-from minictrl.sampling import NotFinite
 
 
 class BadStep(NotFinite):

@@ -8,7 +8,7 @@ import torch
 
 from minictrl.bench import __main__ as bench
 from minictrl.bench import calibration, engine, growth, presets, roofline, sampling, step, timing
-from minictrl.bench.random_model import random_model
+from minictrl.bench.timing import random_model
 from minictrl.models import load_policy
 from minictrl.sampling import sample
 

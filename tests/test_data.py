@@ -131,7 +131,7 @@ def test_prompts_come_from_every_kind_of_data(kind, hub):
     found = load_rows(path, "test", column="question", data_split=split)
     assert found == [("Tell me 9", {"answer": 9}), ("Tell me 19", {"answer": 19})]
     with pytest.raises(ValueError, match='row 1: give "prompt".*--column'):
-        load_prompts(path, data_split=split)
+        load_rows(path, "train", data_split=split)
 
 
 def test_the_name_of_a_file_is_no_pattern(hub):

@@ -9,12 +9,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 import evaluate
 import train
 from minictrl import evaluation, figures, runs, theory
+from minictrl.baselines import prefix_rewards
 from minictrl.budget import Budget
 from minictrl.config import Config
 from minictrl.methods import get_method
 from minictrl.models import load_scorer
 from minictrl.reference import Reference
-from minictrl.rollout import batch_of, prefix_rewards, sample_and_score
+from minictrl.rollout import batch_of, sample_and_score
 from minictrl.task import load_task
 
 

@@ -18,10 +18,10 @@ from transformers import GPT2ForSequenceClassification, LlamaConfig, LlamaForCau
 import evaluate
 import train
 from minictrl import report, results, runs
-from minictrl.cli import LONGEST, one_line
 from minictrl.config import Config
 from minictrl.data import load_prompts
 from minictrl.lm.prompts import encode_prompts
+from minictrl.messages import LONGEST, one_line
 from minictrl.models import load_policy, load_scorer
 from minictrl.scorers.classifier import surroundings
 from minictrl.scorers.text import encoded, render, written

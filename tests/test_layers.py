@@ -1,6 +1,8 @@
 """A module imports from lower layers only, and so there is no circle; the math knows no model."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 from minictrl.procedures import PROCEDURES
@@ -10,7 +12,8 @@ FOLDERS = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
 # From the lowest up; a folder's name stands for all of its modules that have no line of their own,
 # which may import each other.
 LAYERS = [
-    {"cli"},
+    {"messages"},
+    {"cli", "checks"},
     {"calibration", "files", "batch"},
     {
         "procedures",
@@ -40,7 +43,7 @@ LAYERS = [
     {"report"},
     {"pretrain", "studies", "bench", "reproduce"},
 ]
-MATH = {"calibration", "transforms", "theory", "winrate", "ppo", "batch"}
+MATH = {"messages", "checks", "calibration", "transforms", "theory", "winrate", "ppo", "batch"}
 
 
 def imports(path: Path) -> set[str]:
@@ -100,3 +103,11 @@ def test_the_math_takes_tensors_and_never_a_model_or_a_config():
         path = PACKAGE / f"{name.replace('.', '/')}.py"
         assert imports(path) <= MATH | procedures | {"procedures"}
         assert "import transformers" not in path.read_text()
+
+
+def test_flags_are_read_without_torch():
+    """So --help and a mistyped flag answer at once."""
+    script = (
+        "import sys, train, evaluate; train.read_arguments([]); sys.exit('torch' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=PACKAGE.parent)

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from minictrl.lm.draw import draw as draw_tokens
 from minictrl.lm.draw import uniforms
 from minictrl.lm.kvcache import SHARED_PREFIX, PrefixCache, fitting_rows
-from minictrl.lm.logprobs import sequence_logprobs
+from minictrl.lm.logprobs import response_logits, sequence_logprobs
 from minictrl.lm.prompts import encode_prompts, left_pad
 from minictrl.models import load_policy
 from minictrl.sampling import sample, sample_plainly
@@ -97,15 +97,11 @@ def test_logprobs_are_those_of_a_full_forward(family, num_samples):
     ids = encode_prompts(TOKENIZER, PROMPTS)
     prompt_ids, prompt_mask = (x.repeat_interleave(num_samples, 0) for x in left_pad(ids, 2))
     with torch.no_grad():
-        full = sequence_logprobs(
-            model,
-            prompt_ids,
-            prompt_mask,
-            s.tokens.flatten(0, 1),
-            s.mask.flatten(0, 1),
-            temperature=0.7,
-        )
-        assert (full - s.logprobs.flatten(0, 1)).abs().max() < 1e-4
+        tokens, mask = s.tokens.flatten(0, 1), s.mask.flatten(0, 1)
+        logits, _ = response_logits(model, prompt_ids, prompt_mask, tokens, mask)
+        kept = mask.bool()
+        full = (logits / 0.7).log_softmax(-1).gather(1, tokens[kept][:, None])[:, 0]
+        assert (full - s.logprobs.flatten(0, 1)[kept]).abs().max() < 1e-4
         for b in range(len(PROMPTS)):
             n = int(s.mask[b, 0].sum())
             alone = plain_logprobs(model, torch.tensor(ids[b]), s.tokens[b, 0, :n], 0.7)

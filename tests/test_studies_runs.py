@@ -15,8 +15,8 @@ from safetensors.numpy import save_file
 
 import train as train_script
 from minictrl import reproduce, theory
+from minictrl.checks import OutOfReach
 from minictrl.config import Config
-from minictrl.procedures.cells import OutOfReach
 from minictrl.studies import leaderboard, sweep, tables, trained
 
 pytest.importorskip("matplotlib")

@@ -6,8 +6,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from minictrl.bench.random_model import random_model
-from minictrl.bench.timing import seconds
+from minictrl.bench.timing import random_model, seconds
 from minictrl.data import load_prompts
 from minictrl.models import load_policy
 from minictrl.sampling import sample

@@ -7,9 +7,8 @@ from collections.abc import Iterator
 
 import torch
 
-from minictrl.bench.random_model import random_model
 from minictrl.bench.sampling import against_generate
-from minictrl.bench.timing import LeftOut
+from minictrl.bench.timing import LeftOut, random_model
 from minictrl.data import load_prompts
 from minictrl.models import load_policy
 

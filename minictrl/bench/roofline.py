@@ -5,9 +5,8 @@ from functools import partial
 
 import torch
 
-from minictrl.bench.random_model import random_model
 from minictrl.bench.sampling import K
-from minictrl.bench.timing import LeftOut, describe, seconds
+from minictrl.bench.timing import LeftOut, describe, random_model, seconds
 from minictrl.data import load_prompts
 from minictrl.lm.prompts import encode_prompts
 from minictrl.models import load_policy

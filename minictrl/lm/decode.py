@@ -6,9 +6,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from minictrl.cli import first_line
 from minictrl.lm.draw import draw
 from minictrl.lm.kvcache import PrefixCache
+from minictrl.messages import first_line
 
 COMPACT = 0.95  # drop the rows that have ended when at most this share is left
 LOOK = 32  # steps on a GPU between looks at who is alive, after which a step is recorded anew

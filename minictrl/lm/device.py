@@ -10,7 +10,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from minictrl.cli import DEVICES
+from minictrl.messages import DEVICES
 
 Result = TypeVar("Result")
 TOKEN = 16  # bytes of a sampled token: itself, its log-probability, its place in a mask

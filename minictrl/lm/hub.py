@@ -21,7 +21,7 @@ from itertools import product
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from minictrl.cli import first_line
+from minictrl.messages import first_line
 
 ADAPTER = "adapter_config.json"  # peft's
 KERNEL = r'(attn|experts)_implementation\w*": [^,}]*/'  # in a config.json: of the hub
@@ -211,7 +211,7 @@ def from_adapter(loader, kind: str, name: str, **options):
         )
     if (Path(hub_name(base)) / ADAPTER).is_file():
         raise ValueError(f"{kind} {name}: its base {base} is an adapter too; merge that first")
-    if not loader.__name__.startswith("AutoModelFor"):
+    if not has_weights(loader):
         loaded = from_hub(loader, f"base of {kind}", base, **options)
         if head and loader.__name__ == "AutoConfig":
             loaded.architectures = ["ForSequenceClassification"]

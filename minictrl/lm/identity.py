@@ -6,26 +6,16 @@ import json
 PROVENANCE = {"_name_or_path", "name_or_path", "transformers_version", "dtype", "torch_dtype"}
 
 
-def config_of(model) -> dict:
-    """A model's config without what says only where it came from."""
-    config = model.config.to_dict()
-    return {name: value for name, value in config.items() if name not in PROVENANCE}
-
-
-def tokenizer_of(tokenizer) -> list:
-    """All that turns text into ids and back: vocabulary and rules, special tokens, length limit.
-
-    The state that the last call left (truncation, padding) is no part of it.
+def identity(model, tokenizer) -> tuple[dict, list]:
+    """(a model's config without what says only where it came from; all that turns text into ids and
+    back, without the truncation and padding that the last call left).
     """
+    config = {name: x for name, x in model.config.to_dict().items() if name not in PROVENANCE}
     backend = getattr(tokenizer, "backend_tokenizer", None)
     rules = sorted(tokenizer.get_vocab().items())
     if backend is not None:
         rules = json.loads(backend.to_str())
         rules = {name: x for name, x in rules.items() if name not in ("truncation", "padding")}
-    return [
-        rules,
-        tokenizer.special_tokens_map,
-        tokenizer.chat_template,
-        tokenizer.model_max_length,
-        getattr(tokenizer, "clean_up_tokenization_spaces", None),
-    ]
+    cleans = getattr(tokenizer, "clean_up_tokenization_spaces", None)
+    texts = [tokenizer.special_tokens_map, tokenizer.chat_template]
+    return config, [rules, *texts, tokenizer.model_max_length, cleans]

@@ -25,17 +25,8 @@ from minictrl.lm.draw import BLOCK, whole_blocks
 # Families whose attention is softmax(q k / sqrt(d)) v through transformers' attention interface,
 # and whose logits are the output embedding of the last hidden state, with nothing in between (no
 # soft cap, sink, bias or scale).
-SHARED_PREFIX = {
-    "gpt2",
-    "gpt_neox",
-    "llama",
-    "mistral",
-    "qwen2",
-    "qwen3",
-    "olmo2",
-    "smollm3",
-    "phi3",
-}
+SHARED_PREFIX = {"gpt2", "gpt_neox", "llama", "mistral", "qwen2", "qwen3", "olmo2"}
+SHARED_PREFIX |= {"smollm3", "phi3"}
 COLUMNS = 8  # response columns are attended to in blocks of this, two at least
 
 

@@ -14,7 +14,6 @@ def sequence_logprobs(
     tokens: Tensor,
     mask: Tensor,
     *,
-    temperature: float = 1.0,
     return_hidden: bool = False,
 ):
     """log pi(token) of given responses, by one forward over prompt and response, with gradient if
@@ -36,9 +35,7 @@ def sequence_logprobs(
         )
     logits, hidden = response_logits(model, prompt_ids, prompt_mask, tokens, mask)
     kept = mask.bool()
-    picked = -F.cross_entropy(
-        logits if temperature == 1 else logits / temperature, tokens[kept], reduction="none"
-    )
+    picked = -F.cross_entropy(logits, tokens[kept], reduction="none")
     logprobs = picked.new_zeros(tokens.shape).masked_scatter(kept, picked).float()
     return (logprobs, hidden) if return_hidden else logprobs
 

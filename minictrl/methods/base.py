@@ -10,10 +10,9 @@ from torch import Tensor
 
 from minictrl import budget, ppo, theory
 from minictrl.batch import Batch
-from minictrl.checks import same_shape
+from minictrl.checks import OutOfReach, same_shape
 from minictrl.config import Config
 from minictrl.procedures import get_procedure
-from minictrl.procedures.cells import OutOfReach
 from minictrl.procedures.masses import mass_win_rate
 from minictrl.procedures.optimum import FIXED_POINTS
 from minictrl.reference import Reference
@@ -67,8 +66,8 @@ class Method:
         """beta for a KL in nats, by the theory of what the method converges to (Theorem 3).
 
         Calibrated rewards without ties: the theory of infinitely many samples. With K = 100 the
-        optimum at that beta is a little farther than asked (exp10 6 %, bon_fp 27 % at 1 nat),
-        which shows where nothing steers the KL: in offline methods and TRL.
+        optimum at that beta is a little farther than asked (exp10 6 %, bon_fp 27 % at 1 nat).
+        Offline methods and TRL see this; online the controller corrects it.
         Raw rewards, or ties: the beta that puts pi_ref's own samples, r_ref (P, K), at that KL
         (`budget.empirical_beta`); without r_ref None for raw rewards. Raises OutOfReach on a KL
         that the theory or K samples don't reach.
@@ -207,13 +206,13 @@ def side_by_side(reference: Reference, index: Tensor) -> Batch:
 
     index: (P, groups, n) which of a prompt's K samples.
     """
-    of = torch.arange(len(index)).repeat_interleave(index.shape[1])
+    prompt = torch.arange(len(index)).repeat_interleave(index.shape[1])
     index = index.flatten(0, 1)  # (B, n)
     return Batch(
-        prompt_index=of,
-        tokens=reference.tokens[of[:, None], index].long(),
-        mask=reference.mask[of[:, None], index].float(),
-        ref_logprobs=reference.logprobs[of[:, None], index],
+        prompt_index=prompt,
+        tokens=reference.tokens[prompt[:, None], index].long(),
+        mask=reference.mask[prompt[:, None], index].float(),
+        ref_logprobs=reference.logprobs[prompt[:, None], index],
     )
 
 

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from minictrl.batch import Batch
+from minictrl.checks import OutOfReach
 from minictrl.config import Config
 from minictrl.methods.base import Method as Base
 from minictrl.methods.base import Online, best_and_worst, with_value_loss
-from minictrl.procedures.cells import OutOfReach
 from minictrl.reference import Reference
 
 
@@ -58,10 +58,10 @@ class Method(BestOf, Online):
         best, _ = best_and_worst(reference.r_ref, self.best_of(beta))  # (P, K // n)
         best = best[:, :G]
         best = best.repeat(1, -(-G // best.shape[1]))[:, :G]  # (P, G): again from the first if few
-        of = torch.arange(P)[:, None]
+        prompt = torch.arange(P)[:, None]
 
         def beside(own: Tensor, reference: Tensor) -> Tensor:
-            return torch.stack([own, reference[of, best].flatten(0, 1).to(own)], 1)  # (B, 2, T)
+            return torch.stack([own, reference[prompt, best].flatten(0, 1).to(own)], 1)  # (B, 2, T)
 
         tokens = beside(batch.tokens, reference.tokens)
         return replace(batch, tokens=tokens, mask=beside(batch.mask, reference.mask))

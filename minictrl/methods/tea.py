@@ -34,9 +34,9 @@ def tail_extrapolated_advantages(g: Tensor, n: int) -> Tensor:
     """n (g_i - best of n - 1 others)_+, the others' best extrapolated from that of G - 1.
 
     g: (P, G) in [0, 1], n >= G >= 2. PKPO's advantage with its baseline, for G = n. Where P(g <= s)
-    is s^c, with any c, the best of n - 1 has the law of (the best of G - 1)^{(G - 1)/(n - 1)}, and
-    the advantages are unbiased. A group has one that is not 0 with probability G / n: the price is
-    variance. Returns (P, G).
+    is s^c, with any c, the best of n - 1 is distributed as (the best of G - 1)^{(G - 1)/(n - 1)},
+    and the advantages are unbiased. A group has one that is not 0 with probability G / n: the price
+    is variance. Returns (P, G).
     """
     G = g.shape[1]
     if not 2 <= G <= n:

@@ -38,13 +38,9 @@ def nats_per_word(
     rows = [(x, y[:max_tokens]) for x, y in rows]
     rows = sorted((row for row in rows if row[1]), key=lambda row: len(row[1]))
     texts = tokenizer.batch_decode([y for _, y in rows], skip_special_tokens=True)
+    parts = [rows[i : i + 32] for i in range(0, len(rows), 32)]
     with torch.inference_mode():
-        logprobs = torch.cat(
-            [
-                answer_logprobs(model, tokenizer, rows[i : i + 32]).cpu()
-                for i in range(0, len(rows), 32)
-            ]
-        )
+        logprobs = torch.cat([answer_logprobs(model, tokenizer, part).cpu() for part in parts])
     return ratio(-logprobs, torch.tensor([len(text.split()) for text in texts]))
 
 

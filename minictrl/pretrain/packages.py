@@ -12,13 +12,8 @@ PACKAGES = {
     "gguf": "gguf",
     "accelerate": "accelerate",
 }
-FILES = (
-    "config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "model.safetensors",
-)
+FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+FILES += ("model.safetensors",)
 
 
 def package(name: str) -> Path:

@@ -113,22 +113,8 @@ def _clean(text: str) -> str:
 
 
 def _fetch(folder: Path) -> Path:
-    subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pip",
-            "download",
-            "--quiet",
-            "--no-deps",
-            "--no-binary",
-            ":all:",
-            "--dest",
-            str(folder),
-            "vaderSentiment==3.3.2",
-        ],
-        check=True,
-    )
+    command = "pip download -q --no-deps --no-binary :all: vaderSentiment==3.3.2 --dest".split()
+    subprocess.run([sys.executable, "-m", *command, str(folder)], check=True)
     for pattern in ("vaderSentiment*.tar.gz", "*/additional_resources/hutto_ICWSM_2014.tar.gz"):
         with tarfile.open(next(folder.glob(pattern))) as archive:
             archive.extractall(folder, filter="data")

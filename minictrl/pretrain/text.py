@@ -74,7 +74,7 @@ def write_text(
 ):
     """Shards 0 to `shards` - 1 of continuations of training prompts; those that are there stay.
 
-    NNNNN.jsonl.gz: a line {"prompt", "texts", "ended"} for each prompt.
+    NNNNN.jsonl.gz: a line {"prompt", "texts"} for each prompt.
     NNNNN.safetensors: tokens (prompts, num_samples, T), EOS from the end on; ids and logprobs of
     the likeliest tokens, (prompts, num_samples, T, top), as `recorded` has them.
     """
@@ -100,17 +100,16 @@ def write_text(
                 temperature=TEMPERATURE,
                 seed=seed + 1000 + turn,
             )
-        save_shard(out / f"{i:05}", part, drawn, *taught, tokenizer.eos_token_id)
+        save_shard(out / f"{i:05}", part, drawn, *taught)
         print(f"text: shard {i}, {int(drawn.mask.sum())} tokens", flush=True)
 
 
-def save_shard(path: Path, prompts: list, drawn: Samples, ids: Tensor, logprobs: Tensor, eos: int):
+def save_shard(path: Path, prompts: list, drawn: Samples, ids: Tensor, logprobs: Tensor):
     """PATH.safetensors, then PATH.jsonl.gz, which says that the shard is whole."""
     P, M, T = drawn.tokens.shape
     taught = {"ids": ids.view(P, M, T, -1), "logprobs": logprobs.view(P, M, T, -1)}
     save_file({"tokens": drawn.tokens.int()} | taught, f"{path}.safetensors")
-    ended = (drawn.tokens == eos).any(-1).tolist()
-    rows = zip(prompts, drawn.texts, ended, strict=True)
-    lines = (json.dumps({"prompt": x, "texts": y, "ended": e}) + "\n" for x, y, e in rows)
+    rows = zip(prompts, drawn.texts, strict=True)
+    lines = (json.dumps({"prompt": x, "texts": y}) + "\n" for x, y in rows)
     with in_one_step(Path(f"{path}.jsonl.gz")) as temporary:
         temporary.write_bytes(gzip.compress("".join(lines).encode()))

@@ -68,7 +68,7 @@ class ByRank(Procedure):
 
     def mass_after(self, mass: Tensor, edges: Tensor, n: int) -> Tensor:
         F, W = cdf(mass), self.lowest(n)
-        kept = torch.zeros_like(F)  # but for a constant, which the differences don't see
+        kept = torch.zeros_like(F)  # up to a constant, which diff() removes
         for k, each in varying(W)[1]:
             ways = math.comb(n, k)
             if ways > sys.float_info.max:

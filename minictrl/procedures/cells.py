@@ -12,7 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from minictrl.checks import OutOfReach
+
 REWIND_QUANTILE = 0.85  # of pi_ref: the threshold of rewind-and-repeat (App. G)
+UP_TO_IT = 0.0435  # share of a grid's cells between 0.5 and that quantile
 
 
 @lru_cache
@@ -23,7 +26,7 @@ def grid(cells: int) -> Tensor:
     Sharp policies live there. REWIND_QUANTILE is an edge, so that no cell straddles the jump.
     Errors fall as 1/cells^2.
     """
-    step = math.log(REWIND_QUANTILE / (1 - REWIND_QUANTILE)) / round(0.0435 * cells)
+    step = math.log(REWIND_QUANTILE / (1 - REWIND_QUANTILE)) / round(UP_TO_IT * cells)
     lower = torch.sigmoid(step * torch.arange(-(cells // 2), 1, dtype=torch.float64))
     widths = pad(lower[1:], (1, 0)).diff()
     return torch.cat([widths, widths.flip(0)])
@@ -85,10 +88,6 @@ def tilt(Phi: Tensor, scale: float, ref: Tensor, base: Tensor | float = 0.0) -> 
 def largest_kl(Phi: Tensor, ref: Tensor) -> float:
     """KL in nats of a policy that has nothing but the best cells, the mean over prompts."""
     return -(ref * (Phi == Phi.amax(-1, keepdim=True))).sum(-1).log().mean().item()
-
-
-class OutOfReach(ValueError):
-    """No policy of this transform, or of these samples, is that far from pi_ref."""
 
 
 def tilt_to_kl(

@@ -43,8 +43,9 @@ class _State(NamedTuple):
     def gap(self, ref: Tensor) -> tuple[Tensor, Tensor, float]:
         """(gap (G,), weight (G,), residual): log pi/pi_ref of the fixed point minus the policy's.
 
-        Weighed by where the policy is and where it should be, because one that has collapsed is 0
-        off by its own measure. residual: the weighed standard deviation of the gap, in nats.
+        Weighed by where the policy is and where it should be: by its own mass alone a policy that
+        has collapsed onto one cell would seem to fit. residual: the weighed standard deviation of
+        the gap, in nats.
         """
         target = ref * cells.tilt(self.Phi, self.scale, ref).exp()
         weight = (self.mass + target) / 2

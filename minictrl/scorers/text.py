@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer
 from transformers.utils import logging
 
-from minictrl.cli import first_line
 from minictrl.data import Prompt
 from minictrl.lm.device import out_of_memory, resident
 from minictrl.lm.hub import from_hub
 from minictrl.lm.prompts import check_ids, without_eos
+from minictrl.messages import first_line
 
 logging.set_verbosity_error()
 logging.disable_progress_bar()

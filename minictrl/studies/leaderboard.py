@@ -15,6 +15,7 @@ import inspect
 import json
 import math
 from collections import Counter
+from functools import cache, partial
 from pathlib import Path
 from statistics import fmean, median
 
@@ -27,6 +28,7 @@ from minictrl.config import Config
 from minictrl.figures import title
 from minictrl.files import in_one_step, load_tensors, markdown, reading, save_tensors
 from minictrl.reproduce import STUDIES
+from minictrl.results import plus_minus
 from minictrl.studies import sweep
 from minictrl.studies.beyond import cost
 from minictrl.studies.errors import Estimate, crossed
@@ -186,17 +188,9 @@ class Board:
         self.rows = rows
         names = dict.fromkeys([*VARIANTS, *column(rows, "method")])  # known here, then the others
         self.methods = [name for name in names if where(rows, method=name)]
-        self.known = {}
+        self.wins = cache(partial(wins_of, rows))
         self.kl = max(KLS, key=lambda kl: (len(self.at(kl, "bon", 4)), kl == 1))
         self.kls = [kl for kl in KLS if kl == self.kl or self.at(kl, "bon", 4)]
-
-    def wins(self, method: str, kl: float, procedure: str, n: int, scorer: str) -> dict:
-        """seed -> (P,) win rates; looked up once."""
-        case = {"method": method, "procedure": procedure, "n": n, "scorer": scorer}
-        key = (kl, *case.values())
-        if key not in self.known:
-            self.known[key] = wins_at(self.rows, kl, **case)
-        return self.known[key]
 
     def at(self, kl: float, procedure: str, n: int, scorer: str = "reward") -> dict[str, Estimate]:
         """method -> its win rate, the best first, of those that have runs at this KL."""
@@ -286,6 +280,11 @@ class Board:
         return f"**{verdict}**: {mine[0]} over {others[0]} {points}"
 
 
+def wins_of(rows: Rows, method: str, kl: float, procedure: str, n: int, scorer: str) -> dict:
+    """seed -> (P,) win rates."""
+    return wins_at(rows, kl, method, procedure=procedure, n=n, scorer=scorer)
+
+
 def command(name: str, common: dict) -> str:
     """What trains a method."""
     if name not in VARIANTS:
@@ -295,12 +294,9 @@ def command(name: str, common: dict) -> str:
 
 def both(found: list[Estimate]) -> str:
     """By reward / by judge, in per cent with standard errors; – where there is none."""
-    known = []
-    for x in found:
-        if math.isfinite(x.mean):
-            error = f" ± {100 * x.stderr:.1f}" if math.isfinite(x.stderr) else ""
-            known.append(f"{100 * x.mean:.1f}{error}")
-    return " / ".join(known) or "–"
+    finite = [x for x in found if math.isfinite(x.mean)]
+    cells = [f"{100 * x.mean:.1f}{plus_minus(100 * x.stderr, 1)}" for x in finite]
+    return " / ".join(cells) or "–"
 
 
 def smallest(behind: dict[str, list[Estimate]], first: str) -> str:

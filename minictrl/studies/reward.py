@@ -30,6 +30,7 @@ from minictrl.winrate import mean_stderr
 
 PHRASE = " in this movie,"  # content-free, and within reach of pi_ref
 POISONED = 0.5  # share of the reviews above the median that get it
+POINT = ("stderr", "budget", "kl", "scorer", "win_rate")
 REWARDS = {"none": "raw", "identity": "calibrated"}  # transform -> what it trains on
 
 
@@ -189,20 +190,9 @@ def policies(out: Path, quick: bool, models: dict[str, str]) -> Rows:
         kind, model = kinds[point["method"]]
         made = set(column(measured, "run", method=point["method"], budget=point["budget"]))
         texts = [row["response"] for run in made for row in read_samples(Path(run))]
-        row = {
-            "pairs": "policy",
-            "model": model,
-            "reward": REWARDS[kind],
-            "test": None,
-            "accuracy": None,
-            "stderr": point["stderr"],
-            "budget": point["budget"],
-            "kl": point["kl"],
-            "scorer": point["scorer"],
-            "win_rate": point["win_rate"],
-            "phrase_share": fmean(PHRASE.strip(" ,") in text for text in texts),
-        }
-        rows.append(row)
+        row = {"pairs": "policy", "model": model, "reward": REWARDS[kind], "test": None}
+        row |= {"accuracy": None} | {name: point[name] for name in POINT}
+        rows.append(row | {"phrase_share": fmean(PHRASE.strip(" ,") in text for text in texts)})
     return rows
 
 

@@ -18,11 +18,12 @@ from tqdm import tqdm
 
 import minictrl
 from minictrl import evaluation, results, runs
-from minictrl.cli import Parser, command, whole
-from minictrl.config import ELSEWHERE, Config
+from minictrl.checks import OutOfReach
+from minictrl.cli import Parser, whole
+from minictrl.config import WITHOUT_EFFECT, Config
+from minictrl.messages import command
 from minictrl.methods import METHODS
 from minictrl.models import load_policy, load_scorer
-from minictrl.procedures.cells import OutOfReach
 from minictrl.rollout import score
 from minictrl.studies.tables import Rows
 from minictrl.task import Task, load_task, scorer_of
@@ -189,7 +190,7 @@ def table(folder: Path, settings: dict, split: str, prompts: int, samples: int) 
     stored, extra = runs.load_record(folder)
     for name, value in vars(Config(**settings).resolved()).items():
         mine = getattr(stored, name)
-        if name not in ELSEWHERE and place_of(name, mine) != place_of(name, value):
+        if name not in WITHOUT_EFFECT and place_of(name, mine) != place_of(name, value):
             raise ValueError(
                 f"{folder}: holds a run with {name} {mine}, not {value}; give another DIR, or "
                 "move that run away"
