@@ -13,6 +13,7 @@ from minictrl.procedures import cells
 # of the controller
 DRIFT = 0.2  # share of the error that the target takes over at each step
 ERROR_BOUNDS = (-0.5, 1.5)  # log(kl_ref / kl) is kept between these
+TRIES = 6  # of a KL that is in reach
 TARGET_BOUNDS = (1 / 20, 4)  # target / kl is kept between these
 
 
@@ -63,8 +64,8 @@ class Budget:
     def follow(self, kl_ref: float) -> float:
         """The beta of an update, from the KL of its rollout in nats.
 
-        Where the KL that it would need is out of reach, of the theory or of K samples, target and
-        beta go back to the budget's.
+        Where the KL that it would need is out of reach, of the theory or of K samples, it asks for
+        less, down to the budget's own, and so does `target`.
         """
         if self.kl is None:
             return self.beta
@@ -72,8 +73,13 @@ class Budget:
         error = float(np.clip(math.log(max(kl_ref, 1e-9) / self.kl), *ERROR_BOUNDS))
         moved = self.target / self.kl * math.exp(-DRIFT * error)
         self.target = self.kl * float(np.clip(moved, *TARGET_BOUNDS))
-        try:
-            self.beta = self.beta_at(self.target * math.exp(-error))
-        except OutOfReach:
-            self.target, self.beta = self.kl, self.beta_at(self.kl)
+        asked = self.target * math.exp(-error)
+        for _ in range(TRIES):
+            try:
+                self.beta = self.beta_at(asked)
+                return self.beta
+            except OutOfReach:
+                asked = math.sqrt(asked * self.kl)  # half of the way back, in logarithms
+                self.target = asked * math.exp(error)
+        self.target, self.beta = self.kl, self.beta_at(self.kl)
         return self.beta

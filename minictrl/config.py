@@ -39,7 +39,8 @@ HUB = {"folder": None, "train": "train", "test": "test", "skip_bad": True}
 HH = HUB | {"name": "Anthropic/hh-rlhf"}
 
 # Files that `--task` takes beside .jsonl, as `datasets` calls their kind.
-FORMATS = {".json": "json", ".csv": "csv", ".parquet": "parquet"}
+# of files: the name that `datasets` has for one, None where we read it
+FORMATS = {".jsonl": None, ".json": None, ".csv": None, ".parquet": "parquet"}
 
 # Lengths and steps of chats, and of prompts of which nothing is known.
 LONG = dict(max_prompt_tokens=512, max_new_tokens=256, steps=200)
@@ -94,7 +95,7 @@ OWN_PROMPTS = LONG | dict(reward=None, judge=None, prompts=None, max_prompt_toke
 
 
 DATA_RULE = (
-    f'use one of {", ".join(TASKS)}; or a file ({", ".join([".jsonl", *FORMATS])}) with a "prompt" '
+    f'use one of {", ".join(TASKS)}; or a file ({", ".join(FORMATS)}) with a "prompt" '
     "in each row, a directory of `datasets`, or ORG/NAME on the hub"
 )
 
@@ -106,7 +107,7 @@ def is_data(name: str) -> bool:
 
 def is_file(name: str) -> bool:
     """Whether this is the name of a file of prompts."""
-    return Path(name).suffix in (".jsonl", *FORMATS)
+    return Path(name).suffix in FORMATS
 
 
 def is_object(text: str | None) -> bool:
@@ -133,7 +134,7 @@ def setting(default, text: str, **rules):
 class Config:
     task: str = setting(
         "reviews",
-        f"{', '.join(TASKS)}; or prompts of your own: a file ({', '.join(['.jsonl', *FORMATS])}), "
+        f"{', '.join(TASKS)}; or prompts of your own: a file ({', '.join(FORMATS)}), "
         "a directory of `datasets`, or a data set on the hub (ORG/NAME)",
     )
     column: str | None = setting(
@@ -335,7 +336,7 @@ class Config:
         """The command that makes a run with these settings, anywhere: what isn't a default."""
         named = ("task", "policy", "reward", "judge", "method", "transform", "procedure")
         usual = Config(**{name: getattr(self, name) for name in named}).resolved()
-        own = TASKS.get(self.task, {})
+        own = self._defaults()
         flags = []
         for f in fields(self):
             value = getattr(self, f.name)

@@ -7,6 +7,7 @@ directories, and what is on the hub or in a local copy of it (`hub.py`).
 
 from __future__ import annotations
 
+import csv
 import glob
 import json
 import re
@@ -51,7 +52,8 @@ def load_rows(
             raise ValueError(
                 f"{name} has {len(rows)} prompts: give at least 10, every tenth for evaluation"
             )
-        return [row for i, row in enumerate(rows) if (i % 10 == 9) == (split == "test")]
+        test = held_out(prompt for prompt, _ in rows)
+        return [row for row in rows if (key(row[0]) in test) == (split == "test")]
     source = TASKS[name].get("data")
     if source is None:
         return [(prompt, {}) for prompt in json.loads((ASSETS / "prompts.json").read_text())[split]]
@@ -61,6 +63,11 @@ def load_rows(
     seen = {key(prompt) for prompt, _ in train}
     test = unique(convert(read_hub(source, "test"), row_of, skip_bad=source["skip_bad"]))
     return [row for row in test if key(row[0]) not in seen]
+
+
+def held_out(prompts: Iterable[Prompt]) -> set[str]:
+    """The keys of every tenth prompt, each counted once: those of a user's data for evaluation."""
+    return set(list(dict.fromkeys(map(key, prompts)))[9::10])
 
 
 def check_split(split: str):
@@ -75,17 +82,27 @@ def read_own(name: str, data_split: str = "train") -> Iterable[tuple[str, object
     """The rows of a user's file, directory or data set on the hub."""
     if not is_data(name):
         raise ValueError(f"unknown task {name!r}: {DATA_RULE}")
-    if name.endswith(".jsonl"):
-        return read_jsonl(Path(name))
+    if name.endswith((".jsonl", ".json")):
+        return read_json(Path(name))
+    if name.endswith(".csv"):
+        return read_csv(Path(name))
     return read_hub(HUB | {"name": name, "train": data_split}, "train")
 
 
-def read_jsonl(path: Path) -> Iterable[tuple[str, object]]:
-    """The rows of a file, one JSON value a line; blank lines are skipped."""
+def read_json(path: Path) -> Iterable[tuple[str, object]]:
+    """The rows of a file, one JSON value a line, blank lines skipped; or of its one list."""
     if not path.is_file():
         raise ValueError(f'{path} is no file: give a .jsonl file with a "prompt" a line')
-    empty = True
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+    text, empty = path.read_bytes(), True
+    if text.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
+        try:
+            rows = json.loads(text)
+            json.dumps(rows, ensure_ascii=False).encode()  # half a character is no text
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path} is not JSON ({error}): give a list of objects") from None
+        yield from ((f"{path}, row {number}", row) for number, row in enumerate(rows, 1))
+        return
+    for number, line in enumerate(text.splitlines(), 1):
         if line.strip():
             try:
                 value = json.loads(line)
@@ -98,6 +115,26 @@ def read_jsonl(path: Path) -> Iterable[tuple[str, object]]:
             empty = False
     if empty:
         raise ValueError(f'{path} holds no prompt: put {{"prompt": …}} on each line')
+
+
+def read_csv(path: Path) -> Iterable[tuple[str, dict]]:
+    """The rows of a file with a header: text as it stands, because 007 is no number, NA no gap, and
+    None where a cell is empty.
+    """
+    if not path.is_file():
+        raise ValueError(f'{path} is no file: give a .csv file with a column "prompt"')
+    csv.field_size_limit(2**31 - 1)
+    row = None
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            for number, row in enumerate(csv.DictReader(file, strict=True), 1):
+                if None in row:
+                    raise csv.Error(f"row {number} has more cells than the header")
+                yield f"{path}, row {number}", {name: text or None for name, text in row.items()}
+    except (csv.Error, ValueError) as error:
+        raise ValueError(f"{path} is no CSV in UTF-8 ({error}): save it again as that") from None
+    if row is None:
+        raise ValueError(f"{path} holds no prompt: give a header, and a row for each")
 
 
 def read_hub(source: dict, split: str) -> Iterable[tuple[str, dict]]:

@@ -26,12 +26,13 @@ from minictrl.files import in_one_step, write_rows
 from minictrl.lm.prompts import encode_prompts, eos_ids
 from minictrl.reference import Reference
 from minictrl.rollout import reference_key, score, with_prompts
-from minictrl.sampling import sample, texts_of
+from minictrl.sampling import Samples, sample, texts_of
 from minictrl.scorers.text import as_text
 from minictrl.task import Task, load_task
 from minictrl.update import forward_all
 
 FAR = 0.5  # nats a token that given samples may be more or less likely than the policy's own
+FAR_END = 1.5  # nats that their end tokens may be less likely
 FEW = 64  # texts that the checks look at
 LARGEST = torch.finfo(torch.float32).max
 
@@ -159,7 +160,7 @@ def check_rewards(file: str, task: Task, texts: list[list[str]], r_ref: Tensor):
     few = [(i % P, (i % P + i // P) % K) for i in range(min(FEW, P * K))]
     ours = task.reward([task.prompts[i] for i, _ in few], [texts[i][k] for i, k in few])
     off = (ours - torch.stack([r_ref[i, k] for i, k in few])).abs().max().item()
-    if off > 0.01 * max(1.0, r_ref.std().item()):
+    if off > 0.03 * ours.std(correction=0).item() + 1e-4 * ours.abs().max().item():
         raise ValueError(
             f"--reference {file}: its rewards are up to {off:.3g} from those of the run's reward "
             "model, which scores the responses; leave them out, or give that model (--reward)"
@@ -177,15 +178,29 @@ def check_policy(file: str, task: Task, reference: Reference):
         max_new_tokens=task.max_new_tokens,
         seed=0,
     )
-    theirs = reference[: len(few)]
-    own_mean = (own.logprobs.sum() / own.mask.sum()).item()
-    mean = (theirs.logprobs.sum() / theirs.mask.sum()).item()
+    ends = eos_ids(task.policy, task.tokenizer).cpu()
+    (mean, at_end), (own_mean, own_at_end) = (
+        mean_logprobs(samples, ends) for samples in (reference[: len(few)], own)
+    )
     if abs(mean - own_mean) > FAR:
         raise ValueError(
             f"--reference {file}: the policy gives its tokens {mean:.2f} nats, its own samples "
             f"{own_mean:.2f}: they were drawn from another model or at another temperature; give "
             "the policy that drew them (--policy)"
         )
+    if own_at_end - at_end > FAR_END:
+        raise ValueError(
+            f"--reference {file}: the policy gives the ends of its texts {at_end:.1f} nats, those "
+            f"of its own samples {own_at_end:.1f}: they were cut at fewer tokens than "
+            f"--max-new-tokens {task.max_new_tokens}; give the limit that they were drawn with"
+        )
+
+
+def mean_logprobs(samples: Reference | Samples, ends: Tensor) -> tuple[float, float]:
+    """(mean log-probability in nats of the tokens that end no text, of those that do)."""
+    logprobs, mask = samples.logprobs.cpu(), samples.mask.cpu().bool()
+    end = torch.isin(samples.tokens.cpu(), ends) & mask
+    return logprobs[mask & ~end].mean().item(), logprobs[end].mean().item()
 
 
 def write_reference(run: Path, file: Path) -> str:

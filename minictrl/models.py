@@ -184,6 +184,7 @@ class Scorer:
     digest: str  # of all that a score depends on but the device
     tokenizer: object | None = None  # None for a function
     prefixes: Callable[[list, Tensor, Tensor], Tensor] | None = None
+    columns: dict[str, dict] | None = None  # a function's: data.key(prompt) -> fields of its row
 
     def __call__(self, prompts: list[Prompt], texts: list[str]) -> Tensor:
         check_pairs(self.role, prompts, texts)
@@ -216,10 +217,11 @@ def load_scorer(
     if role not in ("reward", "judge"):
         raise ValueError(f"unknown role {role!r}: use reward or judge")
     name, prefixes = model_of(name_or_path, role), None
+    columns = {} if columns is None else columns
     if name.endswith(".py"):
         raise ValueError(f"{role} {name}: which function of it? give {name}:NAME")
     if ".py:" in name:
-        depends_on, evaluate = load_function(name, role, columns or {})
+        depends_on, evaluate = load_function(name, role, columns)
         tokenizer = None
     else:
         device = resolve_device(device) if isinstance(device, str) else device
@@ -236,7 +238,8 @@ def load_scorer(
     if tokenizer is not None:
         set_precision(model, device)
         check_padding(model, f"{role} model {name}", evaluate)
-    return Scorer(name_or_path, role, evaluate, before, tokenizer, prefixes)
+    read = columns if tokenizer is None else None
+    return Scorer(name_or_path, role, evaluate, before, tokenizer, prefixes, read)
 
 
 def check_padding(model: nn.Module, name: str, evaluate: Callable) -> None:

@@ -41,7 +41,7 @@ tags: [minictrl, infalign, rlhf]
 
 {policy} after reinforcement learning with minictrl, an implementation of InfAlign-CTRL: reward
 model {reward}, transform {transform}, method {method}, aligned for the inference-time procedure
-{procedure} with N = {n}. It is {kl:.3f} ± {kl_stderr:.3f} nats per response from the model that it
+{procedure} with N = {n}. It is {kl} nats per response from the model that it
 started from.
 
     {command}
@@ -61,9 +61,10 @@ def write_card(run: Path, config: Config, table: list[dict]):
         name=run.name,
         command=config.command(),
         table=results.markdown(table),
-        **{name: table[0][name] for name in ("kl_stderr", "prompts", "samples")},
+        prompts=table[0]["prompts"],
+        samples=table[0]["samples"],
         **{name: x for name, x in vars(config).items() if name not in ("kl", "prompts", "judge")},
-        kl=table[0]["kl"],
+        kl=f"{table[0]['kl']:.3f}{results.plus_minus(table[0]['kl_stderr'], 3)}",
         judge=f" and by the judge, {config.judge}" if config.judge else "",
     )
     with in_one_step(run / "policy" / "README.md") as path:

@@ -44,12 +44,17 @@ CLOSED_FORMS = {"identity": identity, "log": log}
 
 
 def standardised(r: Tensor, r_ref: Tensor) -> Tensor:
-    """(r - mean) / standard deviation of the prompt's r_ref; where they are equal, r - mean. In
-    float64: float32's mean of equal rewards is not always their value.
-    """
-    exact = r_ref.double()
-    std = exact.std(1, keepdim=True)
-    return ((r - exact.mean(1, keepdim=True)) / torch.where(std > 1e-6, std, 1.0)).to(r)
+    """(r - mean) / standard deviation of the prompt's r_ref; where they are equal, r - mean."""
+    exact, equal = r_ref.double(), all_equal(r_ref)
+    std = exact.std(1, keepdim=True).masked_fill(equal, 1.0)
+    # the mean of equal rewards is not always their value
+    mean = torch.where(equal, exact[:, :1], exact.mean(1, keepdim=True))
+    return ((r - mean) / std).to(r)
+
+
+def all_equal(x: Tensor) -> Tensor:
+    """(P, 1) whether a prompt's values x (P, G) are one."""
+    return (x == x[:, :1]).all(1, keepdim=True)
 
 
 # Uncalibrated RLHF and what lies between it and CTRL: (r (B, M), r_ref (B, K)) -> reward (B, M).
@@ -136,7 +141,7 @@ def get_transform(
         whole("K", K)
     if beta is not None:
         positive("beta", beta)
-    tilt = re.fullmatch(r"exp([+-]?(\d+\.?\d*|\.\d+))", name)
+    t = tilt_of(name)
     if name in RAW:
         return RawReward(name, RAW[name])
     if name in FIXED_POINTS:
@@ -146,8 +151,7 @@ def get_transform(
                 "theory.beta_for_kl gives it"
             )
         return Transform(name, fixed_point(name, procedure, n, beta))
-    if tilt and name not in CLOSED_FORMS:
-        t = float(tilt[1])
+    if t is not None and name not in CLOSED_FORMS:
         if not 0 < abs(t) <= MAX_T:
             raise ValueError(f"transform {name!r}: use a t between -{MAX_T} and {MAX_T}, not 0")
         return Transform(name, exp(t))
@@ -156,13 +160,20 @@ def get_transform(
         raise ValueError(f"unknown transform {given!r}; known: exp<t> (exp5, exp-10, …), {known}")
     if name == "log" and K is not None:
         return Transform(name, lambda u: log(u.clamp(min=1 / (2 * K))))
-    top = torch.as_tensor(CLOSED_FORMS[name](torch.ones(1)))
-    if not top.isfinite().all():
-        raise ValueError(
-            f"transform {name!r}: Phi(1) is {top.item()}, and the best of K samples has C_hat = 1; "
-            "bound it near 1"
-        )
+    for u in (1.0,) if K is None else (0.0, 1.0):
+        Phi_u = torch.as_tensor(CLOSED_FORMS[name](torch.tensor([u]))).item()
+        if not math.isfinite(Phi_u):
+            raise ValueError(
+                f"transform {name!r}: Phi({u:g}) is {Phi_u}, and of K samples the best has C_hat = "
+                "1, the worst 0; bound it there"
+            )
     return Transform(name, CLOSED_FORMS[name])
+
+
+def tilt_of(name: str) -> float | None:
+    """The t of exp<t>; None of another name."""
+    found = re.fullmatch(r"exp([+-]?(\d+\.?\d*|\.\d+))", name, re.ASCII)
+    return float(found[1]) if found else None
 
 
 def log_partition(R: Tensor) -> Tensor:

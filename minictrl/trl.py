@@ -35,6 +35,7 @@ from minictrl.data import Prompt, key, message
 from minictrl.lm.device import resident
 from minictrl.lm.prompts import encode_prompts
 from minictrl.methods import get_method
+from minictrl.models import Scorer
 from minictrl.reference import CHUNK, Reference
 from minictrl.rollout import reference_key, reference_samples, sample_and_score
 from minictrl.sampling import texts_of
@@ -57,7 +58,8 @@ def ctrl_reward(
     used. transform: default identity, or the run's. kl: beta is the theory's for it
     and, unlike in train.py, stays. settings: any other of train.py's, such as procedure, n, K,
     prompts, policy, reward, cache, device. A prompt that was not calibrated is, with K samples,
-    when it first comes. Prompts and completions may be texts or chat messages. Raises ValueError as
+    when it first comes, and a reward function then gets its columns from kwargs. Prompts and
+    completions may be texts or chat messages. Raises ValueError as
     train.py does.
     """
     config = settings_of(task_or_run, {"transform": transform, "kl": kl, "beta": beta} | settings)
@@ -66,9 +68,10 @@ def ctrl_reward(
     calibration = Calibration(task, config, Path(task_or_run))
     beta = config.beta or method.beta_for(config.kl, calibration.r_ref(task.prompts))
 
-    def reward(prompts: list[Prompt], completions: list, **_) -> list[float]:
+    def reward(prompts: list[Prompt], completions: list, **columns) -> list[float]:
         if not prompts:
             return []
+        add_rows(task.reward, prompts, columns)
         texts = [
             y if isinstance(y, str) or not y else message(y[-1])["content"] for y in completions
         ]
@@ -81,6 +84,18 @@ def ctrl_reward(
 
     reward.__name__ = f"ctrl_{config.transform}"  # what TRL logs it under
     return reward
+
+
+def add_rows(scorer: Scorer, prompts: list[Prompt], columns: dict) -> None:
+    """The rows of prompts that a function's task doesn't have, from the columns that TRL passes,
+    which have a value for each prompt.
+    """
+    if scorer.columns is None:
+        return
+    B = len(prompts)
+    columns = {k: x for k, x in columns.items() if isinstance(x, list) and len(x) == B}
+    for i, prompt in enumerate(prompts):
+        scorer.columns.setdefault(key(prompt), {name: x[i] for name, x in columns.items()})
 
 
 class Calibration:

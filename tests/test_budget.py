@@ -1,4 +1,5 @@
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -67,10 +68,54 @@ def test_a_step_may_ask_for_more_than_the_samples_reach_so_that_a_policy_that_la
 
 
 def test_what_is_out_of_reach_of_the_samples_is_not_asked_for():
+    """4.6 nats would be more than log 20, so it asks for half of that way in logarithms, twice."""
     r_ref = torch.randn(8, 20, generator=torch.Generator().manual_seed(0))
-    budget = Budget(2.5, lambda kl: empirical_beta(r_ref, kl))
-    start = budget.beta
-    assert budget.follow(0.0) == start and budget.target == 2.5  # 4.3 is more than log 20
+    budget, asked = Budget(2.5, lambda kl: empirical_beta(r_ref, kl)), 2.5 * math.exp(0.5 * 1.2 / 4)
+    assert budget.follow(0.0) == pytest.approx(empirical_beta(r_ref, asked))
+    assert budget.target * math.exp(0.5) == pytest.approx(asked)
+
+
+@pytest.mark.parametrize("kl, lag", [(0.4, 0.6), (0.5, 0.8), (0.4, 0.9)])
+def test_a_policy_that_lags_is_brought_to_its_budget_where_rewards_tie(kl, lag):
+    """Half of pi_ref's samples are right, so that 0.69 nats are the most."""
+    config = Config(kl=kl, K=100, reward="v.py:f").resolved()
+    r_ref = torch.arange(100.0).lt(50).float().expand(8, -1)
+    method = get_method("ppo")(config)
+    budget = Budget(kl, partial(method.beta_for, r_ref=r_ref))
+
+    def reached(beta):
+        """The KL of a policy that gets a share of the way: e^{Phi/beta} / Z on two levels."""
+        low, high = method.Phi.of_rewards(r_ref[:1, [60, 0]], r_ref[:1])[0].tolist()
+        p = 1 / (1 + math.exp(-(high - low) / beta))
+        return lag * sum(x * math.log(2 * x) for x in (p, 1 - p) if x > 0)
+
+    at = 0.0
+    for _ in range(100):  # it moves a third of the way in a step
+        at += (reached(budget.follow(at)) - at) / 3
+    assert at == pytest.approx(kl, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    "procedure, share, kl", [("bon", 0.3, 0.3), ("bon", 0.5, 0.3), ("won", 0.5, 0.3)]
+)
+def test_pkpos_beta_of_a_verifier_is_the_slope_of_its_best_win_rate(procedure, share, kl):
+    """dW/dq over dKL/dq, q the share of right responses at this KL."""
+
+    def kept(q):
+        return 1 - (1 - q) ** 4 if procedure == "bon" else q**4
+
+    def away(q):
+        return q * math.log(q / share) + (1 - q) * math.log((1 - q) / (1 - share))
+
+    low, high = share, 1 - 1e-12
+    for _ in range(100):
+        q = (low + high) / 2
+        low, high = (q, high) if away(q) < kl else (low, q)
+    step = 1e-6  # the win rate is (1 + kept(q) - kept(share)) / 2
+    slope = (kept(q + step) - kept(q - step)) / 2 / (away(q + step) - away(q - step))
+    config = Config(method="pkpo", procedure=procedure, kl=kl, K=100, reward="v.py:f").resolved()
+    r_ref = torch.arange(100.0).lt(100 * share).float().expand(8, -1)
+    assert get_method("pkpo")(config).beta_for(kl, r_ref) == pytest.approx(slope, rel=0.01)
 
 
 def test_a_fixed_beta_stays():

@@ -129,9 +129,31 @@ def test_prompts_come_from_every_kind_of_data(kind, hub):
     else:
         getattr(rows, f"to_{kind}")(path)
     found = load_rows(path, "test", column="question", data_split=split)
-    assert found == [("Tell me 9", {"answer": 9}), ("Tell me 19", {"answer": 19})]
-    with pytest.raises(ValueError, match='row 1: give "prompt".*--column'):
+    answers = ("9", "19") if kind == "csv" else (9, 19)
+    assert found == [(f"Tell me {x}", {"answer": x_}) for x, x_ in zip((9, 19), answers)]
+    with pytest.raises(ValueError, match='(row|line) 1: give "prompt".*--column'):
         load_rows(path, "train", data_split=split)
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "csv"])
+def test_an_answer_is_what_the_file_says(suffix, hub):
+    """No number loses its zeros, no word is taken for a gap, no text becomes a date."""
+    answers = ["007", "NA", "None", "null", "nan", "2024-01-01", "7", "1e3", " x ", "True"]
+    rows = [{"prompt": f"Tell me {i}", "answer": answer} for i, answer in enumerate(answers)]
+    path = hub / f"p.{suffix}"
+    if suffix == "csv":
+        lines = ["prompt,answer", *(f"{row['prompt']},{row['answer']}" for row in rows)]
+        path.write_text("\n".join([*lines, "Tell me more,"]))
+    elif suffix == "json":
+        path.write_text(json.dumps([*rows, {"prompt": "Tell me more", "answer": None}]))
+    else:
+        lines = [*map(json.dumps, rows), '{"prompt": "Tell me more", "answer": null}']
+        path.write_text("\n".join(lines))
+    found = load_rows(str(path), "train") + load_rows(str(path), "test")
+    assert {x: row["answer"] for x, row in found} == {
+        "Tell me more": None,
+        **{row["prompt"]: row["answer"] for row in rows},
+    }
 
 
 def test_the_name_of_a_file_is_no_pattern(hub):
@@ -224,7 +246,9 @@ def test_a_pair_without_a_side_is_named_and_left_out_only_if_asked(tmp_path):
         load_pairs(path)
     with pytest.warns(UserWarning, match="1 of 11 rows left out, the first .*line 2"):
         pairs = load_pairs(path, skip_bad=True)
-    assert pairs == [(f"{i}", " a", " b") for i in range(9)]
+    prompts = [*"0x123456789"]
+    kept = [x for x in prompts if x not in ("x", prompts[9])]  # every tenth is held out
+    assert pairs == [(x, " a", " b") for x in kept]
 
 
 def test_a_text_prompt_and_an_answer_in_messages_are_set_off_by_a_space(tmp_path):

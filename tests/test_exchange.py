@@ -131,3 +131,23 @@ def test_what_is_wrong_with_a_file_is_one_line(change, message, rows, tmp_path):
     with pytest.raises(ValueError, match=message):
         train.main([*FLAGS, *flags])
     assert not (tmp_path / "run").exists()
+
+
+def test_texts_cut_at_fewer_tokens_are_refused(rows, tmp_path):
+    """They would get an end that the policy did not give them."""
+    file = write(tmp_path / "f.jsonl", rows)
+    config = Config(prompts=12, K=8, max_new_tokens=24, reference=file).resolved()
+    with pytest.raises(ValueError, match="were cut at fewer tokens than --max-new-tokens 24"):
+        exchange.read_reference(file, config, load_task(config, "train"))
+
+
+def test_rewards_of_the_other_sign_are_refused_at_any_scale(rows, tmp_path):
+    reward = tmp_path / "small.py"
+    reward.write_text("def f(prompts, texts):\n    return [len(y) / 50000 for y in texts]\n")
+    for row in rows:
+        row["rewards"] = [-len(y) / 50000 for y in row["completions"]]
+    file = write(tmp_path / "f.jsonl", rows)
+    config = Config(prompts=12, K=8, max_new_tokens=12, reference=file, reward=f"{reward}:f")
+    config = config.resolved()
+    with pytest.raises(ValueError, match="from those of the run's reward model"):
+        exchange.read_reference(file, config, load_task(config, "train"))

@@ -205,3 +205,21 @@ def test_whole_numbers_above_2_to_the_24_are_said(file):
     file.write_text("def far(prompts, texts):\n    return [2**24 + len(text) for text in texts]\n")
     with pytest.warns(UserWarning, match="scores that differ tie as float32"):
         load_scorer(f"{file}:far", "reward")(["a"] * 9, ["x" * i for i in range(9)])
+
+
+def test_two_functions_helpers_of_one_name_are_two_modules(tmp_path):
+    """Also where a function imports its helper only when it is called."""
+    for folder, sign in (("a", 1), ("b", -1)):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "helper.py").write_text(f"SIGN = {sign}\n")
+        (tmp_path / folder / "s.py").write_text(
+            "import helper\n"
+            "def f(prompts, texts):\n    return [helper.SIGN * len(y) for y in texts]\n"
+            "def late(prompts, texts):\n    import helper\n"
+            "    return [helper.SIGN * len(y) for y in texts]\n"
+        )
+    for name in ("f", "late"):
+        a, b = (load_scorer(f"{tmp_path / x}/s.py:{name}", "reward") for x in "ab")
+        assert [a(["x"], ["abc"]), b(["x"], ["abc"]), a(["x"], ["ab"])] == [3, -3, 2]
+        assert a.digest != b.digest
+    assert "helper" not in sys.modules and str(tmp_path / "a") not in sys.path

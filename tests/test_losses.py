@@ -21,7 +21,7 @@ from minictrl.methods.pkpo import beats_best_of, max_at_n_advantages
 from minictrl.methods.qrpo import qrpo_loss
 from minictrl.methods.tpo import tpo_loss
 from minictrl.ppo import gae, loo_advantages, policy_loss
-from minictrl.transforms import get_transform, log_partition
+from minictrl.transforms import get_transform, log_partition, standardised
 
 BETAS = {
     "identity": 0.136064,
@@ -423,3 +423,12 @@ def test_a_reward_that_is_not_finite_beats_nothing():
     for bad, ref in ((r * math.nan, r), (r, r * math.nan), (r[:1], r)):
         with pytest.raises(ValueError, match="are not finite|rewards of the same prompts"):
             beats_best_of(bad, ref, 2)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-8, 1e4, 1e30])
+def test_a_standardised_reward_has_no_scale(scale):
+    r = torch.randn(6, 8, generator=torch.Generator().manual_seed(0)).double()
+    r[2] = 0.3  # whose mean is not 0.3
+    torch.testing.assert_close(grpo_advantages(r * scale), grpo_advantages(r))
+    torch.testing.assert_close(standardised(r * scale, r * scale), standardised(r, r))
+    assert not grpo_advantages(r)[2].any() and not standardised(r, r)[2].any()

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from minictrl import baselines, theory
+from minictrl import baselines, theory, transforms
 from minictrl.batch import Batch
 from minictrl.calibration import calibrated_reward
 from minictrl.config import Config
@@ -194,3 +194,23 @@ def test_the_standard_error_of_the_kl_is_that_over_prompts():
     ones = torch.ones(3, 4)
     stats = rollout_stats(batch, ones, ones)
     assert stats["kl_ref_stderr"] == pytest.approx(0.4 / math.sqrt(3))
+
+
+def test_grpos_beta_is_checked_at_the_scale_of_what_it_trains_on():
+    r_ref = 1e8 * torch.randn(4, 10, generator=torch.Generator().manual_seed(0))
+    for name in ("grpo", "grpo_fixed"):
+        method = get_method(name)(Config(method=name, beta=0.7).resolved())
+        method.check_beta(0.7, r_ref)
+        with pytest.raises(ValueError, match="nothing can follow"):
+            method.check_beta(1e-9, r_ref)
+
+
+def test_a_regression_on_log_Z_needs_two_reference_samples():
+    with pytest.raises(ValueError, match="--K 1: a prompt's samples are compared"):
+        Config(method="a2po", K=1, kl=0.3).resolved()
+
+
+def test_rs_grpo_takes_no_transform_that_only_begins_like_one(monkeypatch):
+    monkeypatch.setitem(transforms.CLOSED_FORMS, "expo", lambda u: u)
+    with pytest.raises(ValueError, match="--transform expo: rs_grpo has exp<t>"):
+        Config(method="rs_grpo", transform="expo").resolved()

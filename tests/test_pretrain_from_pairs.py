@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import warnings
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, Pre
 from transformers import BertForSequenceClassification as Bert
 from transformers import RobertaForSequenceClassification as Roberta
 
+from minictrl.data import load_prompts
 from minictrl.lm.prompts import response_texts
 from minictrl.models import load_policy, load_scorer
 from minictrl.pretrain.fitting import fit, load_start, mean, save_fitted
@@ -146,6 +148,31 @@ def test_pairs_of_one_answer_are_left_out_and_counted(tmp_path):
     with pytest.warns(UserWarning, match="10 of 30 pairs have the same answer twice"):
         pairs = load_pairs(str(file), "train")
     assert {(chosen, rejected) for _, chosen, rejected in pairs} == {("a", "b")}
+
+
+def test_held_out_pairs_are_of_held_out_prompts(tmp_path):
+    """Whatever pairs are left out: train.py's prompts for evaluation are never trained on."""
+    rows = [{"prompt": f"p{i:02}", "chosen": " a", "rejected": " b"} for i in range(40)]
+    rows[3]["rejected"] = " a"
+    rows[12]["rejected"] = None
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        train, test = (load_pairs(str(path), split, skip_bad=True) for split in ("train", "test"))
+    assert [x for x, _, _ in test] == load_prompts(str(path), "test")
+    assert len(train) + len(test) == 38 and not {x for x, *_ in train} & {x for x, *_ in test}
+
+
+def test_a_tasks_test_pairs_are_of_no_training_prompt(monkeypatch):
+    splits = {"train": "abc", "test": "cd"}
+
+    def read_hub(source, split):
+        pair = {"chosen": " x", "rejected": " y"}
+        return [("", {"prompt": prompt} | pair) for prompt in splits[split]]
+
+    monkeypatch.setattr("minictrl.pretrain.pairs.read_hub", read_hub)
+    assert load_pairs("tldr", "test") == [("d", " x", " y")]
 
 
 def test_four_pairs_of_four_prove_little():

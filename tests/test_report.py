@@ -91,3 +91,13 @@ def test_a_run_whose_own_procedure_needs_more_samples_says_so():
         found = evaluation.procedures(config, (2, 4), 32)
     assert found[0] == ("standard", 1) and ("bon", 64) not in found
     assert evaluation.procedures(config, (2, 4), 64)[0] == ("bon", 64)
+
+
+def test_the_cards_command_names_a_judge_that_is_no_default():
+    brief = "docs/examples/brief.py:check"
+    for judge in ("reviews", None):
+        config = Config(reward=brief, judge=judge).resolved()
+        words = shlex.split(config.command())
+        again = dict(zip(words[2::2], words[3::2]))
+        assert again.get("--judge") == judge and again["--reward"] == brief
+    assert Config().resolved().command() == "python train.py --transform identity"

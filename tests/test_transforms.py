@@ -129,7 +129,7 @@ def test_bad_names_and_values_are_named(name, options, message):
 
 def test_a_transform_without_an_upper_end_is_refused(monkeypatch):
     monkeypatch.setitem(transforms.CLOSED_FORMS, "logit", lambda u: (u / (1 - u)).log())
-    with pytest.raises(ValueError, match=r"'logit': Phi\(1\) is inf.*bound it"):
+    with pytest.raises(ValueError, match=r"'logit': Phi\(0\) is -inf.*bound it"):
         get_transform("logit")
     assert get_transform("log")(torch.zeros(1)).isfinite()  # the lower end is bounded by K
 
@@ -153,3 +153,12 @@ def test_phi_is_of_calibrated_rewards_alone():
 def test_settings_are_checked_where_the_transform_needs_none(arguments):
     with pytest.raises(ValueError, match=next(iter(arguments))):
         get_transform("identity", **arguments)
+
+
+def test_a_transform_that_is_infinite_at_an_end_is_refused_before_it_trains(monkeypatch):
+    for u, Phi in ((0, lambda u: u.log()), (1, lambda u: -(1 - u).log())):
+        monkeypatch.setitem(transforms.CLOSED_FORMS, "mine", Phi)
+        with pytest.raises(ValueError, match=rf"'mine': Phi\({u}\) is -?inf"):
+            get_transform("mine")
+    with pytest.raises(ValueError, match="unknown transform"):
+        get_transform("exp٣")

@@ -95,6 +95,21 @@ def test_a_verifiers_beta_is_that_of_its_levels(small, tmp_path):
     assert got == pytest.approx(expected.item(), rel=1e-5)
 
 
+def test_a_verifier_has_trls_columns_of_a_prompt_that_is_new(tmp_path):
+    task, reward = tmp_path / "p.jsonl", tmp_path / "v.py"
+    rows = [{"prompt": f"The film {i}", "answer": "a"} for i in range(10)]
+    task.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    reward.write_text(
+        "def f(prompts, texts, answer=None):\n"
+        "    return [float(a is not None and a in y) for y, a in zip(texts, answer)]\n"
+    )
+    settings = SMALL | {"reward": f"{reward}:f", "cache": str(tmp_path / "cache")}
+    got = ctrl_reward(str(task), "identity", beta=0.2, **settings)
+    for prompt in ("The film 0", "The film is"):
+        right, wrong = got([prompt] * 2, [" a", " zz"], answer=["a", "a"])
+        assert right > wrong
+
+
 def test_without_a_transform_the_reward_is_raw_up_to_scale(small):
     config, task, _ = small
     texts = [" a joy.", " a bore.", " dull."]

@@ -22,6 +22,7 @@ from minictrl.transforms import log_partition
 
 class Method(Online):
     uses_baseline = False
+    compares_reference = True
     loss = Qrpo.loss
 
     @classmethod

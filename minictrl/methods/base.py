@@ -26,13 +26,15 @@ class Method:
 
     transform: the name of the Phi that its optimum has, None where it is the run's to choose, and
     then `default_transform` is taken. uses_baseline: whether the loss reads advantages, so that
-    --baseline matters.
+    --baseline matters. compares_reference: whether a prompt's K samples are compared with each
+    other, so that K is at least 2.
     """
 
     online: bool
     uses_baseline: bool
     transform: str | None = None
     default_transform = "identity"
+    compares_reference = False
 
     def __init__(self, config: Config):
         self.config = config
@@ -59,7 +61,7 @@ class Method:
                 f"the run's is {config.procedure}",
                 stacklevel=2,
             )
-        if config.K < 2 and (not cls.online or config.transform == "standardised"):
+        if config.K < 2 and (cls.compares_reference or config.transform == "standardised"):
             raise ValueError(f"--K {config.K}: a prompt's samples are compared; use at least 2")
 
     def beta_for(self, kl: float, r_ref: Tensor | None = None) -> float | None:
@@ -171,6 +173,7 @@ class Offline(Method):
     """Trains on the reference samples of the calibration."""
 
     online = uses_baseline = False
+    compares_reference = True
 
     @property
     def rows_per_step(self) -> int:

@@ -10,7 +10,9 @@ import math
 import torch
 from torch import Tensor
 
+from minictrl.methods.base import Method as Base
 from minictrl.methods.base import Online, check_samples
+from minictrl.transforms import all_equal, standardised
 
 
 class Method(Online):
@@ -20,6 +22,9 @@ class Method(Online):
     def beta_for(self, kl: float, r_ref: Tensor | None = None) -> float:
         """A standardised reward is taken for a normal one of deviation 1: KL = 1 / (2 beta^2)."""
         return 1 / math.sqrt(2 * kl)
+
+    def check_beta(self, beta: float | None, r_ref: Tensor) -> None:
+        Base.check_beta(self, beta, standardised(r_ref, r_ref))
 
     def reward(self, r: Tensor, r_ref: Tensor, Phi_C: Tensor, beta: float) -> Tensor:
         return grpo_advantages(r) / beta
@@ -33,7 +38,10 @@ def grpo_advantages(returns: Tensor) -> Tensor:
     times `ppo.loo_advantages`. A group of equal returns gets 0.
     """
     check_samples("returns", returns, 2, least=2)
-    exact = returns.double()  # float32's mean of equal returns is not always their value
+    exact = returns.double()
     centred = exact - exact.mean(1, keepdim=True)
-    advantages = centred / (exact.std(1, keepdim=True) + 1e-6)
+    eps = 1e-6 * centred.abs().max()  # whatever the scale of the reward
+    advantages = centred / (exact.std(1, keepdim=True) + eps)
+    # the mean of equal returns is not always their value
+    advantages = advantages.masked_fill(all_equal(returns), 0)
     return advantages.to(torch.promote_types(returns.dtype, torch.float32))

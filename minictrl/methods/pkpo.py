@@ -14,10 +14,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from minictrl import theory
 from minictrl.calibration import ranks
 from minictrl.checks import at_least_float32, finite
 from minictrl.config import Config
 from minictrl.methods.base import Online, check_samples
+
+STEP = 0.01  # of a KL, for a slope
 
 
 class Method(Online):
@@ -48,6 +51,18 @@ class Method(Online):
     def largest_n(G: int) -> float:
         """The largest n that G samples have advantages for."""
         return G
+
+    def beta_for(self, kl: float, r_ref: Tensor | None = None) -> float:
+        """As `Method.beta_for`; where rewards tie, the slope dW / dKL of the best win rate on their
+        levels at this KL, which is the beta of that optimum.
+        """
+        c, beta = self.config, super().beta_for(kl, r_ref)
+        levels = None if r_ref is None else theory.tied_levels(r_ref, c.procedure, c.n)
+        if levels is None:
+            return beta
+        near = ((1 - STEP) * kl, (1 + STEP) * kl)
+        low, high = (theory.at_kl(self.Phi, x, c.procedure, c.n, levels=levels) for x in near)
+        return max((high - low) / (near[1] - near[0]), 1e-9)
 
     def reward(self, r: Tensor, r_ref: Tensor, Phi_C: Tensor, beta: float) -> Tensor:
         n = 1 if self.config.procedure == "standard" else self.config.n

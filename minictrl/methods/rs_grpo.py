@@ -9,6 +9,7 @@ Departures: the reward is C_hat, because e^{t r} needs a bounded one; and there 
 
 from minictrl.config import Config
 from minictrl.methods.maxrl import Method as MaxRL
+from minictrl.transforms import tilt_of
 
 
 class Method(MaxRL):
@@ -18,7 +19,7 @@ class Method(MaxRL):
     @classmethod
     def check(cls, config: Config) -> None:
         super().check(config)
-        if not config.transform.startswith("exp"):
+        if tilt_of(config.transform) is None:
             raise ValueError(
                 f"--transform {config.transform}: rs_grpo has exp<t>, t being the risk it seeks; "
                 f"use {cls.default_transform}, exp-5 or the like"
@@ -26,4 +27,4 @@ class Method(MaxRL):
 
     @property
     def t(self) -> float:
-        return float(self.config.transform.removeprefix("exp"))
+        return tilt_of(self.config.transform)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from functools import partial
 
 from minictrl.config import TASKS
@@ -11,13 +13,13 @@ from minictrl.data import (
     check_split,
     column_of,
     convert,
+    held_out,
     key,
     message,
     parse_hh,
     prompt_of,
     read_hub,
     read_own,
-    unique,
 )
 
 Pair = tuple[Prompt, str, str]  # prompt, chosen, rejected
@@ -37,14 +39,15 @@ def load_pairs(
     transcripts of HH-RLHF or lists of messages, with one prompt and an answer at the end. A row
     without one of its sides raises ValueError with its line; with skip_bad (default: as the task's
     entry says, else False) such rows are counted in a warning and left out. column: where a user's
-    prompts are. split: as in `load_prompts`, by prompt.
+    prompts are. split: the pairs of the prompts that `load_prompts` has of the same data; no prompt
+    is in both.
     """
     check_split(split)
     if task_or_file not in TASKS:
-        function = partial(pair_of, column=column)
-        pairs = differing(convert(read_own(task_or_file), function, skip_bad=bool(skip_bad)))
-        held_out = {key(prompt) for prompt, _, _ in unique(pairs)[9::10]}
-        return [pair for pair in pairs if (key(pair[0]) in held_out) == (split == "test")]
+        rows = list(read_own(task_or_file))
+        pairs = convert(rows, partial(pair_of, column=column), skip_bad=bool(skip_bad))
+        test = held_out(prompts_of(rows, column))
+        return [pair for pair in differing(pairs) if (key(pair[0]) in test) == (split == "test")]
     entry = TASKS[task_or_file]
     source = entry.get("pairs", entry.get("data"))
     if source is None:
@@ -53,7 +56,18 @@ def load_pairs(
             f"{', '.join(name for name in TASKS if 'data' in TASKS[name])}"
         )
     skip_bad = source["skip_bad"] if skip_bad is None else skip_bad
-    return differing(convert(read_hub(source, split), pair_of, skip_bad=skip_bad))
+    pairs = convert(read_hub(source, split), pair_of, skip_bad=skip_bad)
+    if split == "test":
+        seen = set(map(key, prompts_of(read_hub(source, "train"))))
+        pairs = [pair for pair in pairs if key(pair[0]) not in seen]
+    return differing(pairs)
+
+
+def prompts_of(rows: Iterable[tuple[str, object]], column: str | None = None) -> Iterator[Prompt]:
+    """The prompts of the rows that have one, be their answers what they may."""
+    for _, row in rows:
+        with suppress(ValueError):
+            yield prompt_of(row, column)
 
 
 def differing(pairs: list[Pair]) -> list[Pair]:

@@ -8,9 +8,11 @@ import importlib.util
 import inspect
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from itertools import islice
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -32,7 +34,14 @@ def load_function(
     is no such file, function or column, or the file can't be run; `evaluate` does where the
     function raises, naming the prompt, or gives something else than B numbers.
     """
-    function, name = find_function(spec, role), f"{role} {spec}"
+    file, _, function_name = spec.rpartition(":")
+    path, name = Path(file).resolve(), f"{role} {spec}"
+    if not path.is_file():
+        raise ValueError(f"{role} {spec}: there is no file {file}; give FILE.py:NAME")
+    texts = sources(path)
+    own_modules = beside(path, texts)
+    with own_modules():
+        function = find_function(spec, role, path)
     known = sorted({column for row in columns.values() for column in row})
     wanted, needed = wanted_columns(function, known)
     missing = [column for column in needed if column not in known]
@@ -47,10 +56,11 @@ def load_function(
         rows = [columns.get(key(prompt), {}) for prompt in prompts]
         fields = {column: [row.get(column) for row in rows] for column in wanted}
         prompts, fields = copy.deepcopy((list(prompts), fields))  # the function may change them
-        scores = function(prompts, list(texts), **fields)
-        if isinstance(scores, (dict, set, frozenset, str)):  # whose items are no scores in order
-            raise TypeError(f"it gives a {type(scores).__name__}; return a list of numbers")
-        return list(islice(scores, len(texts) + 1))  # it may never end
+        with own_modules():
+            scores = function(prompts, list(texts), **fields)
+            if isinstance(scores, (dict, set, frozenset, str)):  # whose items have no order
+                raise TypeError(f"it gives a {type(scores).__name__}; return a list of numbers")
+            return list(islice(scores, len(texts) + 1))  # it may never end
 
     def evaluate(prompts: list[Prompt], texts: list[str]) -> Tensor:
         if needed:
@@ -58,11 +68,10 @@ def load_function(
         return as_float32(scores_of(call, prompts, texts, name), name)
 
     used = {prompt: [row.get(column) for column in wanted] for prompt, row in columns.items()}
-    file, _, function_name = spec.rpartition(":")
-    return [function_name, *sources(Path(file).resolve()), used if wanted else None], evaluate
+    return [function_name, *texts.values(), used if wanted else None], evaluate
 
 
-def sources(path: Path) -> list[str]:
+def sources(path: Path) -> dict[Path, str]:
     """The text of a file of Python, and of what it imports from beside it, in the order of paths
     but for the file itself, which is first.
     """
@@ -75,7 +84,36 @@ def sources(path: Path) -> list[str]:
         for name, folder in imported(file, texts[file], path.parent):
             at = folder / name.replace(".", "/")
             todo += [x for x in (Path(f"{at}.py"), at / "__init__.py") if x.is_file()]
-    return [texts.pop(path), *(text for _, text in sorted(texts.items()))]
+    return {path: texts.pop(path)} | dict(sorted(texts.items()))
+
+
+def beside(path: Path, files: Iterable[Path]) -> Callable[[], AbstractContextManager]:
+    """A context in which a file of Python imports from beside it before all else, and these files
+    as modules of its own, because two functions' helpers may have one name.
+    """
+    names = {file.relative_to(path.parent).parts[0].removesuffix(".py") for file in files}
+    names, own = names - sys.stdlib_module_names, {}
+
+    @contextmanager
+    def imports():
+        others = taken(names)
+        sys.modules.update(own)
+        sys.path.insert(0, str(path.parent))
+        try:
+            yield
+        finally:
+            sys.path.remove(str(path.parent))
+            own.update(taken(names))
+            sys.modules.update(others)
+
+    return imports
+
+
+def taken(names: set[str]) -> dict[str, ModuleType]:
+    """The modules of these names and what is in them, which are no longer in sys.modules."""
+    return {
+        name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] in names
+    }
 
 
 def imported(file: Path, text: str, beside: Path) -> Iterator[tuple[str, Path]]:
@@ -130,19 +168,12 @@ def as_float32(exact: Tensor, name: str) -> Tensor:
     return scores
 
 
-def find_function(spec: str, role: str) -> Callable:
-    """The function NAME of FILE.py, which is run for it, as a module named by its path; what lies
-    beside the file can be imported.
-    """
+def find_function(spec: str, role: str, path: Path) -> Callable:
+    """The function NAME of FILE.py, which is run for it, as a module named by its path."""
     file, _, name = spec.rpartition(":")
-    path = Path(file).resolve()
-    if not path.is_file():
-        raise ValueError(f"{role} {spec}: there is no file {file}; give FILE.py:NAME")
     module_spec = importlib.util.spec_from_file_location(str(path), path)
     module = importlib.util.module_from_spec(module_spec)
     sys.modules[module_spec.name] = module  # where a dataclass looks for it
-    if str(path.parent) not in sys.path:
-        sys.path.append(str(path.parent))
     try:
         module_spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:  # whatever the user's file does
