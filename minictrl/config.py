@@ -199,7 +199,9 @@ class Config:
         "reward model: a task's, a hub name, a directory or FILE.py:NAME (default: the task's)",
     )
     judge: str | None = setting(
-        None, "judge model, likewise; a file and a policy of your own have none by default"
+        None,
+        "judge model, likewise (default: the task's; none with a function as the reward, or with "
+        "prompts and a policy of your own)",
     )
     prompts: int | None = setting(
         None, "training prompts (default: the task's, or all of a file's)", least=1

@@ -129,7 +129,9 @@ def read_csv(path: Path) -> Iterable[tuple[str, dict]]:
         with path.open(encoding="utf-8-sig", newline="") as file:
             for number, row in enumerate(csv.DictReader(file, strict=True), 1):
                 if None in row:
-                    raise csv.Error(f"row {number} has more cells than the header")
+                    raise csv.Error(
+                        f"row {number} has more cells than the header, {list(row)[:-1]}"
+                    )
                 yield f"{path}, row {number}", {name: text or None for name, text in row.items()}
     except (csv.Error, ValueError) as error:
         raise ValueError(f"{path} is no CSV in UTF-8 ({error}): save it again as that") from None

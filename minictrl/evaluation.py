@@ -25,7 +25,7 @@ from minictrl.methods import get_method
 from minictrl.models import load_policy
 from minictrl.procedures import get_procedure
 from minictrl.reference import Reference
-from minictrl.results import ENDS, check_kept, eval_path, file_suffix, parts_of
+from minictrl.results import ENDS, check_kept, eval_path, file_suffix, parts_of, warn_of_less
 from minictrl.rollout import batch_of, reference_samples, sample_and_score, score
 from minictrl.sampling import Samples, texts_of
 from minictrl.task import Task, load_task, rows_of, scorer_of, try_scorers
@@ -74,6 +74,7 @@ def evaluate(
     cases = procedures(config, sizes, M)
     suffix = file_suffix(split, other_models)
     check_kept(eval_path(run, suffix), other_models)
+    warn_of_less(eval_path(run, suffix), len(task.prompts), M)
     policy, _ = load_policy(str(run / "policy"))
     policy.to(task.ids.device)
     pi, pi_ref, samples = draw_both(task, policy, judge, config, M)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from pathlib import Path
 
 from safetensors.torch import load_file
@@ -55,6 +56,20 @@ def check_kept(path: Path, other_models: dict[str, str]):
             raise ValueError(
                 f"--{role} {model}: {path} has the win rates by {kept[role]}; rename or delete it"
             )
+
+
+def warn_of_less(path: Path, prompts: int, samples: int):
+    """Warns if the eval.json that this evaluation replaces has more prompts or samples."""
+    if not path.is_file():
+        return
+    with reading(path, f"delete {path}"):
+        kept = read_sealed(path)["rows"][0]
+    if kept["prompts"] > prompts or kept["samples"] > samples:
+        warnings.warn(
+            f"{path}: its table of {kept['prompts']} prompts with {kept['samples']} responses each "
+            f"is replaced by one of {prompts} with {samples}; rename it to keep it",
+            stacklevel=3,
+        )
 
 
 def eval_path(run: Path, suffix: str) -> Path:

@@ -53,11 +53,16 @@ def hold(out: Path):
     run is at work.
     """
     out = out.resolve()  # a link is what it points to
-    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise ValueError(f"--out {out}: lies in a file; give another --out") from None
     try:
         return lock(out, wait=False)
     except BlockingIOError:
-        raise ValueError(f"--out {out}: another run is at work there; give another --out") from None
+        raise ValueError(
+            f"--out {out}: another run is at work there; wait for it, or give another --out"
+        ) from None
 
 
 def resumed(out: Path, given: dict) -> Config:

@@ -119,7 +119,7 @@ def test_a_function_may_change_what_it_is_given(tmp_path):
     [
         ("fails", "ZeroDivisionError.*on the prompt 'b' and the text 'abc'"),
         ("short", r"gave \(1,\) for 2 texts: return one number per text"),
-        ("by_length", "it gives a dict; return a list of numbers"),
+        ("by_length", "it gives a dict; return a list of one number per text"),
         ("number", "has no function 'number'"),
         ("missing", "has no function 'missing'"),
     ],

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 import evaluate
 import train
-from minictrl import runs
+from minictrl import results, runs
 from minictrl.config import Config
 from minictrl.files import check_writable, read_sealed, write_sealed
 from minictrl.lm.device import resolve_device
@@ -439,3 +439,19 @@ def test_a_device_that_is_none_is_refused_where_there_is_a_gpu(name, monkeypatch
     monkeypatch.setenv("LOCAL_RANK", name.removeprefix("cuda").removeprefix(":") or "y")
     with pytest.raises(ValueError, match="--device"):
         resolve_device("auto")
+
+
+def test_an_out_that_lies_in_a_file_is_named(tmp_path):
+    (tmp_path / "f").touch()
+    with pytest.raises(ValueError, match="--out .*f/x: lies in a file; give another --out"):
+        train.main(["--out", str(tmp_path / "f" / "x")])
+
+
+def test_an_evaluation_that_replaces_a_larger_one_says_so(tmp_path):
+    path = tmp_path / "eval.json"
+    results.warn_of_less(path, 3, 4)
+    write_sealed(path, {"rows": [{"prompts": 200, "samples": 8}]})
+    results.warn_of_less(path, 200, 8)
+    for less in ((3, 32), (400, 4)):
+        with pytest.warns(UserWarning, match="200 prompts with 8 responses each is replaced"):
+            results.warn_of_less(path, *less)

@@ -20,6 +20,7 @@ from torch import Tensor
 from minictrl.data import Prompt, key
 
 OURS = Path(__file__).parent.parent  # the package, which a function may import
+RULE = "return a list of one number per text; it gets the lists (prompts, texts)"
 MOST_KEPT = 0.9  # of the values of a function, where float32 makes others of them equal
 
 
@@ -59,7 +60,7 @@ def load_function(
         with own_modules():
             scores = function(prompts, list(texts), **fields)
             if isinstance(scores, (dict, set, frozenset, str)):  # whose items have no order
-                raise TypeError(f"it gives a {type(scores).__name__}; return a list of numbers")
+                raise TypeError(f"it gives a {type(scores).__name__}")
             return list(islice(scores, len(texts) + 1))  # it may never end
 
     def evaluate(prompts: list[Prompt], texts: list[str]) -> Tensor:
@@ -138,11 +139,10 @@ def scores_of(call: Callable, prompts: list[Prompt], texts: list[str], name: str
     """
 
     def numbers(prompts: list, texts: list[str]) -> Tensor:
-        scores = call(prompts, texts)
         try:
-            return torch.as_tensor(scores, dtype=torch.float64).detach()
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise TypeError(f"{error}; return a list of one number per text") from None
+            return torch.as_tensor(call(prompts, texts), dtype=torch.float64).detach()
+        except TypeError as error:
+            raise TypeError(f"{error}; {RULE}") from error
 
     try:
         exact = numbers(prompts, texts)

@@ -144,10 +144,11 @@ def load_runs(path: Path, scale: dict) -> Rows:
         ]
     for row in found:
         if (row["prompts"], row["samples"]) != (scale["prompts"], scale["samples"]):
+            change = "leave out" if scale is sweep.SCALES[True] else "add"
             raise ValueError(
                 f"--beside {path}: its runs were evaluated on {row['prompts']} prompts with "
                 f"{row['samples']} samples, yours are on {scale['prompts']} with "
-                f"{scale['samples']}: with or without --quick, as those were made"
+                f"{scale['samples']}: {change} --quick"
             )
     return found
 
