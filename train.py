@@ -215,8 +215,8 @@ def online(training, config, task, method, reference, pi_ref):
         if batch.values is not None:
             explained = explained_variance(batch.values, batch.returns, batch.mask)
             stats["explained_variance"] = explained.item()
-        made = method.with_loss_inputs(batch, drawn, beta)
-        training.log(batch, stats | run_update(learner, made, method, step, config))
+        inputs = method.with_loss_inputs(batch, drawn, beta)
+        training.log(batch, stats | run_update(learner, inputs, method, step, config))
 
 
 def draw_rollout(task, pi_ref, index, reference, step: int, config: Config):

@@ -227,18 +227,8 @@ def train_student_policy(
         each = distillation_loss(logq, own, lessons.ids[index], lessons.logprobs[index], share)
         return each.sum() / length
 
-    fit(
-        model,
-        rows,
-        loss,
-        out,
-        epochs=epochs,
-        batch=batch,
-        micro_batch=max(1, batch // 4),
-        lr=lr,
-        seed=seed,
-        weight_decay=0.1,
-    )
+    options = dict(epochs=epochs, batch=batch, micro_batch=max(1, batch // 4), lr=lr, seed=seed)
+    fit(model, rows, loss, out, weight_decay=0.1, **options)
     save_fitted(model.half(), tokenizer, out)
 
 

@@ -148,6 +148,7 @@ def fit_scorer(
     """
     causal = hasattr(model, "score")
     read = encoded(tokenizer, [written(tokenizer, "", text, causal=causal) for text in texts])
+    # a list of one label, because `fit` measures a row by the lengths of its lists
     rows = [(x["input_ids"], [label]) for x, label in zip(read, labels.tolist(), strict=True)]
 
     def scores(part: list) -> Tensor:

@@ -69,7 +69,7 @@ class ByRank(Procedure):
     def mass_after(self, mass: Tensor, edges: Tensor, n: int) -> Tensor:
         F, W = cdf(mass), self.lowest(n)
         kept = torch.zeros_like(F)  # up to a constant, which diff() removes
-        for k, each in varying(W)[1]:
+        for k, each in sparse(W)[1]:
             ways = math.comb(n, k)
             if ways > sys.float_info.max:
                 raise ValueError(f"n {n}: too many draws to be ranked; use at most 1000")
@@ -79,7 +79,7 @@ class ByRank(Procedure):
     def weights(self, select: Tensor, n: int, select_ref: Tensor | None = None) -> Tensor:
         M, W = select.shape[1], self.lowest(n)
 
-        constant, terms = varying(W)
+        constant, terms = sparse(W)
         subsets = math.comb(M, n)
 
         def kept(m: int) -> float:
@@ -89,8 +89,10 @@ class ByRank(Procedure):
         return by_rank(select, [kept(m) for m in range(M + 1)])
 
 
-def varying(W: list[float]) -> tuple[int, list[tuple[int, float]]]:
-    """(c, [(k, W_k - c) where that isn't 0]), c being 0 or 1: most W_k are one of the two."""
+def sparse(W: list[float]) -> tuple[int, list[tuple[int, float]]]:
+    """W as a constant c, 0 or 1, and the few [(k, W_k - c)] that aren't 0, so that Best-of-N is a sum
+    of one term and not of N.
+    """
     constant = 0 if W.count(0) >= W.count(1) else 1
     return constant, [(k, each - constant) for k, each in enumerate(W) if each != constant]
 
