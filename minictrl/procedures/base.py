@@ -90,8 +90,8 @@ class ByRank(Procedure):
 
 
 def sparse(W: list[float]) -> tuple[int, list[tuple[int, float]]]:
-    """W as a constant c, 0 or 1, and the few [(k, W_k - c)] that aren't 0, so that Best-of-N is a sum
-    of one term and not of N.
+    """W as a constant c, 0 or 1, and the few [(k, W_k - c)] that aren't 0, so that Best-of-N is a
+    sum of one term and not of N.
     """
     constant = 0 if W.count(0) >= W.count(1) else 1
     return constant, [(k, each - constant) for k, each in enumerate(W) if each != constant]
