@@ -28,6 +28,8 @@ def empirical_beta(r_ref: Tensor, kl: float) -> float:
         raise ValueError(f"r_ref is {tuple(r_ref.shape)}: must be (prompts, samples), of some")
     finite("rewards", r_ref=r_ref)
     r = r_ref.double() - r_ref.double().amax(1, keepdim=True)  # so that the best keep their digits
+    size = r.abs().max().item() or 1.0  # so that nothing over- or underflows
+    r = r / size
     ref = torch.full_like(r, 1 / r.shape[1])
     largest = abs(cells.largest_kl(r, ref))  # of a policy on the best samples alone
     if kl > (1 - 1e-6) * largest:
@@ -35,7 +37,7 @@ def empirical_beta(r_ref: Tensor, kl: float) -> float:
             f"--kl {kl}: these rewards reach {largest:.2f} nats with {r.shape[1]} samples; use a "
             "smaller KL, more samples (--K), or rewards that differ more"
         )
-    return 1 / cells.tilt_to_kl(r, kl, ref)[1]
+    return size / cells.tilt_to_kl(r, kl, ref)[1]
 
 
 class Budget:
@@ -65,7 +67,7 @@ class Budget:
         """The beta of an update, from the KL of its rollout in nats.
 
         Where the KL that it would need is out of reach, of the theory or of K samples, it asks for
-        less, down to the budget's own, and so does `target`.
+        less, down to the budget's own, and `target` is what would have asked for that.
         """
         if self.kl is None:
             return self.beta

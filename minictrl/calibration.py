@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from minictrl.checks import finite, real
+from minictrl.checks import alike, finite, real
 
 
 def calibrated_reward(r: Tensor, r_ref: Tensor) -> Tensor:
@@ -14,7 +14,7 @@ def calibrated_reward(r: Tensor, r_ref: Tensor) -> Tensor:
     The cost is M log K per prompt, not M K. Raises ValueError on shapes that do not match or a
     reward that is not finite.
     """
-    r, r_ref = real("r", r), real("r_ref", r_ref)
+    r, r_ref = alike(r=r, r_ref=r_ref)
     if r_ref.ndim != 2 or r.ndim not in (1, 2) or len(r) != len(r_ref) or not r_ref.numel():
         raise ValueError(
             f"r {tuple(r.shape)} and r_ref {tuple(r_ref.shape)}: must be (B,) or (B, M), and "

@@ -3,6 +3,8 @@ as, or raises a ValueError that names the value, the rule and the fix.
 """
 
 import math
+from collections.abc import Iterable
+from functools import reduce
 from operator import index
 
 import numpy as np
@@ -22,16 +24,20 @@ class NotFinite(ValueError):
 
 def whole(name: str, n: int, least: int = 1, most: int = MOST) -> int:
     """n as an int, from `least` to `most`."""
-    if isinstance(n, bool) or not hasattr(n, "__index__") or not least <= index(n) <= most:
+    try:
+        value = None if isinstance(n, bool) else index(n)
+    except TypeError:
+        value = None
+    if value is None or not least <= value <= most:
         raise ValueError(f"{name} {n!r}: must be a whole number; give one from {least} to {most}")
-    return index(n)
+    return value
 
 
 def number(name: str, x: float) -> float:
     """x as a float, which may be infinite but not NaN."""
     try:
         value = math.nan if isinstance(x, (str, bytes, bool)) else float(x)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         value = math.nan
     if math.isnan(value):
         raise ValueError(f"{name} {x!r}: must be a number; try 1")
@@ -48,13 +54,34 @@ def positive(name: str, x: float) -> float:
 def real(name: str, x: Tensor) -> Tensor:
     """x, real numbers in a tensor, an array or a list, as a tensor; Python's floats as float64."""
     try:
-        tensor = x if isinstance(x, Tensor) else torch.from_numpy(np.array(x, order="C"))
+        tensor = x if isinstance(x, Tensor) else _tensor_of(x)
     except (TypeError, ValueError, RuntimeError):
         tensor = None
     if tensor is None or tensor.is_complex():
         given = str(x)[:60].replace("\n", " ")
         raise ValueError(f"{name} {given}: must be real numbers, in a tensor, an array or a list")
     return tensor
+
+
+def _tensor_of(x) -> Tensor:
+    if not hasattr(x, "dtype") and isinstance(x, Iterable) and not isinstance(x, (str, dict)):
+        x = list(x)
+        if x and all(isinstance(each, Tensor) for each in x):
+            return torch.stack(x)
+    return torch.from_numpy(np.array(x, order="C"))
+
+
+def alike(**values: Tensor) -> list[Tensor]:
+    """`real` of each, Python's floats in the precision of the tensors and arrays beside them: 0.1
+    ties with a float32's 0.1.
+    """
+    tensors = [real(name, x) for name, x in values.items()]
+    typed = [hasattr(x, "dtype") for x in values.values()]
+    kinds = [x.dtype for x, is_typed in zip(tensors, typed) if is_typed and x.is_floating_point()]
+    if not kinds:
+        return tensors
+    kind = reduce(torch.promote_types, kinds)
+    return [x if is_typed else x.to(kind) for x, is_typed in zip(tensors, typed)]
 
 
 def finite(what: str, **tensors: Tensor) -> list[Tensor]:

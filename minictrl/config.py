@@ -38,8 +38,7 @@ CALIBRATION, TEST_REF, TEST = 0, -1, -2
 HUB = {"folder": None, "train": "train", "test": "test", "skip_bad": True}
 HH = HUB | {"name": "Anthropic/hh-rlhf"}
 
-# Files that `--task` takes beside .jsonl, as `datasets` calls their kind.
-# of files: the name that `datasets` has for one, None where we read it
+# Files that `--task` takes, as `datasets` calls their kind; None where we read it.
 FORMATS = {".jsonl": None, ".json": None, ".csv": None, ".parquet": "parquet"}
 
 # Lengths and steps of chats, and of prompts of which nothing is known.

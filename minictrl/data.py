@@ -1,8 +1,8 @@
 """A task's name or a user's data -> prompts, each with the other columns of its row.
 
 A prompt is text, which the policy continues as it stands, or a list of chat messages {"role",
-"content"}, which it answers. All but .jsonl is read with `datasets`: other files, its own
-directories, and what is on the hub or in a local copy of it (`hub.py`).
+"content"}, which it answers. JSON and CSV are read here; .parquet, directories of `datasets`, and
+what is on the hub or in a local copy of it (`hub.py`), by `datasets`.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def read_own(name: str, data_split: str = "train") -> Iterable[tuple[str, object
 def read_json(path: Path) -> Iterable[tuple[str, object]]:
     """The rows of a file, one JSON value a line, blank lines skipped; or of its one list."""
     if not path.is_file():
-        raise ValueError(f'{path} is no file: give a .jsonl file with a "prompt" a line')
+        raise ValueError(f'{path} is no file: give one with a "prompt" in each row')
     text, empty = path.read_bytes(), True
     if text.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
         try:
@@ -124,18 +124,23 @@ def read_csv(path: Path) -> Iterable[tuple[str, dict]]:
     if not path.is_file():
         raise ValueError(f'{path} is no file: give a .csv file with a column "prompt"')
     csv.field_size_limit(2**31 - 1)
-    row = None
+    header = None
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            for number, row in enumerate(csv.DictReader(file, strict=True), 1):
-                if None in row:
+            for number, cells in enumerate(filter(None, csv.reader(file, strict=True))):
+                if header is None:
+                    header = cells
+                    continue
+                if len(cells) > len(header) or len(set(header)) < len(header):
                     raise csv.Error(
-                        f"row {number} has more cells than the header, {list(row)[:-1]}"
+                        f"row {number} has {len(cells)} cells for {len(set(header))} names: name "
+                        "each column once, and put quotes around a text with commas"
                     )
-                yield f"{path}, row {number}", {name: text or None for name, text in row.items()}
+                cells += [""] * (len(header) - len(cells))
+                yield f"{path}, row {number}", {x: y or None for x, y in zip(header, cells)}
     except (csv.Error, ValueError) as error:
-        raise ValueError(f"{path} is no CSV in UTF-8 ({error}): save it again as that") from None
-    if row is None:
+        raise ValueError(f"{path}: is no CSV in UTF-8 with a header ({error})") from None
+    if header is None:
         raise ValueError(f"{path} holds no prompt: give a header, and a row for each")
 
 

@@ -179,9 +179,10 @@ def check_policy(file: str, task: Task, reference: Reference):
         seed=0,
     )
     ends = eos_ids(task.policy, task.tokenizer).cpu()
-    (mean, at_end), (own_mean, own_at_end) = (
-        mean_logprobs(samples, ends) for samples in (reference[: len(few)], own)
-    )
+    means = [mean_logprobs(samples, ends) for samples in (reference[: len(few)], own)]
+    (mean, at_end, of_all), (own_mean, own_at_end, own_of_all) = means
+    if not all(map(math.isfinite, sum(means, ()))):  # no ends, or nothing else
+        mean, own_mean, at_end, own_at_end = of_all, own_of_all, 0, 0
     if abs(mean - own_mean) > FAR:
         raise ValueError(
             f"--reference {file}: the policy gives its tokens {mean:.2f} nats, its own samples "
@@ -196,11 +197,13 @@ def check_policy(file: str, task: Task, reference: Reference):
         )
 
 
-def mean_logprobs(samples: Reference | Samples, ends: Tensor) -> tuple[float, float]:
-    """(mean log-probability in nats of the tokens that end no text, of those that do)."""
+def mean_logprobs(samples: Reference | Samples, ends: Tensor) -> tuple[float, float, float]:
+    """Mean log-probability in nats of the tokens that end no text, of those that do, and of all;
+    nan where there is none.
+    """
     logprobs, mask = samples.logprobs.cpu(), samples.mask.cpu().bool()
     end = torch.isin(samples.tokens.cpu(), ends) & mask
-    return logprobs[mask & ~end].mean().item(), logprobs[end].mean().item()
+    return tuple(logprobs[which].mean().item() for which in (mask & ~end, end, mask))
 
 
 def write_reference(run: Path, file: Path) -> str:

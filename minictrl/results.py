@@ -60,10 +60,10 @@ def check_kept(path: Path, other_models: dict[str, str]):
 
 def warn_of_less(path: Path, prompts: int, samples: int):
     """Warns if the eval.json that this evaluation replaces has more prompts or samples."""
-    if not path.is_file():
-        return
-    with reading(path, f"delete {path}"):
+    try:
         kept = read_sealed(path)["rows"][0]
+    except (OSError, ValueError, LookupError):  # there is none, or it is damaged
+        return
     if kept["prompts"] > prompts or kept["samples"] > samples:
         warnings.warn(
             f"{path}: its table of {kept['prompts']} prompts with {kept['samples']} responses each "

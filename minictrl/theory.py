@@ -177,17 +177,17 @@ def policy_at_kl(
     return _policy(transform, best, K, levels, kl=kl).masses(n)
 
 
-def levels_of(r_ref: Tensor) -> Tensor:
+def levels_of(r_ref: Tensor, spread: bool = True) -> Tensor:
     """(P, G) the levels of a reward with ties, in rising order: pi_ref's mass on each.
 
     r_ref: (P, M) rewards of pi_ref's samples. What M samples show of P prompts: a level has the
     share of the samples on it; a prompt with fewer than M levels has empty ones. A value that
     occurs once among all P M rewards counts as continuous: its share is spread over CUT cells, and
-    G is M CUT instead of M.
+    G is M CUT instead of M; without `spread` it is a level too.
     """
     counts, once = _levels(r_ref)
     shares = counts / r_ref.shape[1]
-    if not once.any():
+    if not (spread and once.any()):
         return shares
     whole = torch.eye(CUT, dtype=torch.float64)[-1]
     spread = torch.where(once[..., None], torch.full_like(whole, 1 / CUT), whole)  # (P, M, CUT)

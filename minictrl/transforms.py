@@ -44,11 +44,14 @@ CLOSED_FORMS = {"identity": identity, "log": log}
 
 
 def standardised(r: Tensor, r_ref: Tensor) -> Tensor:
-    """(r - mean) / standard deviation of the prompt's r_ref; where they are equal, r - mean."""
-    exact, equal = r_ref.double(), all_equal(r_ref)
-    std = exact.std(1, keepdim=True).masked_fill(equal, 1.0)
+    """(r - mean) / standard deviation of the prompt's r_ref; r - mean where these differ by no more
+    than rounding.
+    """
+    exact = r_ref.double()
+    std = exact.std(1, keepdim=True)
+    std = torch.where(std > 1e-6 * exact.abs().amax(1, keepdim=True), std, 1.0)
     # the mean of equal rewards is not always their value
-    mean = torch.where(equal, exact[:, :1], exact.mean(1, keepdim=True))
+    mean = torch.where(all_equal(exact), exact[:, :1], exact.mean(1, keepdim=True))
     return ((r - mean) / std).to(r)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from minictrl.calibration import ranks
-from minictrl.checks import finite, real, whole
+from minictrl.checks import alike, finite, whole
 from minictrl.procedures import get_procedure
 
 
@@ -41,7 +41,7 @@ def win_rates(
 ) -> Tensor:
     """(P,) the win rate of each prompt, in float64. Arguments and errors as those of `win_rate`."""
     scores = {"select": select, "judge": judge, "select_ref": select_ref, "judge_ref": judge_ref}
-    scores = {name: real(name, each) for name, each in scores.items()}
+    scores = dict(zip(scores, alike(**scores)))
     _validate(scores, procedure, n)
     select, judge, select_ref, judge_ref = (each.double() for each in scores.values())
     weight, weight_ref = weights(select, select_ref, procedure, int(n))

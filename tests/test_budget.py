@@ -96,7 +96,7 @@ def test_a_policy_that_lags_is_brought_to_its_budget_where_rewards_tie(kl, lag):
 
 
 @pytest.mark.parametrize(
-    "procedure, share, kl", [("bon", 0.3, 0.3), ("bon", 0.5, 0.3), ("won", 0.5, 0.3)]
+    "procedure, share, kl", [("bon", 0.3, 0.3), ("bon", 0.4, 0.2), ("won", 0.5, 0.3)]
 )
 def test_pkpos_beta_of_a_verifier_is_the_slope_of_its_best_win_rate(procedure, share, kl):
     """dW/dq over dKL/dq, q the share of right responses at this KL."""

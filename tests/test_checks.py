@@ -11,7 +11,10 @@ from minictrl.transforms import get_transform
 SCORES = torch.rand(3, 8, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("value", [0, -1, 1_000_001, 2.0, True, None, "4", np.float32(4)])
+@pytest.mark.parametrize(
+    "value",
+    [0, -1, 1_000_001, 2.0, True, None, "4", np.float32(4), torch.tensor(1.5), np.array([1, 2])],
+)
 def test_what_is_no_count_is_refused(value):
     with pytest.raises(
         ValueError, match=r"n .*: must be a whole number; give one from 1 to 1000000"
@@ -24,7 +27,7 @@ def test_a_count_is_an_int(value):
     assert type(checks.whole("n", value)) is int
 
 
-@pytest.mark.parametrize("value", ["1", b"1", True, None, [1.0], float("nan"), 1j])
+@pytest.mark.parametrize("value", ["1", b"1", True, None, [1.0], float("nan"), 1j, 10**400])
 def test_what_is_no_number_is_refused(value):
     with pytest.raises(ValueError, match="kl .*: must be a number"):
         theory.beta_for_kl("exp10", value)
@@ -52,6 +55,20 @@ def test_arrays_and_lists_count_as_tensors_do():
     assert torch.equal(calibrated_reward(r.numpy(), backwards), expected)
     assert torch.equal(calibrated_reward(r.tolist(), r_ref.tolist()), expected)
     assert get_transform("identity")(0.5) == 0.5
+
+
+def test_a_list_ties_with_the_float32_tensor_beside_it():
+    assert calibrated_reward([0.1], torch.tensor([[0.1] * 4])).item() == 0.5
+    wins = winrate.win_rate(*[torch.full((2, 4), 0.1)] * 2, *[[[0.1] * 4] * 2] * 2, "bon", 2)
+    assert wins[0] == 0.5
+    rows = [torch.tensor([0.1, 0.2], requires_grad=True)]
+    assert torch.equal(checks.real("r", rows), torch.tensor([[0.1, 0.2]]))
+
+
+def test_betas_may_come_one_by_one():
+    expected = theory.tradeoff("exp10", "bon", 4, [3000.0, 5000.0])
+    for betas in (iter([3000.0, 5000.0]), {3000.0: 0, 5000.0: 0}.keys()):
+        assert np.array_equal(theory.tradeoff("exp10", "bon", 4, betas), expected)
 
 
 def test_no_rounding_makes_a_tie():

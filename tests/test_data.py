@@ -156,6 +156,28 @@ def test_an_answer_is_what_the_file_says(suffix, hub):
     }
 
 
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("prompt,note,prompt\na,b,c\n", "row 1 has 3 cells for 2 names: name each column once"),
+        ("prompt\nHello, world\n", "row 1 has 2 cells for 1 names.*put quotes around a text"),
+        ('prompt\n"Hello\n', "is no CSV in UTF-8 with a header"),
+        ("\n\n", "holds no prompt"),
+        ("Tell me\nTell me 1\n", 'row 1: give "prompt"'),
+    ],
+)
+def test_what_is_wrong_with_a_csv_is_said(text, message, tmp_path):
+    (tmp_path / "p.csv").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load_prompts(str(tmp_path / "p.csv"))
+
+
+def test_a_csv_may_begin_with_blank_lines_and_have_short_rows(tmp_path):
+    rows = [f'"Tell, me\n{i}"' for i in range(10)]
+    (tmp_path / "p.csv").write_text("\ufeff\n\nprompt,answer\n" + "\n".join(rows))
+    assert load_rows(str(tmp_path / "p.csv"), "test") == [("Tell, me\n9", {"answer": None})]
+
+
 def test_the_name_of_a_file_is_no_pattern(hub):
     path = hub / "my data [1].csv"
     (hub / "my data 1.csv").write_text("prompt\nno\n")

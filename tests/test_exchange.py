@@ -11,7 +11,7 @@ from minictrl import exchange
 from minictrl.config import Config
 from minictrl.reference import Reference
 from minictrl.rollout import score
-from minictrl.sampling import texts_of
+from minictrl.sampling import Samples, texts_of
 from minictrl.task import load_task
 
 FLAGS = "--prompts 12 --K 8 --steps 2 --batch 6 --G 2 --max-new-tokens 12".split()
@@ -139,6 +139,19 @@ def test_texts_cut_at_fewer_tokens_are_refused(rows, tmp_path):
     config = Config(prompts=12, K=8, max_new_tokens=24, reference=file).resolved()
     with pytest.raises(ValueError, match="were cut at fewer tokens than --max-new-tokens 24"):
         exchange.read_reference(file, config, load_task(config, "train"))
+
+
+def test_a_policy_that_ends_no_text_gave_none_of_these_ends(rows, tmp_path, monkeypatch):
+    file = write(tmp_path / "f.jsonl", rows)
+    config = Config(prompts=12, K=8, max_new_tokens=12, reference=file).resolved()
+    task = load_task(config, "train")
+    reference = exchange.read_reference(file, config, task)
+    own = Samples(torch.full((12, 6, 12), 5), *torch.ones(2, 12, 6, 12), texts=[])
+    own.logprobs.fill_(-3.2)
+    monkeypatch.setattr(exchange, "sample", lambda *args, **options: own)
+    reference.logprobs[reference.tokens == task.tokenizer.eos_token_id] = -40.0
+    with pytest.raises(ValueError, match="they were drawn from another model"):
+        exchange.check_policy(file, task, reference)
 
 
 def test_rewards_of_the_other_sign_are_refused_at_any_scale(rows, tmp_path):

@@ -223,3 +223,16 @@ def test_two_functions_helpers_of_one_name_are_two_modules(tmp_path):
         assert [a(["x"], ["abc"]), b(["x"], ["abc"]), a(["x"], ["ab"])] == [3, -3, 2]
         assert a.digest != b.digest
     assert "helper" not in sys.modules and str(tmp_path / "a") not in sys.path
+
+
+def test_a_function_may_change_the_path_and_look_outside_its_folder(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "utils.py").touch()
+    (tmp_path / "a" / "s.py").write_text(
+        "import sys\nsys.path.pop(0)\n"
+        "try:\n    from ..utils import X\nexcept ImportError:\n    X = 2\n"
+        "def f(prompts, texts):\n    return [X] * len(texts)\n"
+    )
+    before = list(sys.path)
+    assert load_scorer(f"{tmp_path}/a/s.py:f", "reward")(["x"], ["y"]) == 2
+    assert sys.path == before

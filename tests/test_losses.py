@@ -425,6 +425,25 @@ def test_a_reward_that_is_not_finite_beats_nothing():
             beats_best_of(bad, ref, 2)
 
 
+def test_one_prompts_outlier_leaves_the_others_advantages():
+    alone = grpo_advantages(torch.tensor([[0.0, 1, 0, 1]]))
+    both = grpo_advantages(torch.tensor([[0.0, 1, 0, 1], [-1e9, 0, 1, 0]]))
+    torch.testing.assert_close(both[:1], alone)
+    assert grpo_advantages(torch.zeros(0, 4)).shape == (0, 4)
+
+
+def test_rounding_is_no_scale_of_a_standardised_reward():
+    r_ref = torch.tensor([[1, 1.0000001, 1, 1]])
+    assert standardised(torch.tensor([[2.0]]), r_ref).item() == pytest.approx(1)
+    assert standardised(torch.tensor([[2.0]]), torch.tensor([[1.0]])).item() == 1  # K = 1
+
+
+@pytest.mark.parametrize("scale", [1e-200, 1e-44, 1e30, 1e200])
+def test_beta_has_the_scale_of_the_rewards(scale):
+    r_ref = torch.randn(8, 20, generator=torch.Generator().manual_seed(0)).double()
+    assert empirical_beta(r_ref * scale, 1.0) / scale == pytest.approx(empirical_beta(r_ref, 1.0))
+
+
 @pytest.mark.parametrize("scale", [1e-30, 1e-8, 1e4, 1e30])
 def test_a_standardised_reward_has_no_scale(scale):
     r = torch.randn(6, 8, generator=torch.Generator().manual_seed(0)).double()

@@ -40,7 +40,7 @@ def grpo_advantages(returns: Tensor) -> Tensor:
     check_samples("returns", returns, 2, least=2)
     exact = returns.double()
     centred = exact - exact.mean(1, keepdim=True)
-    eps = 1e-6 * centred.abs().max()  # whatever the scale of the reward
+    eps = 1e-7 * exact.abs().amax(1, keepdim=True)  # whatever the scale of the reward
     advantages = centred / (exact.std(1, keepdim=True) + eps)
     # the mean of equal returns is not always their value
     advantages = advantages.masked_fill(all_equal(returns), 0)

@@ -7,9 +7,10 @@ import copy
 import importlib.util
 import inspect
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 from types import ModuleType
@@ -21,6 +22,7 @@ from minictrl.data import Prompt, key
 
 OURS = Path(__file__).parent.parent  # the package, which a function may import
 RULE = "return a list of one number per text; it gets the lists (prompts, texts)"
+LOCK = threading.RLock()  # sys.modules is one for all threads
 MOST_KEPT = 0.9  # of the values of a function, where float32 makes others of them equal
 
 
@@ -59,8 +61,8 @@ def load_function(
         prompts, fields = copy.deepcopy((list(prompts), fields))  # the function may change them
         with own_modules():
             scores = function(prompts, list(texts), **fields)
-            if isinstance(scores, (dict, set, frozenset, str)):  # whose items have no order
-                raise TypeError(f"it gives a {type(scores).__name__}")
+            if isinstance(scores, (dict, set, frozenset, str)) or not hasattr(scores, "__iter__"):
+                raise TypeError(f"it gives a {type(scores).__name__}; {RULE}")
             return list(islice(scores, len(texts) + 1))  # it may never end
 
     def evaluate(prompts: list[Prompt], texts: list[str]) -> Tensor:
@@ -92,20 +94,23 @@ def beside(path: Path, files: Iterable[Path]) -> Callable[[], AbstractContextMan
     """A context in which a file of Python imports from beside it before all else, and these files
     as modules of its own, because two functions' helpers may have one name.
     """
-    names = {file.relative_to(path.parent).parts[0].removesuffix(".py") for file in files}
+    inside = [file for file in files if file.is_relative_to(path.parent)]
+    names = {file.relative_to(path.parent).parts[0].removesuffix(".py") for file in inside}
     names, own = names - sys.stdlib_module_names, {}
 
     @contextmanager
     def imports():
-        others = taken(names)
-        sys.modules.update(own)
-        sys.path.insert(0, str(path.parent))
-        try:
-            yield
-        finally:
-            sys.path.remove(str(path.parent))
-            own.update(taken(names))
-            sys.modules.update(others)
+        with LOCK:
+            others = taken(names)
+            sys.modules.update(own)
+            sys.path.insert(0, str(path.parent))
+            try:
+                yield
+            finally:
+                own.update(taken(names))
+                sys.modules.update(others)
+                with suppress(ValueError):  # the user's file may have removed it
+                    sys.path.remove(str(path.parent))
 
     return imports
 
@@ -139,10 +144,11 @@ def scores_of(call: Callable, prompts: list[Prompt], texts: list[str], name: str
     """
 
     def numbers(prompts: list, texts: list[str]) -> Tensor:
+        scores = call(prompts, texts)
         try:
-            return torch.as_tensor(call(prompts, texts), dtype=torch.float64).detach()
-        except TypeError as error:
-            raise TypeError(f"{error}; {RULE}") from error
+            return torch.as_tensor(scores, dtype=torch.float64).detach()
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(f"{error}; {RULE}") from None
 
     try:
         exact = numbers(prompts, texts)
