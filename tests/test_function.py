@@ -225,11 +225,23 @@ def test_two_functions_helpers_of_one_name_are_two_modules(tmp_path):
     assert "helper" not in sys.modules and str(tmp_path / "a") not in sys.path
 
 
+def test_what_lies_beside_a_function_hides_no_package(tmp_path):
+    (tmp_path / "numpy.py").write_text("raise SystemExit")
+    (tmp_path / "colorsys.py").write_text("raise SystemExit")
+    file = tmp_path / "torch.py"
+    file.write_text(
+        "import importlib, torch\n"
+        "def f(prompts, texts):\n"
+        "    importlib.import_module('colorsys')\n    return torch.ones(len(texts))\n"
+    )
+    assert load_scorer(f"{file}:f", "reward")(["x"], ["y"]) == 1
+
+
 def test_a_function_may_change_the_path_and_look_outside_its_folder(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "utils.py").touch()
     (tmp_path / "a" / "s.py").write_text(
-        "import sys\nsys.path.pop(0)\n"
+        "import sys\nsys.path.pop()\n"
         "try:\n    from ..utils import X\nexcept ImportError:\n    X = 2\n"
         "def f(prompts, texts):\n    return [X] * len(texts)\n"
     )

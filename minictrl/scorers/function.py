@@ -11,6 +11,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
+from importlib.machinery import PathFinder
 from itertools import islice
 from pathlib import Path
 from types import ModuleType
@@ -91,26 +92,36 @@ def sources(path: Path) -> dict[Path, str]:
 
 
 def beside(path: Path, files: Iterable[Path]) -> Callable[[], AbstractContextManager]:
-    """A context in which a file of Python imports from beside it before all else, and these files
-    as modules of its own, because two functions' helpers may have one name.
+    """A context in which a file of Python imports these files from beside it before all else, as
+    modules of its own, because two functions' helpers may have one name.
     """
-    inside = [file for file in files if file.is_relative_to(path.parent)]
-    names = {file.relative_to(path.parent).parts[0].removesuffix(".py") for file in inside}
+    folder = str(path.parent)
+    inside = [file for file in files if file != path and file.is_relative_to(folder)]
+    names = {file.relative_to(folder).parts[0].removesuffix(".py") for file in inside}
     names, own = names - sys.stdlib_module_names, {}
+
+    class Finder:
+        """Finds these names alone: what else lies there hides no package."""
+
+        @staticmethod
+        def find_spec(name: str, where=None, target=None):
+            return PathFinder.find_spec(name, [folder]) if name in names else None
 
     @contextmanager
     def imports():
         with LOCK:
             others = taken(names)
             sys.modules.update(own)
-            sys.path.insert(0, str(path.parent))
+            sys.meta_path.insert(0, Finder)
+            sys.path.append(folder)
             try:
                 yield
             finally:
                 own.update(taken(names))
                 sys.modules.update(others)
+                sys.meta_path.remove(Finder)
                 with suppress(ValueError):  # the user's file may have removed it
-                    sys.path.remove(str(path.parent))
+                    sys.path.remove(folder)
 
     return imports
 
