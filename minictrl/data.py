@@ -90,11 +90,11 @@ def read_own(name: str, data_split: str = "train") -> Iterable[tuple[str, object
 
 
 def read_json(path: Path) -> Iterable[tuple[str, object]]:
-    """The rows of a file, one JSON value a line, blank lines skipped; or of its one list."""
+    """The rows of a file, one JSON value a line, blank lines skipped; a .json may be one list."""
     if not path.is_file():
         raise ValueError(f'{path} is no file: give one with a "prompt" in each row')
     text, empty = path.read_bytes(), True
-    if text.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
+    if path.suffix == ".json" and text.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
         try:
             rows = json.loads(text)
             json.dumps(rows, ensure_ascii=False).encode()  # half a character is no text
