@@ -13,8 +13,8 @@ from minictrl.procedures import cells
 # of the controller
 DRIFT = 0.2  # share of the error that the target takes over at each step
 ERROR_BOUNDS = (-0.5, 1.5)  # log(kl_ref / kl) is kept between these
-TRIES = 6  # of a KL that is in reach
 TARGET_BOUNDS = (1 / 20, 4)  # target / kl is kept between these
+TRIES = 6  # of a KL that is in reach
 
 
 def empirical_beta(r_ref: Tensor, kl: float) -> float:

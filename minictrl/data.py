@@ -95,26 +95,28 @@ def read_json(path: Path) -> Iterable[tuple[str, object]]:
         raise ValueError(f'{path} is no file: give one with a "prompt" in each row')
     text, empty = path.read_bytes(), True
     if path.suffix == ".json" and text.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
-        try:
-            rows = json.loads(text)
-            json.dumps(rows, ensure_ascii=False).encode()  # half a character is no text
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path} is not JSON ({error}): give a list of objects") from None
+        rows = parse_json(text, str(path), "give a list of objects")
         yield from ((f"{path}, row {number}", row) for number, row in enumerate(rows, 1))
         return
     for number, line in enumerate(text.splitlines(), 1):
         if line.strip():
-            try:
-                value = json.loads(line)
-                json.dumps(value, ensure_ascii=False).encode()  # half a character is no text
-            except (ValueError, RecursionError) as error:
-                raise ValueError(
-                    f"{path}, line {number} is not JSON ({error}): put one object a line"
-                ) from None
-            yield f"{path}, line {number}", value
+            where = f"{path}, line {number}"
+            yield where, parse_json(line, where, "put one object a line")
             empty = False
     if empty:
         raise ValueError(f'{path} holds no prompt: put {{"prompt": …}} on each line')
+
+
+def parse_json(text: bytes, where: str, rule: str) -> object:
+    """A value of JSON. Raises ValueError, with the rule, on what is none, or holds half a
+    character, which is no text.
+    """
+    try:
+        value = json.loads(text)
+        json.dumps(value, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where} is not JSON ({error}): {rule}") from None
+    return value
 
 
 def read_csv(path: Path) -> Iterable[tuple[str, dict]]:
@@ -124,17 +126,17 @@ def read_csv(path: Path) -> Iterable[tuple[str, dict]]:
     if not path.is_file():
         raise ValueError(f'{path} is no file: give a .csv file with a column "prompt"')
     csv.field_size_limit(2**31 - 1)
-    header = None
+    header, names = None, set()
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             for number, cells in enumerate(filter(None, csv.reader(file, strict=True))):
                 if header is None:
-                    header = cells
+                    header, names = cells, set(cells)
                     continue
-                if len(cells) > len(header) or len(set(header)) < len(header):
+                if len(cells) > len(header) or len(names) < len(header):
                     raise csv.Error(
-                        f"row {number} has {len(cells)} cells for {len(set(header))} names: name "
-                        "each column once, and put quotes around a text with commas"
+                        f"row {number} has {len(cells)} cells for {len(names)} names: name each "
+                        "column once, and put quotes around a text with commas"
                     )
                 cells += [""] * (len(header) - len(cells))
                 yield f"{path}, row {number}", {x: y or None for x, y in zip(header, cells)}

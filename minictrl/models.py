@@ -217,13 +217,14 @@ def load_scorer(
     if role not in ("reward", "judge"):
         raise ValueError(f"unknown role {role!r}: use reward or judge")
     name, prefixes = model_of(name_or_path, role), None
-    columns = {} if columns is None else columns
     if name.endswith(".py"):
         raise ValueError(f"{role} {name}: which function of it? give {name}:NAME")
     if ".py:" in name:
+        columns = {} if columns is None else columns
         depends_on, evaluate = load_function(name, role, columns)
         tokenizer = None
     else:
+        columns = None  # which a model doesn't read
         device = resolve_device(device) if isinstance(device, str) else device
         name, label = parted(name)
         config = from_hub(AutoConfig, f"{role} model", name)
@@ -238,8 +239,7 @@ def load_scorer(
     if tokenizer is not None:
         set_precision(model, device)
         check_padding(model, f"{role} model {name}", evaluate)
-    read = columns if tokenizer is None else None
-    return Scorer(name_or_path, role, evaluate, before, tokenizer, prefixes, read)
+    return Scorer(name_or_path, role, evaluate, before, tokenizer, prefixes, columns)
 
 
 def check_padding(model: nn.Module, name: str, evaluate: Callable) -> None:

@@ -83,7 +83,7 @@ class Method:
                 )
             return None
         if r_ref is not None and (c.transform in RAW or theory.tied(r_ref, c.procedure, c.n)):
-            return budget.empirical_beta(self.Phi.of_rewards(r_ref, r_ref), kl)
+            return self.beta_of_samples(kl, r_ref)
         if c.kl is not None and kl > c.kl:  # a step's, to bring a policy that lags to the budget
             kl = min(kl, theory.MAX_KL)
         elif kl >= math.log(c.K + 1):
@@ -92,6 +92,10 @@ class Method:
                 f"values: ask for less than {math.log(c.K + 1):.2f}, or take more samples (--K)"
             )
         return theory.beta_for_kl(c.transform, kl, procedure=c.procedure, n=c.n)
+
+    def beta_of_samples(self, kl: float, r_ref: Tensor) -> float:
+        """`beta_for` raw rewards, or ties."""
+        return budget.empirical_beta(self.Phi.of_rewards(r_ref, r_ref), kl)
 
     def check_beta(self, beta: float | None, r_ref: Tensor) -> None:
         """Raises ValueError on a --beta at which R, of pi_ref's samples r_ref (P, K), is huge. None

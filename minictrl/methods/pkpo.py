@@ -52,17 +52,15 @@ class Method(Online):
         """The largest n that G samples have advantages for."""
         return G
 
-    def beta_for(self, kl: float, r_ref: Tensor | None = None) -> float:
-        """As `Method.beta_for`; where rewards tie, the slope dW / dKL of the best win rate on their
-        levels at this KL, which is the beta of that optimum. It falls to 0 as the win rate nears 1;
-        a tenth of the other is the least, so that one failure among many is not worth all KL.
+    def beta_of_samples(self, kl: float, r_ref: Tensor) -> float:
+        """The slope dW / dKL of the best win rate on the rewards' levels at this KL, which is the
+        beta of that optimum. It falls to 0 as the win rate nears 1; a tenth of the transform's beta
+        is the least, so that one failure among many is not worth all KL.
         """
-        c, beta = self.config, super().beta_for(kl, r_ref)
-        if r_ref is None or not theory.tied(r_ref, c.procedure, c.n):
-            return beta
+        c, least = self.config, super().beta_of_samples(kl, r_ref) / 10
         levels, near = theory.levels_of(r_ref, spread=False), ((1 - STEP) * kl, (1 + STEP) * kl)
         low, high = (theory.at_kl(self.Phi, x, c.procedure, c.n, levels=levels) for x in near)
-        return max((high - low) / (near[1] - near[0]), beta / 10)
+        return max((high - low) / (near[1] - near[0]), least)
 
     def reward(self, r: Tensor, r_ref: Tensor, Phi_C: Tensor, beta: float) -> Tensor:
         n = 1 if self.config.procedure == "standard" else self.config.n
