@@ -100,8 +100,8 @@ DATA_RULE = (
 
 
 def is_data(name: str) -> bool:
-    """Whether this can be a user's data, as far as its name tells."""
-    return is_file(name) or "/" in name or Path(name).is_dir()
+    """Whether this can be a user's data: not a file of another format."""
+    return is_file(name) or Path(name).is_dir() or ("/" in name and not Path(name).exists())
 
 
 def is_file(name: str) -> bool:

@@ -222,8 +222,10 @@ def test_a_bad_line_is_named(tmp_path, line, fault):
 
 def test_bad_names_and_empty_files_are_one_line(tmp_path):
     empty = write(tmp_path / "empty.jsonl", ["\n"])
+    other = write(tmp_path / "prompts.txt", ["a prompt\n"])  # its path has a slash: no data set
     for arguments, fault in (
         (("nope",), "use one of reviews, helpful"),
+        ((other,), "use one of reviews, helpful"),
         (("reviews", "dev"), "use train or test"),
         ((empty,), "holds no prompt"),
         ((str(tmp_path / "no.jsonl"),), "is no file"),
