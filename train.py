@@ -67,10 +67,9 @@ def read_arguments(argv=None) -> tuple[dict, bool, bool]:
 
 def main(argv=None):
     settings, resume, overwrite = read_arguments(argv)
-    config = Config(**settings)
+    config = Config(**settings).resolved()
     from minictrl import runs
 
-    config = config.resolved()
     with runs.hold(Path(config.out)):
         if resume:
             config = runs.resumed(Path(config.out), settings)

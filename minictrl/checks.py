@@ -107,12 +107,10 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 def same_shape(rule: str = "", dim: int | None = None, **tensors: Tensor) -> None:
     """ValueError, with the rule, unless all are tensors of one shape, of `dim` dimensions."""
-    shapes = {name: shape(x) for name, x in tensors.items()}
+    shapes = {
+        name: tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+        for name, x in tensors.items()
+    }
     dims = {len(each) for each in shapes.values() if isinstance(each, tuple)}
     if len(set(shapes.values())) > 1 or not dims or dim not in (None, *dims):
         raise ValueError(f"{shapes} must have one shape{rule}")
-
-
-def shape(x: Tensor) -> tuple[int, ...] | str:
-    """A tensor's shape; of anything else the name of its type."""
-    return tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__

@@ -33,9 +33,8 @@ WITHOUT_EFFECT = ("out", "device", "cache", "track")  # settings that do not cha
 # pi. Training's steps are 1, 2, ... `Config.seed_for` has the seed of each.
 CALIBRATION, TEST_REF, TEST = 0, -1, -2
 
-# A data set on the hub (`data.py`): name, folder in it, its splits, and whether rows without a
-# prompt or a side are left out.
-HUB = {"folder": None, "train": "train", "test": "test", "skip_bad": True}
+# A data set on the hub (`data.py`): name, folder in it, its splits.
+HUB = {"folder": None, "train": "train", "test": "test"}
 HH = HUB | {"name": "Anthropic/hh-rlhf"}
 
 # Files that `--task` takes, as `datasets` calls their kind; None where we read it.

@@ -57,11 +57,11 @@ def load_rows(
     source = TASKS[name].get("data")
     if source is None:
         return [(prompt, {}) for prompt in json.loads((ASSETS / "prompts.json").read_text())[split]]
-    train = unique(convert(read_hub(source, "train"), row_of, skip_bad=source["skip_bad"]))
+    train = unique(convert(read_hub(source, "train"), row_of, skip_bad=True))
     if split == "train":
         return train
     seen = {key(prompt) for prompt, _ in train}
-    test = unique(convert(read_hub(source, "test"), row_of, skip_bad=source["skip_bad"]))
+    test = unique(convert(read_hub(source, "test"), row_of, skip_bad=True))
     return [row for row in test if key(row[0]) not in seen]
 
 

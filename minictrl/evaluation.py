@@ -25,11 +25,11 @@ from minictrl.methods import get_method
 from minictrl.models import load_policy
 from minictrl.procedures import get_procedure
 from minictrl.reference import Reference
-from minictrl.results import ENDS, check_kept, eval_path, file_suffix, parts_of, warn_of_less
+from minictrl.results import ENDS, check_replaced, eval_path, file_suffix, parts_of
 from minictrl.rollout import batch_of, reference_samples, sample_and_score, score
 from minictrl.sampling import Samples, texts_of
 from minictrl.task import Task, load_task, rows_of, scorer_of, try_scorers
-from minictrl.transforms import Transform
+from minictrl.transforms import RAW, Transform
 from minictrl.winrate import kept_scores, mean_stderr, win_rates
 
 KL_SAMPLES = 16  # responses per prompt for the KL
@@ -73,15 +73,15 @@ def evaluate(
     try_scorers([task.reward, judge], task.prompts)
     cases = procedures(config, sizes, M)
     suffix = file_suffix(split, other_models)
-    check_kept(eval_path(run, suffix), other_models)
-    warn_of_less(eval_path(run, suffix), len(task.prompts), M)
+    check_replaced(eval_path(run, suffix), other_models, len(task.prompts), M)
     policy, _ = load_policy(str(run / "policy"))
     policy.to(task.ids.device)
     pi, pi_ref, samples = draw_both(task, policy, judge, config, M)
     kls = kl_by_prompt(policy, task, samples, config.micro_batch).double()
 
-    # the policy is no optimum of another reward model's
-    curve = None if "reward" in other_models else curve_of(config)
+    # there is no theory of a raw reward, and the policy is no optimum of another reward model's
+    has_theory = config.transform not in RAW and "reward" not in other_models
+    curve = curve_of(config) if has_theory else None
     table, wins = table_of(config, pi, pi_ref, kls, curve, cases)
     C_hat = C_hats(pi, pi_ref)
     parts = parts_of(run, suffix)
@@ -162,7 +162,7 @@ def table_of(
         shared = {
             "kl": kl,
             "kl_stderr": kl_stderr,
-            "theory": theory.at_kl(curve, *at, **of_reward) if curve and curve.calibrated else None,
+            "theory": theory.at_kl(curve, *at, **of_reward) if curve else None,
             "optimal": None if tied else theory.optimal_win_rate(*at),
             "prompts": P,
             "samples": M,

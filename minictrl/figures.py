@@ -53,12 +53,12 @@ def draw(run: Path, suffix: str, table: list[dict]) -> str:
         return "no pictures: pip install matplotlib"
     with matplotlib.rc_context(STYLE):
         tradeoff_png = run / f"tradeoff{suffix}.png"
-        save(win_rates(run, suffix, table), tradeoff_png)
-        save(training(run), run / "training.png")
+        save(draw_win_rates(run, suffix, table), tradeoff_png)
+        save(draw_training(run), run / "training.png")
     return f"pictures: {tradeoff_png}, {run / 'training.png'}"
 
 
-def win_rates(run: Path, suffix: str, table: list[dict]):
+def draw_win_rates(run: Path, suffix: str, table: list[dict]):
     """Measured win rates, with two standard errors, on the curves of the run's transform and of the
     optimum.
     """
@@ -75,7 +75,7 @@ def win_rates(run: Path, suffix: str, table: list[dict]):
             for row in table
             if (row["procedure"], row["n"]) == (procedure, n)
         ]
-        tradeoff(
+        draw_tradeoff(
             axis,
             rows,
             procedure,
@@ -91,7 +91,7 @@ def win_rates(run: Path, suffix: str, table: list[dict]):
     return figure
 
 
-def training(run: Path):
+def draw_training(run: Path):
     """The learning curves of metrics.jsonl."""
     rows, budget = runs.finished_metrics(run), runs.load_config(run).kl
     names = [name for name in CURVES if rows[-1].get(name) is not None]
@@ -158,7 +158,7 @@ def errorbars(
             axis.plot(line[x], line[dashed], "--", linewidth=1, color=drawn[0].get_color())
 
 
-def tradeoff(
+def draw_tradeoff(
     axis,
     rows: list[dict],
     procedure: str,

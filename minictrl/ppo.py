@@ -85,17 +85,17 @@ def gae(
         if not 0 <= number(name, value) <= 1:
             raise ValueError(f"{name} is {value}: must be between 0 and 1")
     mask = _check(mask, token_rewards=token_rewards, values=values)
-    dtype = torch.promote_types(token_rewards.dtype, values.dtype)
-    dtype = torch.promote_types(dtype, torch.float32)
-    token_rewards, values = (x.masked_fill(~mask, 0).to(dtype) for x in (token_rewards, values))
-    advantages = torch.zeros_like(values)
-    next_value = next_advantage = torch.zeros_like(values[:, 0])
+    token_rewards, values = (
+        at_least_float32(x).masked_fill(~mask, 0) for x in (token_rewards, values)
+    )
+    advantages, next_value, next_advantage = [], 0, 0
     # behind the mask all terms are 0, so each response starts from 0
     for t in reversed(range(values.shape[1])):
         delta = token_rewards[:, t] + gamma * next_value - values[:, t]
         next_advantage = delta + gamma * lam * next_advantage
         next_value = values[:, t]
-        advantages[:, t] = next_advantage
+        advantages.append(next_advantage)
+    advantages = torch.stack(advantages[::-1], 1)
     return advantages, advantages + values
 
 

@@ -86,10 +86,11 @@ def write_page(folders: list[Path], suffix: str, file: Path):
     judged = all(any(row["scorer"] == "judge" for row in table) for table in tables.values())
     with matplotlib.rc_context(figures.STYLE):
         drawn = section(
-            "Win rates against KL", [picture(win_rates, tables=tables, case=case) for case in CASES]
+            "Win rates against KL",
+            [picture(draw_win_rates, tables=tables, case=case) for case in CASES],
         )
         drawn += section(
-            "Training", [picture(training, named=named, column=column) for column in COLUMNS]
+            "Training", [picture(draw_training, named=named, column=column) for column in COLUMNS]
         )
         drawn += section(
             "Calibrated reward of the samples: flat under pi_ref",
@@ -116,17 +117,17 @@ the same prompt that a response beats.</p>
         path.write_text(page, encoding="utf-8")
 
 
-def win_rates(axis, *, tables: dict[str, list[dict]], case: tuple[str, int]):
+def draw_win_rates(axis, *, tables: dict[str, list[dict]], case: tuple[str, int]):
     rows = [
         row | {"run": f"{name}, by {row['scorer']}"}
         for name, table in tables.items()
         for row in table
         if (row["procedure"], row["n"]) == case
     ]
-    figures.tradeoff(axis, rows, *case, by="run", expected={})
+    figures.draw_tradeoff(axis, rows, *case, by="run", expected={})
 
 
-def training(axis, *, named: dict[str, Path], column: str):
+def draw_training(axis, *, named: dict[str, Path], column: str):
     for name, folder in named.items():
         rows = runs.read_metrics(folder)
         if rows and rows[-1].get(column) is not None:

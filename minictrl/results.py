@@ -43,27 +43,21 @@ def file_suffix(split: str, other_models: dict[str, str] | None = None) -> str:
     return "".join(f"-{part}" for part in parts)
 
 
-def check_kept(path: Path, other_models: dict[str, str]):
-    """Raises ValueError if there is an eval.json of this name from a model of the same name in
-    another directory.
+def check_replaced(path: Path, other_models: dict[str, str], prompts: int, samples: int):
+    """Raises ValueError if the eval.json that this evaluation replaces is by a model of the same
+    name in another directory; warns if it has more prompts or samples.
     """
-    if not other_models or not path.is_file():
-        return
-    with reading(path, f"delete {path}"):
-        kept = read_sealed(path).get("models", {})
-    for role, model in other_models.items():
-        if kept.get(role, model) != model:
-            raise ValueError(
-                f"--{role} {model}: {path} has the win rates by {kept[role]}; rename or delete it"
-            )
-
-
-def warn_of_less(path: Path, prompts: int, samples: int):
-    """Warns if the eval.json that this evaluation replaces has more prompts or samples."""
     try:
-        kept = read_sealed(path)["rows"][0]
-    except (OSError, ValueError, LookupError):  # there is none, or it is damaged
+        stored = read_sealed(path)
+        check_columns(stored["rows"], ROW)
+        kept, models = stored["rows"][0], dict(stored.get("models", {}))
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):  # none, or damaged
         return
+    for role, model in other_models.items():
+        if models.get(role, model) != model:
+            raise ValueError(
+                f"--{role} {model}: {path} has the win rates by {models[role]}; rename or delete it"
+            )
     if kept["prompts"] > prompts or kept["samples"] > samples:
         warnings.warn(
             f"{path}: its table of {kept['prompts']} prompts with {kept['samples']} responses each "

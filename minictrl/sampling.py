@@ -126,7 +126,7 @@ def sample(
             prompt_ids, prompt_mask = left_pad([ids[j] for j in unique], pad, device)
             wave = Wave(
                 cache, prompt_ids, prompt_mask, group, u, row, (tokens, mask, logprobs),
-                eos=eos, pad=pad, temperature=temperature, head_rows=_head_rows(model),
+                eos=eos, pad=pad, temperature=temperature,
             )  # fmt: skip
             decode(wave)
 
@@ -185,13 +185,3 @@ def texts_of(
     kept = [row[:length] for row, length in zip(rows, lengths, strict=True)]
     texts = response_texts(tokenizer, [ids[-1] for ids in prompt_ids for _ in range(M)], kept)
     return [texts[i : i + M] for i in range(0, len(texts), M)]
-
-
-def _head_rows(model) -> int:
-    """Rows whose logits are made at a time: all on a GPU; on a CPU as many as fit in 1 MB for a
-    vocabulary of up to 4,096, else 256.
-    """
-    if model.device.type != "cpu":
-        return 2**31
-    V = model.config.vocab_size
-    return 2**18 // V if V <= 4096 else 256

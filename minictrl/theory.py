@@ -95,11 +95,11 @@ def tradeoff(
     if betas.dim() != 1:
         raise ValueError(f"betas {tuple(betas.shape)}: must be (B,); give a list, of one point too")
     for beta in betas.tolist():
-        best = None
-        if transform in FIXED_POINTS:
-            best = solve(solved_for(transform, T), n, beta=positive("beta", beta))
-        policy = _policy(transform, best, K, scale=1 / positive("beta", beta))
-        points.append((policy.kl, mass_win_rate(*policy.masses(n), T, n).item()))
+        positive("beta", beta)
+        best = solve(solved_for(transform, T), n, beta=beta) if transform in FIXED_POINTS else None
+        policy = _policy(transform, best, K, scale=1 / beta)
+        kl = cells.kl(policy.log_ratio, policy.ref)
+        points.append((kl, mass_win_rate(*policy.masses(n), T, n).item()))
     return tuple(np.array(points, dtype=np.float64).reshape(-1, 2).T)
 
 
@@ -189,9 +189,9 @@ def levels_of(r_ref: Tensor, spread: bool = True) -> Tensor:
     shares = counts / r_ref.shape[1]
     if not (spread and once.any()):
         return shares
-    whole = torch.eye(CUT, dtype=torch.float64)[-1]
-    spread = torch.where(once[..., None], torch.full_like(whole, 1 / CUT), whole)  # (P, M, CUT)
-    return (shares[..., None] * spread).flatten(1)
+    one_cell = torch.eye(CUT, dtype=torch.float64)[-1]
+    parts = torch.where(once[..., None], torch.full_like(one_cell, 1 / CUT), one_cell)
+    return (shares[..., None] * parts).flatten(1)  # of (P, M, CUT)
 
 
 def _levels(r_ref: Tensor) -> tuple[Tensor, Tensor]:
@@ -216,10 +216,10 @@ def tied(r_ref: Tensor, procedure: str | MassMap, n: int) -> bool:
     counts, once = _levels(r_ref)
     ref = counts / r_ref.shape[1]
     ties = mass_map(procedure)(ref, cdf(ref), n).square()  # of two draws, by level
-    real = (ties * (counts > 1)).sum(1)  # (P,)
+    share = (ties * (counts > 1)).sum(1)  # (P,)
     total = (ties / torch.where(once, CUT, 1)).sum(1)  # as they are in `levels_of`
-    error = real.std() / len(real) ** 0.5 if len(real) > 1 else 0.0
-    return bool(real.mean() - 2 * error > TIED and real.mean() > total.mean() / 2)
+    error = share.std() / len(share) ** 0.5 if len(share) > 1 else 0.0
+    return bool(share.mean() - 2 * error > TIED and share.mean() > total.mean() / 2)
 
 
 def tied_levels(r_ref: Tensor, procedure: str | MassMap, n: int) -> Tensor | None:
@@ -251,10 +251,6 @@ class _Policy(NamedTuple):
     log_ratio: Tensor
     ref: Tensor
     K: int | None
-
-    @property
-    def kl(self) -> float:
-        return cells.kl(self.log_ratio, self.ref)
 
     def masses(self, n: int) -> tuple[Tensor, Tensor]:
         """(mass, ref). With K samples a cell is wide, and draws that meet in it would tie. They

@@ -51,13 +51,9 @@ def standardised(r: Tensor, r_ref: Tensor) -> Tensor:
     std = exact.std(1, keepdim=True)
     std = torch.where(std > 1e-6 * exact.abs().amax(1, keepdim=True), std, 1.0)
     # the mean of equal rewards is not always their value
-    mean = torch.where(all_equal(exact), exact[:, :1], exact.mean(1, keepdim=True))
+    equal = (exact == exact[:, :1]).all(1, keepdim=True)
+    mean = torch.where(equal, exact[:, :1], exact.mean(1, keepdim=True))
     return ((r - mean) / std).to(r)
-
-
-def all_equal(x: Tensor) -> Tensor:
-    """(P, 1) whether a prompt's values x (P, G) are one."""
-    return (x == x[:, :1]).all(1, keepdim=True)
 
 
 # Uncalibrated RLHF and what lies between it and CTRL: (r (B, M), r_ref (B, K)) -> reward (B, M).
@@ -77,7 +73,6 @@ class Transform:
 
     name: str
     Phi: Callable[[Tensor], Tensor]
-    calibrated = True  # so that every prompt's reward has the same distribution under pi_ref
 
     def __call__(self, u: Tensor) -> Tensor:
         u = real("u", u)
@@ -107,8 +102,6 @@ class Transform:
 @dataclass(frozen=True)
 class RawReward(Transform):
     """A reward that is not calibrated, for comparison: Phi maps (r, r_ref) to it."""
-
-    calibrated = False
 
     def __call__(self, u: Tensor) -> Tensor:
         raise ValueError(
@@ -144,7 +137,6 @@ def get_transform(
         whole("K", K)
     if beta is not None:
         positive("beta", beta)
-    t = tilt_of(name)
     if name in RAW:
         return RawReward(name, RAW[name])
     if name in FIXED_POINTS:
@@ -154,13 +146,14 @@ def get_transform(
                 "theory.beta_for_kl gives it"
             )
         return Transform(name, fixed_point(name, procedure, n, beta))
-    if t is not None and name not in CLOSED_FORMS:
+    if name not in CLOSED_FORMS:
+        t = tilt_of(name)
+        if t is None:
+            known = ", ".join(["exp<t> (exp5, exp-10, …)", *CLOSED_FORMS, *FIXED_POINTS, *RAW])
+            raise ValueError(f"unknown transform {given!r}; known: {known}")
         if not 0 < abs(t) <= MAX_T:
             raise ValueError(f"transform {name!r}: use a t between -{MAX_T} and {MAX_T}, not 0")
         return Transform(name, exp(t))
-    if name not in CLOSED_FORMS:
-        known = ", ".join([*CLOSED_FORMS, *FIXED_POINTS, *RAW])
-        raise ValueError(f"unknown transform {given!r}; known: exp<t> (exp5, exp-10, …), {known}")
     if name == "log" and K is not None:
         return Transform(name, lambda u: log(u.clamp(min=1 / (2 * K))))
     for u in (1.0,) if K is None else (0.0, 1.0):

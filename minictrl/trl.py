@@ -36,7 +36,7 @@ from minictrl.lm.device import resident
 from minictrl.lm.prompts import encode_prompts
 from minictrl.methods import get_method
 from minictrl.models import Scorer
-from minictrl.reference import CHUNK, Reference
+from minictrl.reference import CHUNK, Reference, samples_of
 from minictrl.rollout import reference_key, reference_samples, sample_and_score
 from minictrl.sampling import texts_of
 from minictrl.task import Task, load_task, text_of
@@ -164,11 +164,10 @@ def calibrate(task: Task, config: Config, run: Path) -> Reference:
     """
     P, K = len(task.prompts), config.K
     drawn = {"seed": config.seed_for(CALIBRATION), "cache": config.cache}  # as train.py has it
-    if run.is_dir():
-        digest = reference_key(task, drawn["seed"], task.cache_keys)
-        stored = Reference.load(run / "reference.safetensors", digest)
-        if stored is not None and len(stored.r_ref) == P and stored.r_ref.shape[1] >= K:
-            return stored[:, :K]
+    digest = reference_key(task, drawn["seed"], task.cache_keys)
+    stored = Reference.load(run / "reference.safetensors", digest)
+    if samples_of(stored) >= K:
+        return stored[:, :K]
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world > 1:
         from accelerate import PartialState

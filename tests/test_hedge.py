@@ -22,8 +22,8 @@ def win_rate(n: int) -> float:
 def test_the_judges_peak_is_found_where_it_is_and_the_rewards_is_at_the_end():
     u = torch.rand(2000, 128, generator=torch.Generator().manual_seed(0))
     both = {"reward": u, "judge": torch.where(u < TURN, u, -u)}
-    pi, pi_ref = hedge.halves(both)
-    rows = hedge.curves("pi_ref", pi, pi_ref, 32)
+    pi, pi_ref = hedge.split_samples(both)
+    rows = hedge.best_of_curve("pi_ref", pi, pi_ref, 32)
     assert [row["n"] for row in rows] == 2 * [1, 2, 4, 8, 16, 32]
     for row in rows:  # 4 standard errors over prompts
         n = row["n"]

@@ -449,9 +449,14 @@ def test_an_out_that_lies_in_a_file_is_named(tmp_path):
 
 def test_an_evaluation_that_replaces_a_larger_one_says_so(tmp_path):
     path = tmp_path / "eval.json"
-    results.warn_of_less(path, 3, 4)
-    write_sealed(path, {"rows": [{"prompts": 200, "samples": 8}]})
-    results.warn_of_less(path, 200, 8)
+    row = dict.fromkeys(results.ROW, 0.5) | {"procedure": "bon", "scorer": "reward"}
+    row |= {"prompts": 200, "samples": 8}
+    results.check_replaced(path, {}, 3, 4)  # there is none
+    for damaged in ([], {"rows": [{}]}, {"rows": [row | {"prompts": "x"}]}, {"rows": []}):
+        path.write_text(json.dumps(damaged))
+        results.check_replaced(path, {"judge": "x"}, 3, 4)
+    write_sealed(path, {"rows": [row]})
+    results.check_replaced(path, {}, 200, 8)
     for less in ((3, 32), (400, 4)):
         with pytest.warns(UserWarning, match="200 prompts with 8 responses each is replaced"):
-            results.warn_of_less(path, *less)
+            results.check_replaced(path, {}, *less)

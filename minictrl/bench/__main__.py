@@ -16,7 +16,7 @@ from pathlib import Path
 from minictrl.bench.calibration import calibration_share
 from minictrl.bench.engine import sample_vs_ctranslate2
 from minictrl.bench.growth import growth
-from minictrl.bench.presets import preset_rows
+from minictrl.bench.presets import presets
 from minictrl.bench.roofline import decode_roofline
 from minictrl.bench.sampling import sample_vs_generate
 from minictrl.bench.step import ppo_step_vs_trl
@@ -26,15 +26,16 @@ from minictrl.files import write_json
 from minictrl.lm.device import resolve_device
 
 # Each takes (policy, device, quick), and yields its rows or raises LeftOut.
-ROWS = {
-    "sample_vs_generate": sample_vs_generate,
-    "sample_vs_ctranslate2": sample_vs_ctranslate2,
-    "ppo_step_vs_trl": ppo_step_vs_trl,
-    "calibration_share": calibration_share,
-    "decode_roofline": decode_roofline,
-    "growth": growth,
-    "presets": preset_rows,
-}
+ROWS = (
+    sample_vs_generate,
+    sample_vs_ctranslate2,
+    ppo_step_vs_trl,
+    calibration_share,
+    decode_roofline,
+    growth,
+    presets,
+)
+ROWS = {row.__name__: row for row in ROWS}
 HEAD = "| name | ours | theirs | ratio | unit | setting |\n|---|---|---|---|---|---|"
 LINE = "| {name} | {ours:.4g} | {theirs:.4g} | {ratio:.2f} | {unit} | {setting} |"
 

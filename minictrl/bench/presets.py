@@ -24,7 +24,7 @@ SHAPES = {
 }
 
 
-def preset_rows(policy: str, device: torch.device, quick: bool) -> Iterator[dict]:
+def presets(policy: str, device: torch.device, quick: bool) -> Iterator[dict]:
     """One row per shape, whatever the policy; --quick measures the first."""
     if device.type != "cuda":
         raise LeftOut("needs a GPU")

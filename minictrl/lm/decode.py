@@ -14,6 +14,16 @@ COMPACT = 0.95  # drop the rows that have ended when at most this share is left
 LOOK = 32  # steps on a GPU between looks at who is alive, after which a step is recorded anew
 
 
+def head_rows(model) -> int:
+    """Rows whose logits are made at a time: all on a GPU; on a CPU as many as fit in 1 MB for a
+    vocabulary of up to 4,096, else 256.
+    """
+    if model.device.type != "cpu":
+        return 2**31
+    V = model.config.vocab_size
+    return 2**18 // V if V <= 4096 else 256
+
+
 class Wave:
     """R rows, decoded into the rows `row` of `out`: tokens, mask and logprobs, (all rows, T) each.
 
@@ -35,10 +45,9 @@ class Wave:
         eos: Tensor,
         pad: int,
         temperature: float,
-        head_rows: int,
     ):
         self.cache, self.eos, self.pad = cache, eos, pad
-        self.temperature, self.head_rows = temperature, head_rows
+        self.temperature, self.head_rows = temperature, head_rows(cache.model)
         self.tokens, self.mask, self.logprobs = out
         self.u, self.row = u, row
         self.t = row.new_zeros(1)

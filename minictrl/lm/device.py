@@ -69,9 +69,14 @@ def check_room(responses: int, tokens: int, flags: str) -> None:
         )
 
 
-def halving(size: int, work: Callable[[int], Result]) -> tuple[Result, int]:
+def halving(
+    size: int,
+    work: Callable[[int], Result],
+    too_small: str = "out of memory with one response at a time: use a smaller model, or shorter "
+    "prompts and responses",
+) -> tuple[Result, int]:
     """Calls work(size); out of memory, again with half the size. Returns (its result, the size that
-    fitted). Raises ValueError where 1 doesn't fit.
+    fitted). Raises ValueError, with `too_small`, where 1 doesn't fit.
     """
     while True:
         try:
@@ -80,10 +85,7 @@ def halving(size: int, work: Callable[[int], Result]) -> tuple[Result, int]:
             if not out_of_memory(error):
                 raise
             if size == 1:
-                raise ValueError(
-                    "out of memory with one response at a time: use a smaller model, or shorter "
-                    "prompts and responses"
-                ) from None
+                raise ValueError(too_small) from None
         size //= 2
 
 

@@ -7,12 +7,12 @@ mean. `grpo_fixed.py` has the loss as published.
 
 import math
 
-import torch
 from torch import Tensor
 
+from minictrl.checks import at_least_float32
 from minictrl.methods.base import Method as Base
 from minictrl.methods.base import Online, check_samples
-from minictrl.transforms import all_equal, standardised
+from minictrl.transforms import standardised
 
 
 class Method(Online):
@@ -38,10 +38,4 @@ def grpo_advantages(returns: Tensor) -> Tensor:
     times `ppo.loo_advantages`. A group of equal returns gets 0.
     """
     check_samples("returns", returns, 2, least=2)
-    exact = returns.double()
-    centred = exact - exact.mean(1, keepdim=True)
-    eps = 1e-7 * exact.abs().amax(1, keepdim=True)  # whatever the scale of the reward
-    advantages = centred / (exact.std(1, keepdim=True) + eps)
-    # the mean of equal returns is not always their value
-    advantages = advantages.masked_fill(all_equal(returns), 0)
-    return advantages.to(torch.promote_types(returns.dtype, torch.float32))
+    return standardised(at_least_float32(returns), returns)

@@ -37,8 +37,8 @@ def load_pairs(
 
     A row is a prompt (`prompt_of`) with "chosen" and "rejected", two answers; or these are two
     transcripts of HH-RLHF or lists of messages, with one prompt and an answer at the end. A row
-    without one of its sides raises ValueError with its line; with skip_bad (default: as the task's
-    entry says, else False) such rows are counted in a warning and left out. column: where a user's
+    without one of its sides raises ValueError with its line; with skip_bad (default: of a task's
+    pairs alone) such rows are counted in a warning and left out. column: where a user's
     prompts are. split: the pairs of the prompts that `load_prompts` has of the same data; no prompt
     is in both.
     """
@@ -55,8 +55,7 @@ def load_pairs(
             f"task {task_or_file!r} has no preference pairs: use a file, or one of "
             f"{', '.join(name for name in TASKS if 'data' in TASKS[name])}"
         )
-    skip_bad = source["skip_bad"] if skip_bad is None else skip_bad
-    pairs = convert(read_hub(source, split), pair_of, skip_bad=skip_bad)
+    pairs = convert(read_hub(source, split), pair_of, skip_bad=skip_bad is not False)
     if split == "test":
         seen = set(map(key, prompts_of(read_hub(source, "train"))))
         pairs = [pair for pair in pairs if key(pair[0]) not in seen]

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 from transformers.utils import logging
 
 from minictrl.data import Prompt
-from minictrl.lm.device import out_of_memory, resident
+from minictrl.lm.device import halving, resident
 from minictrl.lm.hub import from_hub
 from minictrl.lm.prompts import check_ids, without_eos
 from minictrl.messages import first_line
@@ -245,20 +245,19 @@ def by_length(
         return torch.zeros(0)
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     parts, budget, first = [], BATCH_TOKENS.get(device.type, BATCH_TOKENS["cpu"]), 0
+    too_small = f"out of memory with one text of {tokenizer.name_or_path}: use a smaller scorer, "
+    too_small += "or --device cpu"
+
+    def read_next(size: int) -> Tensor:
+        return read(order[first : first + size]).float().cpu()
+
     with resident(model, device):
         while first < len(order):
-            rows = order[first : first + max(1, budget // max(1, lengths[order[first]]))]
-            try:
-                parts.append(read(rows).float().cpu())
-                first += len(rows)
-                continue
-            except (RuntimeError, MemoryError) as error:
-                if not out_of_memory(error):
-                    raise
-                if len(rows) == 1:
-                    raise ValueError(
-                        f"out of memory with one text of {tokenizer.name_or_path}: use a smaller "
-                        "scorer, or --device cpu"
-                    ) from None
-            budget //= 2
+            longest = max(1, lengths[order[first]])
+            size = min(max(1, budget // longest), len(order) - first)
+            scores, fitting = halving(size, read_next, too_small)
+            parts.append(scores)
+            first += fitting
+            if fitting < size:
+                budget = fitting * longest
     return torch.cat(parts)[torch.tensor(order).argsort()]

@@ -15,7 +15,7 @@ from minictrl.methods import get_method
 from minictrl.rollout import score
 from minictrl.sampling import sample
 from minictrl.studies.sweep import SCALES, VARIANTS, sweep
-from minictrl.studies.tables import Rows, at_kl, below_optimum, common_kl, points, where
+from minictrl.studies.tables import Rows, below_optimum, common_kl, measured_at_kl, points, where
 from minictrl.studies.trained import draw_over_n
 from minictrl.task import load_task
 
@@ -47,7 +47,7 @@ def tuned(out: Path, quick: bool):
         for n in (2, 4, 32):
             row = {"tuned": "bon_fp 4" if name == "bon_fp" else name, "used_at": n}
             expected = {"theory": theory.at_kl(Phi, kl, "bon", n)}
-            table += [row | found | expected for found in at_kl(rows, kl, name, "bon", n)]
+            table += [row | found | expected for found in measured_at_kl(rows, kl, name, "bon", n)]
     draw_over_n(axis, table, "used_at", by="tuned")
     axis.set_title(f"Best-of-N at {kl:g} nats, by reward; dashed: theory")
     return table, figure
@@ -94,7 +94,7 @@ def ablation(out: Path, quick: bool):
     for name, (procedure, n) in product(methods, cases):
         variant = f"{name} K 100" if name in ("identity", "exp10") else name
         row = {"variant": variant, "procedure": procedure, "n": n}
-        for found in at_kl(rows, kl, name, procedure, n):
+        for found in measured_at_kl(rows, kl, name, procedure, n):
             gap = below_optimum(found["win_rate"], kl, procedure, n)
             table.append(row | found | {"below_optimum": gap})
     figure, axes = panels(1, 2, width=6)

@@ -37,7 +37,7 @@ def best_of_kl(n: int) -> float:
 # --- the paper's figures ---
 
 
-def tradeoff(transforms: list[str], procedure: str, n: int, kls: list[float]) -> Rows:
+def rows_of(transforms: list[str], procedure: str, n: int, kls: list[float]) -> Rows:
     """Win rate against KL of each transform and of Best-of-n, whose policy is that of `log`."""
     cases = [(name, name, kl) for name, kl in product(transforms, kls)]
     cases += [(f"best-of-{size}", "log", best_of_kl(size)) for size in BEST_OF]
@@ -90,7 +90,7 @@ def every_transform(cases: list[tuple[str, int]], quick: bool):
     rows, (figure, axes) = [], panels(1, len(cases))
     for axis, (procedure, n) in zip(axes, cases):
         names = CLOSED if procedure == "standard" else [*CLOSED, f"{procedure}_fp"]
-        mine = tradeoff(names, procedure, n, budgets(quick))
+        mine = rows_of(names, procedure, n, budgets(quick))
         draw_tradeoff(axis, mine, names)
         rows += mine
     return rows, figure
@@ -131,7 +131,7 @@ def rewind(out: Path, quick: bool):
     """
     figure, (win_axis, draws_axis, density_axis) = panels(1, 3)
     names, threshold = [*CLOSED, "optimal"], cells.REWIND_QUANTILE
-    rows = tradeoff(names, "rewind", 32, budgets(quick))
+    rows = rows_of(names, "rewind", 32, budgets(quick))
     for row in rows:
         name = row["transform"] if row["transform"] in names else "log"
         mass, ref = theory.policy_at_kl(name, row["kl_nats"], "rewind", 32)

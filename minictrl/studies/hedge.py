@@ -32,8 +32,8 @@ def hedge(out: Path, quick: bool):
         pi, pi_ref = redrawn(Path(run), group[0])
         most = group[0]["samples"] // 2
         if not table:  # every run's pi_ref has the same samples
-            table += curves("pi_ref", *halves(pi_ref), most)
-        table += curves(method, pi, pi_ref, most)
+            table += best_of_curve("pi_ref", *split_samples(pi_ref), most)
+        table += best_of_curve(method, pi, pi_ref, most)
     figure, axes = panels(1, len(SCORERS))
     for axis, scorer in zip(axes, SCORERS):
         mine = where(table, scorer=scorer)
@@ -46,13 +46,13 @@ def hedge(out: Path, quick: bool):
     return table, figure
 
 
-def halves(scores: Scores) -> tuple[Scores, Scores]:
+def split_samples(scores: Scores) -> tuple[Scores, Scores]:
     """Each prompt's samples in two: those that Best-of-N draws from, and those that it meets."""
     pairs = {name: x.tensor_split(2, dim=1) for name, x in scores.items()}
     return tuple({name: pair[half] for name, pair in pairs.items()} for half in (0, 1))
 
 
-def curves(method: str, pi: Scores, pi_ref: Scores, most: int) -> Rows:
+def best_of_curve(method: str, pi: Scores, pi_ref: Scores, most: int) -> Rows:
     """The win rate of Best-of-N of pi over one response of pi_ref, N = 1, 2, 4 .. most, by scorer.
 
     stderr is over prompts, which all N share: `peak_share` says which N is the best.

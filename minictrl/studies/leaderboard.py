@@ -215,13 +215,15 @@ class Board:
         head, table = ["method", *columns, *more, "command"], []
         best = [f"*{100 * theory.optimal_win_rate(kl, procedure, n):.1f}*" for kl in self.kls]
         table.append(["*the best possible*", *best, *[""] * (len(more) + 1)])
-        behind = {}
+        behind = {
+            name: [self.ahead(first, name, procedure, n, by) for by in SCORERS]
+            for name in order[1:]
+        }
         for name in order:
-            behind[name] = [self.ahead(first, name, procedure, n, by) for by in SCORERS]
-            table.append(self.line(name, procedure, n, [] if name == first else behind[name]))
-            table[-1].append(command(name, common))
+            cells = self.line(name, procedure, n, behind.get(name, []))
+            table.append([*cells, command(name, common)])
         lines = markdown(head, table)
-        return f"## {title(procedure, n)}\n\n{lines}\n\n{smallest(behind, first)}\n"
+        return f"## {title(procedure, n)}\n\n{lines}\n\n{smallest(behind)}\n"
 
     def line(self, name: str, procedure: str, n: int, behind: list[Estimate]) -> list[str]:
         """A method's row, but for its command."""
@@ -301,11 +303,11 @@ def both(found: list[Estimate]) -> str:
     return " / ".join(cells) or "–"
 
 
-def smallest(behind: dict[str, list[Estimate]], first: str) -> str:
+def smallest(behind: dict[str, list[Estimate]]) -> str:
     """What difference to the first this table can show (`Estimate.detectable`)."""
     found = []
     for i, scorer in enumerate(SCORERS):
-        shown = [each[i].detectable for name, each in behind.items() if name != first]
+        shown = [each[i].detectable for each in behind.values()]
         shown = [x for x in shown if math.isfinite(x)]
         if shown:
             found.append(f"{100 * median(shown):.1f} points by {scorer}")

@@ -152,7 +152,7 @@ def ahead(mine: dict[int, np.ndarray], others: dict[int, np.ndarray]) -> Estimat
     return crossed([mine[seed] - others[seed] for seed in mine.keys() & others.keys()])
 
 
-def at_kl(rows: Rows, kl: float, method: str, procedure: str, n: int) -> Rows:
+def measured_at_kl(rows: Rows, kl: float, method: str, procedure: str, n: int) -> Rows:
     """A method at this KL, as rows of a study: one by reward and one by judge."""
     case = {"method": method, "procedure": procedure, "n": n}
     found = []

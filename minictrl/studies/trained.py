@@ -16,7 +16,7 @@ import numpy as np
 from torch import Tensor
 
 from minictrl import theory, winrate
-from minictrl.figures import KL, WIN_RATE, errorbars, panels, title, tradeoff
+from minictrl.figures import KL, WIN_RATE, draw_tradeoff, errorbars, panels, title
 from minictrl.procedures import get_procedure, rewind
 from minictrl.procedures.base import by_rank
 from minictrl.results import read_samples
@@ -25,10 +25,10 @@ from minictrl.studies.sweep import AWARE, OTHERS, VARIANTS, judged, redrawn, ref
 from minictrl.studies.tables import (
     SCORERS,
     Rows,
-    at_kl,
     column,
     common_kl,
     grouped,
+    measured_at_kl,
     plain,
     points,
     where,
@@ -108,7 +108,7 @@ def draw_measured(axis, table: Rows, methods: list[str], procedure: str, n: int,
         transform = VARIANTS.get(name, {}).get("transform", "none")
         if transform not in no_curve:
             expected[name] = transform
-    tradeoff(axis, rows, procedure, n, by="method", expected=expected)
+    draw_tradeoff(axis, rows, procedure, n, by="method", expected=expected)
     axis.set_title(f"{title(procedure, n)}, by {scorer}")
     axis.legend()
 
@@ -196,7 +196,8 @@ def which_t(out: Path, quick: bool):
         for name, n in product(names, (2, 4, 32)):
             row = {"procedure": procedure, "n": n, "transform": name}
             expected = {"theory": theory.at_kl(name, kl, procedure, n)}
-            table += [row | found | expected for found in at_kl(rows, kl, name, procedure, n)]
+            measured = measured_at_kl(rows, kl, name, procedure, n)
+            table += [row | each | expected for each in measured]
         draw_over_n(axis, where(table, procedure=procedure), "n", by="transform")
         axis.set_title(f"{title(procedure, 'N')} at {kl:g} nats, by reward; dashed: theory")
     return table, figure
