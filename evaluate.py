@@ -62,7 +62,7 @@ def main(argv=None):
     other_models = {role: model for role, model in given.items() if model}
     suffix = results.file_suffix(args.split, other_models)
     for run, config in zip(args.runs, configs, strict=True):
-        evaluation.check(run, config, args.split)
+        evaluation.check(run, config, args.split, other_models)
     for run, config in zip(args.runs, configs, strict=True):
         table = evaluation.evaluate(
             run,

@@ -67,12 +67,15 @@ def read_arguments(argv=None) -> tuple[dict, bool, bool]:
 
 def main(argv=None):
     settings, resume, overwrite = read_arguments(argv)
-    config = Config(**settings).resolved()
+    out, config = settings.get("out"), None
+    if not (resume and out):  # what is given to --resume is compared with the run's own settings
+        config = Config(**settings).resolved()
+        out = config.out
     from minictrl import runs
 
-    with runs.hold(Path(config.out)):
+    with runs.hold(Path(out)):
         if resume:
-            config = runs.resumed(Path(config.out), settings)
+            config = runs.resumed(Path(out), settings)
         else:
             runs.check_out(config, overwrite=overwrite)
         return train(config, resume)
@@ -89,11 +92,12 @@ def train(config: Config, resume: bool):
     start, out = time.monotonic(), Path(config.out)
     method, task, reference, made_from = load_and_check(config)
     freeze(task.policy, config.layers)
+    tracker = config.track and Tracker(config.track, out, vars(config))
+    replaced = not resume and runs.holds_run(out)  # by --overwrite
     if resume:
         runs.check_made_from(out, config, made_from)
-    else:
+    elif not replaced:
         runs.create(out, config, made_from)
-    tracker = config.track and Tracker(config.track, out, vars(config))
 
     # 1. Calibrate: K samples per prompt from pi_ref with their rewards, shared by runs of one seed.
     seed = config.seed_for(CALIBRATION)
@@ -102,11 +106,13 @@ def train(config: Config, resume: bool):
             task, config.K, seed=seed, cache=config.cache, name="calibrate"
         )
         check_sampler(task, reference)
-    reference.save(out / "reference.safetensors", reference_key(task, seed, task.cache_keys))
 
     # 2. Transform: Phi is the method's, and beta follows from the KL budget.
     method.check_beta(config.beta, reference.r_ref)
     budget = Budget(config.kl, partial(method.beta_for, r_ref=reference.r_ref), beta=config.beta)
+    if replaced:  # only now, when nothing of the new run's input can be wrong
+        runs.create(out, config, made_from)
+    reference.save(out / "reference.safetensors", reference_key(task, seed, task.cache_keys))
     runs.write_config(out, config, budget.beta, made_from)
 
     # 3. Maximise E[Phi(C_hat)] - beta KL(pi || pi_ref).

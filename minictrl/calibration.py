@@ -46,5 +46,5 @@ def ranks(y: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
     """(below, up_to): how many of z (B, K) are less than each of y (B, M), and how many are at
     most that. (B, M) each.
     """
-    ordered, y = z.sort(-1).values, y.contiguous()
+    ordered, y = z.sort(-1).values.contiguous(), y.contiguous()
     return torch.searchsorted(ordered, y), torch.searchsorted(ordered, y, right=True)

@@ -27,6 +27,17 @@ def whole(least: int = 1) -> Callable[[str], int]:
     return parsed
 
 
+def positive(text: str) -> float:
+    """For argparse: a positive number."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text}: use positive numbers")
+    return number
+
+
 class Parser(argparse.ArgumentParser):
     """Flags in full only, and a bad one is one line, without the usage."""
 

@@ -335,7 +335,9 @@ class Config:
     def command(self) -> str:
         """The command that makes a run with these settings, anywhere: what isn't a default."""
         named = ("task", "policy", "reward", "judge", "method", "transform", "procedure")
-        usual = Config(**{name: getattr(self, name) for name in named}).resolved()
+        given = {name: getattr(self, name) for name in named}
+        usual = Config(**given).resolved()  # lam's default is that of the run's own baseline
+        usual = replace(usual, lam=Config(**given, baseline=self.baseline).resolved().lam)
         own = self._defaults()
         flags = []
         for f in fields(self):

@@ -13,6 +13,7 @@ import json
 import re
 import warnings
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -236,6 +237,9 @@ def prompt_of(row, column: str | None = None) -> Prompt:
         return parse_hh(chosen)[:-1]
     before = [message(m) for m in chosen[:-1]] if isinstance(chosen, list) else []
     prompt = row.get(column) if column else before
+    if isinstance(prompt, str) and column != "prompt" and prompt.lstrip().startswith("[{"):
+        with suppress(ValueError):  # messages in a CSV are written as JSON
+            prompt = json.loads(prompt)
     if isinstance(prompt, list):
         prompt = [message(m) for m in prompt]
         if column != "prompt" and prompt and prompt[-1]["role"] == "assistant":
@@ -307,6 +311,7 @@ def is_prompt(value) -> bool:
             for m in value
         )
         and value[-1]["role"] == "user"
+        and bool(value[-1]["content"].strip())
     )
 
 

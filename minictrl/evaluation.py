@@ -94,12 +94,12 @@ def evaluate(
     return table
 
 
-def check(run: Path, config: Config, split: str):
+def check(run: Path, config: Config, split: str, other_models: dict[str, str]):
     """What can be wrong with a finished run is found here, before anything is drawn: its metrics,
-    its files, a directory that can't be written.
+    the files that it is evaluated with, a directory that can't be written.
     """
     runs.finished_metrics(run)
-    for name in runs.PATHS:
+    for name in {"task", "policy", "reward", "judge"} - set(other_models):
         file = runs.file_of(getattr(config, name))
         if (file.suffix == ".py" or is_file(str(file))) and not file.exists():
             raise ValueError(

@@ -30,10 +30,13 @@ from minictrl.sampling import Samples, sample, texts_of
 from minictrl.scorers.text import as_text
 from minictrl.task import Task, load_task
 from minictrl.update import forward_all
+from minictrl.winrate import mean_stderr
 
 FAR = 0.5  # nats a token that given samples may be more or less likely than the policy's own
-FAR_END = 1.5  # nats that their end tokens may be less likely
+FAR_END = 1.5  # nats that their end tokens may be less likely, beyond two standard errors
 FEW = 64  # texts that the checks look at
+FEW_ENDS = 10  # fewer ends say nothing of their probability
+FAR_SHARE = 0.5  # of the texts that may end, beyond the policy's own
 LARGEST = torch.finfo(torch.float32).max
 
 
@@ -179,31 +182,40 @@ def check_policy(file: str, task: Task, reference: Reference):
         seed=0,
     )
     ends = eos_ids(task.policy, task.tokenizer).cpu()
-    means = [mean_logprobs(samples, ends) for samples in (reference[: len(few)], own)]
-    (mean, at_end, of_all), (own_mean, own_at_end, own_of_all) = means
-    if not all(map(math.isfinite, sum(means, ()))):  # no ends, or nothing else
-        mean, own_mean, at_end, own_at_end = of_all, own_of_all, 0, 0
+    (inside, at_end), (own_inside, own_at_end) = (
+        logprobs_of(samples, ends) for samples in (reference[: len(few)], own)
+    )
+    if not all(map(len, (inside, at_end, own_inside, own_at_end))):  # no ends, or nothing else
+        inside, own_inside = torch.cat([inside, at_end]), torch.cat([own_inside, own_at_end])
+    mean, own_mean = inside.mean().item(), own_inside.mean().item()
     if abs(mean - own_mean) > FAR:
         raise ValueError(
             f"--reference {file}: the policy gives its tokens {mean:.2f} nats, its own samples "
             f"{own_mean:.2f}: they were drawn from another model or at another temperature; give "
             "the policy that drew them (--policy)"
         )
-    if own_at_end - at_end > FAR_END:
+    ended = len(at_end) / reference[: len(few)].r_ref.numel()
+    own_ended = len(own_at_end) / own.mask[..., 0].numel()
+    cut = None
+    if ended - own_ended > FAR_SHARE:
+        cut = f"{ended:.0%} of its texts end, {own_ended:.0%} of the policy's own samples"
+    elif min(len(at_end), len(own_at_end)) >= FEW_ENDS:
+        (mean, error), (own_mean, own_error) = mean_stderr(at_end), mean_stderr(own_at_end)
+        if own_mean - mean - 2 * math.hypot(error, own_error) > FAR_END:
+            cut = f"the policy gives the ends of its texts {mean:.1f} nats, those of its own "
+            cut += f"samples {own_mean:.1f}"
+    if cut:
         raise ValueError(
-            f"--reference {file}: the policy gives the ends of its texts {at_end:.1f} nats, those "
-            f"of its own samples {own_at_end:.1f}: they were cut at fewer tokens than "
-            f"--max-new-tokens {task.max_new_tokens}; give the limit that they were drawn with"
+            f"--reference {file}: {cut}: they were cut at fewer tokens than --max-new-tokens "
+            f"{task.max_new_tokens}; give the limit that they were drawn with"
         )
 
 
-def mean_logprobs(samples: Reference | Samples, ends: Tensor) -> tuple[float, float, float]:
-    """Mean log-probability in nats of the tokens that end no text, of those that do, and of all;
-    nan where there is none.
-    """
+def logprobs_of(samples: Reference | Samples, ends: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probabilities in nats of the tokens that end no text, and of those that do."""
     logprobs, mask = samples.logprobs.cpu(), samples.mask.cpu().bool()
     end = torch.isin(samples.tokens.cpu(), ends) & mask
-    return tuple(logprobs[which].mean().item() for which in (mask & ~end, end, mask))
+    return logprobs[mask & ~end], logprobs[end]
 
 
 def write_reference(run: Path, file: Path) -> str:

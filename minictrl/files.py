@@ -21,6 +21,9 @@ from torch import Tensor
 
 from minictrl.messages import first_line
 
+UMASK = os.umask(0)
+os.umask(UMASK)
+
 
 @contextmanager
 def in_one_step(path: Path) -> Iterator[Path]:
@@ -36,7 +39,10 @@ def in_one_step(path: Path) -> Iterator[Path]:
 
 
 def sync(path: Path):
-    """Wait until a file is on the disk."""
+    """Wait until a file is on the disk. safetensors' are readable by their owner alone: any is made
+    as readable as a new file is here.
+    """
+    path.chmod(0o666 & ~UMASK)
     with open(path, "rb") as file:
         os.fsync(file.fileno())
 

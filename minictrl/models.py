@@ -148,6 +148,8 @@ def save_policy(model: nn.Module, tokenizer, path: Path):
         (temporary / SUMS).write_text("".join(lines))
         for file in (*files, temporary / SUMS):
             sync(file)
+    if path.is_symlink():
+        path.unlink()
     shutil.rmtree(path, ignore_errors=True)
     os.replace(temporary, path)
 

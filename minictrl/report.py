@@ -188,8 +188,14 @@ def side_by_side(samples: dict[str, list[dict]]) -> str:
     shared = [prompt for prompt in first if all(prompt in rows for rows in by_prompt.values())]
     articles = []
     for each in shared[:PROMPTS]:
-        cells = [cell("pi_ref", first[each], "_reference")]
-        cells += [cell(name, rows[each], "") for name, rows in by_prompt.items()]
+        cells, shown = [], []  # runs of one policy and seed share pi_ref's responses
+        for name, rows in by_prompt.items():
+            reference = [rows[each][column] for column in ("reference", "best_reference")]
+            if reference not in shown:
+                title = f"pi_ref of {name}" if shown else "pi_ref"
+                cells.append(cell(title, rows[each], "_reference"))
+                shown.append(reference)
+            cells.append(cell(name, rows[each], ""))
         prompt = first[each]["prompt"]
         text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
         articles.append(f"<article><b>{escape(text)}</b><div>{''.join(cells)}</div></article>")

@@ -53,6 +53,8 @@ def hold(out: Path):
     run is at work.
     """
     out = out.resolve()  # a link is what it points to
+    if not out.name:
+        raise ValueError(f"--out {out}: is the root of the disk; give a directory in it")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
@@ -88,8 +90,10 @@ def check_out(config: Config, *, overwrite: bool):
     of ours, or a run that was not to be overwritten, or what the new run reads.
     """
     cache, out = Path(config.cache), Path(config.out)
-    if cache.exists() and not cache.is_dir():
-        raise ValueError(f"--cache {cache}: is a file; give a directory")
+    place = cache.absolute()
+    there = next(path for path in (place, *place.parents) if path.exists())
+    if not there.is_dir():
+        raise ValueError(f"--cache {cache}: {there} is a file; give a directory")
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     if not holds_run(out):
@@ -192,7 +196,7 @@ def create(out: Path, config: Config, made_from: dict[str, str]):
 
     Whenever this is stopped, the directory is still ours, and half of an old run is none.
     """
-    out.mkdir(parents=True, exist_ok=True)
+    out.resolve().mkdir(parents=True, exist_ok=True)  # a link may point to what is not there
     (out / MARKER).write_text("a run of train.py, which --overwrite may delete\n")
     (out / "config.json").unlink(missing_ok=True)
     for old in out.iterdir():

@@ -5,6 +5,7 @@ then.
 from __future__ import annotations
 
 import warnings
+from functools import cached_property
 from importlib import import_module
 from pathlib import Path
 
@@ -30,17 +31,21 @@ class Tracker:
     and the run goes on without."""
 
     def __init__(self, name: str, out: Path, settings: dict):
-        self.name, self.board = name, name == "tensorboard"
+        self.name, self.board, self.failed = name, name == "tensorboard", False
+        self.folder = out / "tensorboard"
+        if self.board:
+            return
         try:
-            if self.board:
-                writer = import_module("torch.utils.tensorboard").SummaryWriter
-                self.run = writer(str(out / "tensorboard"))
-            else:
-                self.module = import_module(name)
-                self.run = self.module.init(project="minictrl", name=out.name, config=settings)
+            self.module = import_module(name)
+            self.run = self.module.init(project="minictrl", name=out.name, config=settings)
         except Exception as error:  # no account, no network
             why = first_line(error)
             raise ValueError(f"--track {name}: can't start ({why}); leave it out") from None
+
+    @cached_property
+    def run(self):
+        """TensorBoard's, which writes into the run: so it is made with the first row."""
+        return import_module("torch.utils.tensorboard").SummaryWriter(str(self.folder))
 
     def log(self, row: dict, step: int):
         self._try(self._log, {key: value for key, value in row.items() if value is not None}, step)
@@ -53,7 +58,7 @@ class Tracker:
         self._try(lambda: self.run.close() if self.board else self.run.finish())
 
     def _try(self, function, *arguments):
-        if self.run is None:
+        if self.failed:
             return
         try:
             function(*arguments)
@@ -61,7 +66,7 @@ class Tracker:
             warnings.warn(
                 f"--track {self.name} fails ({error}): the run goes on without it", stacklevel=3
             )
-            self.run = None
+            self.failed = True
 
     def _log(self, row: dict, step: int):
         if not self.board:

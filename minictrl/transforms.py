@@ -157,11 +157,13 @@ def get_transform(
     if name == "log" and K is not None:
         return Transform(name, lambda u: log(u.clamp(min=1 / (2 * K))))
     for u in (1.0,) if K is None else (0.0, 1.0):
-        Phi_u = torch.as_tensor(CLOSED_FORMS[name](torch.tensor([u]))).item()
-        if not math.isfinite(Phi_u):
+        Phi_u = CLOSED_FORMS[name](torch.tensor([u]))
+        if not isinstance(Phi_u, Tensor) or Phi_u.shape != (1,):
+            raise ValueError(f"transform {name!r}: Phi gives {Phi_u!r}, no tensor of u's shape")
+        if not Phi_u.isfinite():
             raise ValueError(
-                f"transform {name!r}: Phi({u:g}) is {Phi_u}, and of K samples the best has C_hat = "
-                "1, the worst 0; bound it there"
+                f"transform {name!r}: Phi({u:g}) is {Phi_u.item()}, and of K samples the best has "
+                "C_hat = 1, the worst 0; bound it there"
             )
     return Transform(name, CLOSED_FORMS[name])
 

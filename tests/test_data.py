@@ -1,5 +1,6 @@
 """Prompts and preference pairs from files, and from data sets in the hub's layout."""
 
+import csv
 import gzip
 import json
 import socket
@@ -209,6 +210,7 @@ def test_a_broken_file_is_one_line(name, content, hub):
         ("[1]\n", 'give "prompt"'),
         ('{"prompt": " "}\n', 'give "prompt"'),
         ('{"prompt": 3}\n', "it holds"),
+        ('{"messages": [{"role": "user", "content": " "}]}\n', "ends with the user's"),
         ("\xff\n", "is not JSON"),
     ],
 )
@@ -218,6 +220,15 @@ def test_a_bad_line_is_named(tmp_path, line, fault):
     with pytest.raises(ValueError, match=f"p.jsonl, line 3.*{fault}") as error:
         load_prompts(str(path))
     assert "\n" not in str(error.value)
+
+
+def test_messages_in_a_csv_are_json(tmp_path):
+    chats = [[{"role": "user", "content": f'Say "{i}"'}] for i in range(20)]
+    with open(tmp_path / "c.csv", "w", newline="") as file:
+        table = csv.writer(file)
+        table.writerows([["messages"], *([json.dumps(chat)] for chat in chats)])
+    found = load_prompts(str(tmp_path / "c.csv")) + load_prompts(str(tmp_path / "c.csv"), "test")
+    assert sorted(found, key=str) == sorted(chats, key=str)
 
 
 def test_bad_names_and_empty_files_are_one_line(tmp_path):

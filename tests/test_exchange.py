@@ -141,6 +141,21 @@ def test_texts_cut_at_fewer_tokens_are_refused(rows, tmp_path):
         exchange.read_reference(file, config, load_task(config, "train"))
 
 
+def test_a_runs_own_samples_are_taken_where_few_texts_end(tmp_path):
+    flags = "--prompts 8 --K 8 --steps 1 --batch 4 --G 2 --max-new-tokens 6".split()
+    flags += ["--cache", f"{tmp_path}/cache"]
+    for seed in ("0", "1"):
+        train.main([*flags, "--seed", seed, "--out", f"{tmp_path}/{seed}"])
+        file = f"{tmp_path}/{seed}.jsonl"
+        exchange.main([f"{tmp_path}/{seed}", "--out", file])
+        given = dict(prompts=8, K=8, seed=int(seed), reference=file)
+        config = Config(max_new_tokens=6, **given).resolved()
+        exchange.read_reference(file, config, load_task(config, "train"))
+        config = Config(max_new_tokens=12, **given).resolved()  # half of it was not drawn
+        with pytest.raises(ValueError, match="were cut at fewer tokens than --max-new-tokens 12"):
+            exchange.read_reference(file, config, load_task(config, "train"))
+
+
 def test_a_policy_that_ends_no_text_gave_none_of_these_ends(rows, tmp_path, monkeypatch):
     file = write(tmp_path / "f.jsonl", rows)
     config = Config(prompts=12, K=8, max_new_tokens=12, reference=file).resolved()

@@ -2,8 +2,11 @@
 
 import json
 import sys
+import warnings
+from pathlib import Path
 
 import pytest
+import torch
 
 import evaluate
 import train
@@ -98,6 +101,27 @@ def test_a_score_that_depends_on_the_texts_beside_it_is_said(tmp_path):
     try_scorers([load_scorer(f"{tmp_path}/f.py:own", "reward")], ["a"])  # no warning
     with pytest.warns(UserWarning, match="let a text's score depend on itself"):
         try_scorers([load_scorer(f"{tmp_path}/f.py:relative", "reward")], ["a"])
+
+
+def test_what_a_file_sets_for_all_is_set_for_it_alone(tmp_path, monkeypatch):
+    """The working directory, in which it finds its words, torch's default type and gradients."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "lib/words.txt").write_text("good")
+    (tmp_path / "lib/f.py").write_text(
+        "import os, torch\n"
+        "os.chdir(os.path.dirname(os.path.abspath(__file__)))\n"
+        "torch.set_default_dtype(torch.float64)\n"
+        "torch.set_grad_enabled(False)\n"
+        "def f(prompts, texts):\n"
+        "    word = open('words.txt').read()\n"
+        "    return torch.tensor([1.0 + 1e-12 * (word in text) for text in texts]) - 1\n"
+    )
+    score = load_scorer("lib/f.py:f", "reward")
+    for _ in range(2):
+        assert score(["a", "b"], [" good", " bad"])[0] > 0
+        ours = Path.cwd(), torch.get_default_dtype(), torch.is_grad_enabled()
+        assert ours == (tmp_path, torch.float32, True)
 
 
 def test_a_function_may_change_what_it_is_given(tmp_path):
@@ -199,6 +223,13 @@ def test_what_a_function_imports_from_beside_it_is_part_of_its_digest(tmp_path, 
         assert (digest() == before) == (name == "unrelated.py"), name
         (tmp_path / name).write_text(files[name])
     assert digest() == before
+
+
+def test_no_texts_have_no_scores_and_no_warning(file):
+    score = load_scorer(f"{file}:vowels", "reward")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert score([], []).tolist() == []
 
 
 def test_whole_numbers_above_2_to_the_24_are_said(file):

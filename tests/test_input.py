@@ -10,6 +10,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,8 +20,10 @@ import evaluate
 import train
 from minictrl import results, runs
 from minictrl.config import Config
-from minictrl.files import check_writable, read_sealed, write_sealed
+from minictrl.files import check_writable, read_sealed, save_tensors, write_sealed
 from minictrl.lm.device import resolve_device
+from minictrl.models import load_policy, save_policy
+from minictrl.studies import leaderboard
 from minictrl.task import load_task
 
 ROOT = Path(__file__).parent.parent
@@ -209,6 +212,18 @@ def test_what_a_run_lacks_is_found_before_any_run_is_evaluated(short_run, tmp_pa
     assert (short_run / "eval.json").read_bytes() == before
 
 
+def test_an_evaluation_asks_for_no_file_that_it_does_not_read(short_run, tmp_path):
+    """The given reference samples are in the run; a judge that is replaced may be gone."""
+    run = shutil.copytree(short_run, tmp_path / "run")
+    stored = read_sealed(run / "config.json")
+    gone = {"reference": f"{tmp_path}/gone.jsonl", "judge": f"{tmp_path}/gone.py:f"}
+    write_sealed(run / "config.json", stored | gone)
+    flags = ["--prompts", "4", "--samples", "4"]
+    with pytest.raises(ValueError, match="its --judge .*gone.py is no file in"):
+        evaluate.main([str(run), *flags])
+    assert not evaluate.main([str(run), *flags, "--judge", "reviews"])
+
+
 def test_a_directory_that_cant_be_written_is_named(tmp_path):
     check_writable(tmp_path)
     with pytest.raises(ValueError, match="gone: can't be written"):
@@ -249,7 +264,7 @@ def test_a_models_directory_is_no_run(short_run):
 
 def test_a_cache_that_is_a_file_is_named(tmp_path):
     (tmp_path / "cache").write_text("")
-    with pytest.raises(ValueError, match="--cache .*: is a file; give a directory"):
+    with pytest.raises(ValueError, match="--cache .* is a file; give a directory"):
         train.main(["--out", str(tmp_path / "run"), "--cache", str(tmp_path / "cache")])
 
 
@@ -343,6 +358,27 @@ def test_a_resumed_run_may_go_on_elsewhere_and_more_slowly(short_run, tmp_path):
     assert config.transform == "exp10"
 
 
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"method": "pkpo", "n": 16},  # alone, n would be too large for the default G
+        {"task": "p.jsonl", "policy": "p"},  # alone, without a reward
+        {"column": "question"},
+    ],
+)
+def test_what_is_given_to_resume_is_compared_with_the_runs_own_settings(
+    given, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(train, "train", lambda config, resume: config)
+    kept = dict(task="p.jsonl", policy="p", reward="r.py:f", column="question")
+    config = Config(method="pkpo", n=16, G=16, K=32, out=str(tmp_path / "run"), **kept).resolved()
+    runs.create(tmp_path / "run", config, {})
+    flags = [word for name, value in given.items() for word in (f"--{name}", str(value))]
+    assert train.main([*flags, "--resume", "--out", str(tmp_path / "run")]) == config
+    with pytest.raises(ValueError, match="--K 3: .* was started with 32"):
+        train.main([*flags, "--K", "3", "--resume", "--out", str(tmp_path / "run")])
+
+
 def test_a_divergence_names_step_kl_and_learning_rate(tmp_path):
     flags = [
         "--lr",
@@ -399,6 +435,26 @@ def test_a_disk_that_is_full_costs_no_finished_step(tmp_path):
     assert all(torch.equal(ended[name], expected[name]) for name in expected)
 
 
+def test_a_run_is_not_deleted_for_one_that_cant_begin(short_run, tmp_path, monkeypatch):
+    """A cache that can't be made, a tracker without an account, a reward that is always one."""
+    run = shutil.copytree(short_run, tmp_path / "run")
+    before = sorted(path.name for path in run.iterdir())
+    (tmp_path / "file").touch()
+    (tmp_path / "f.py").write_text("def one(prompts, texts):\n    return [1.0] * len(texts)\n")
+    tracker = SimpleNamespace(__spec__=None, init=lambda **options: 1 / 0)
+    monkeypatch.setitem(sys.modules, "wandb", tracker)
+    small = ["--prompts", "4", "--K", "4", "--max-new-tokens", "4", "--out", str(run)]
+    for flags, fault in (
+        (["--cache", f"{tmp_path}/file/sub"], "--cache .*file/sub: .*file is a file"),
+        (["--cache", f"{tmp_path}/c", "--track", "wandb"], "--track wandb: can't start"),
+        (["--cache", f"{tmp_path}/c", "--reward", f"{tmp_path}/f.py:one"], "reach 0.00 nats"),
+    ):
+        with pytest.raises(ValueError, match=fault):
+            train.main([*small, *flags, "--overwrite"])
+        assert sorted(path.name for path in run.iterdir()) == before
+        assert runs.load_finished(run).transform == "exp10"
+
+
 def test_what_has_no_marker_is_not_deleted(tmp_path):
     (tmp_path / "config.json").write_text('{"task": "x", "method": "y"}')
     (tmp_path / "thesis.txt").write_text("precious")
@@ -421,6 +477,14 @@ def test_a_run_does_not_delete_its_own_models_under_another_name(tmp_path, monke
         config = replace(Config().resolved(), policy=policy, out=str(out))
         with pytest.raises(ValueError, match="--policy .*which --overwrite deletes"):
             runs.check_out(config, overwrite=True)
+
+
+def test_an_out_may_be_a_link_to_what_is_not_there_and_not_the_root(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "run")
+    runs.create(tmp_path / "link", Config().resolved(), {})
+    assert (tmp_path / "run/config.json").is_file()
+    with pytest.raises(ValueError, match="--out /: is the root of the disk"):
+        train.main(["--out", "/"])
 
 
 def test_two_runs_do_not_share_a_directory_through_a_link(tmp_path):
@@ -460,3 +524,29 @@ def test_an_evaluation_that_replaces_a_larger_one_says_so(tmp_path):
     for less in ((3, 32), (400, 4)):
         with pytest.warns(UserWarning, match="200 prompts with 8 responses each is replaced"):
             results.check_replaced(path, {}, *less)
+
+
+def test_a_value_head_needs_no_other_sample_of_the_prompt():
+    assert Config(transform="none", G=1, baseline="value").resolved().G == 1
+    with pytest.raises(ValueError, match="--G 1: a response is compared"):
+        Config(transform="none", G=1, baseline="loo").resolved()
+
+
+@pytest.mark.parametrize("kl", ["nan", "inf", "0", "-1", "1,2"])
+def test_a_budget_of_the_studies_is_a_positive_number(kl, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        leaderboard.main([str(tmp_path), "--budgets", "1", kl])
+    assert f"{kl}: use positive numbers" in capsys.readouterr().err
+
+
+def test_files_are_as_readable_as_others_and_a_link_is_not_followed(tmp_path):
+    """safetensors writes for the owner alone; a policy that was moved away stays as it is."""
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "policy").symlink_to(tmp_path / "elsewhere")
+    save_policy(*load_policy("reviews"), tmp_path / "policy")
+    save_tensors(tmp_path / "x.safetensors", {"x": torch.ones(1)}, {})
+    (tmp_path / "other").touch()
+    mode = (tmp_path / "other").stat().st_mode
+    for name in ("x.safetensors", "policy/model.safetensors", "policy/config.json"):
+        assert (tmp_path / name).stat().st_mode == mode
+    assert not (tmp_path / "policy").is_symlink() and not any((tmp_path / "elsewhere").iterdir())

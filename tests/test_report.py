@@ -76,6 +76,8 @@ def test_the_policys_card_has_its_table_and_the_command_that_makes_it(short_run)
         "--procedure won --n 8 --transform won_fp",
         "--task helpful --lr 2e-6 --policy x/y",
         "--task a.jsonl --policy p --reward r.py:f",
+        "--baseline value --lam 0.9",
+        "--baseline loo --lam 1",
     ],
 )
 def test_a_command_is_what_was_typed(flags):
@@ -91,6 +93,16 @@ def test_a_run_whose_own_procedure_needs_more_samples_says_so():
         found = evaluation.procedures(config, (2, 4), 32)
     assert found[0] == ("standard", 1) and ("bon", 64) not in found
     assert evaluation.procedures(config, (2, 4), 64)[0] == ("bon", 64)
+
+
+def test_two_policies_have_two_references():
+    row = dict.fromkeys(results.SAMPLE, 0.5) | {"prompt": "p", "response": "y", "best": "b"}
+    first, other = (row | {"reference": x, "best_reference": x} for x in ("one", "two"))
+    page = report.side_by_side({"A": [first], "B": [other], "C": [first]})
+    assert (
+        page.count("pi_ref, C_hat") == page.count("pi_ref of B, C_hat") == 1
+        and "pi_ref of C" not in page
+    )
 
 
 def test_the_cards_command_names_a_judge_that_is_no_default():

@@ -97,7 +97,7 @@ def test_the_floor_costs_nothing_far_from_pi_ref_either(name, procedure):
 def test_none_is_the_raw_reward_and_no_function_of_the_calibrated_one():
     r = torch.tensor([[3.0, -1e4]])
     none = get_transform("none")
-    assert torch.equal(none.of_rewards(r, torch.zeros(1, 5)), r) and not none.calibrated
+    assert torch.equal(none.of_rewards(r, torch.zeros(1, 5)), r)
     with pytest.raises(ValueError, match="has no theory"):
         none(torch.rand(3))
 
@@ -160,5 +160,8 @@ def test_a_transform_that_is_infinite_at_an_end_is_refused_before_it_trains(monk
         monkeypatch.setitem(transforms.CLOSED_FORMS, "mine", Phi)
         with pytest.raises(ValueError, match=rf"'mine': Phi\({u}\) is -?inf"):
             get_transform("mine")
+    monkeypatch.setitem(transforms.CLOSED_FORMS, "mine", lambda u: u.tolist())
+    with pytest.raises(ValueError, match="no tensor of u's shape"):
+        get_transform("mine")
     with pytest.raises(ValueError, match="unknown transform"):
         get_transform("exp٣")

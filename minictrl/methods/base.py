@@ -134,7 +134,8 @@ class Online(Method):
                 f"--G {config.G}: {config.method} compares a response with the prompt's other "
                 f"samples; use at least {cls.least_G}"
             )
-        others = config.G if config.transform in RAW else config.batch * config.G
+        within = config.baseline == "loo" and config.transform in RAW  # its own prompt's
+        others = config.G if within else config.batch * config.G
         if cls.uses_baseline and config.baseline != "prefix" and others < 2:
             raise ValueError(
                 f"--G {config.G}: a response is compared with the prompt's other samples, or with "

@@ -6,6 +6,7 @@ import ast
 import copy
 import importlib.util
 import inspect
+import os
 import sys
 import threading
 import warnings
@@ -93,12 +94,13 @@ def sources(path: Path) -> dict[Path, str]:
 
 def beside(path: Path, files: Iterable[Path]) -> Callable[[], AbstractContextManager]:
     """A context in which a file of Python imports these files from beside it before all else, as
-    modules of its own, because two functions' helpers may have one name.
+    modules of its own, because two functions' helpers may have one name. Its working directory and
+    torch's default type are its own too, and our gradients stay as they are.
     """
     folder = str(path.parent)
     inside = [file for file in files if file != path and file.is_relative_to(folder)]
     names = {file.relative_to(folder).parts[0].removesuffix(".py") for file in inside}
-    names, own = names - sys.stdlib_module_names, {}
+    names, own, place = names - sys.stdlib_module_names, {}, None
 
     class Finder:
         """Finds these names alone: what else lies there hides no package."""
@@ -109,14 +111,18 @@ def beside(path: Path, files: Iterable[Path]) -> Callable[[], AbstractContextMan
 
     @contextmanager
     def imports():
-        with LOCK:
-            others = taken(names)
+        nonlocal place
+        with LOCK, torch.set_grad_enabled(torch.is_grad_enabled()):
+            others, ours = taken(names), (Path.cwd(), torch.get_default_dtype())
+            go_to(*(place or ours))
             sys.modules.update(own)
             sys.meta_path.insert(0, Finder)
             sys.path.append(folder)
             try:
                 yield
             finally:
+                place = Path.cwd(), torch.get_default_dtype()
+                go_to(*ours)
                 own.update(taken(names))
                 sys.modules.update(others)
                 sys.meta_path.remove(Finder)
@@ -124,6 +130,12 @@ def beside(path: Path, files: Iterable[Path]) -> Callable[[], AbstractContextMan
                     sys.path.remove(folder)
 
     return imports
+
+
+def go_to(folder: Path, dtype: torch.dtype):
+    """Sets the working directory and torch's default type."""
+    os.chdir(folder)
+    torch.set_default_dtype(dtype)
 
 
 def taken(names: set[str]) -> dict[str, ModuleType]:
@@ -176,7 +188,7 @@ def scores_of(call: Callable, prompts: list[Prompt], texts: list[str], name: str
 def as_float32(exact: Tensor, name: str) -> Tensor:
     """The scores (B,) as float32; warns if a tenth of those that differ then tie."""
     scores = exact.float()
-    if len(scores.unique()) <= MOST_KEPT * len(exact.unique()):
+    if 0 < len(scores.unique()) <= MOST_KEPT * len(exact.unique()):
         warnings.warn(
             f"{name}: scores that differ tie as float32, which has 7 digits; return smaller ones, "
             "without their common part",

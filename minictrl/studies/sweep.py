@@ -19,7 +19,7 @@ from tqdm import tqdm
 import minictrl
 from minictrl import evaluation, results, runs
 from minictrl.checks import OutOfReach
-from minictrl.cli import Parser, whole
+from minictrl.cli import Parser, positive, whole
 from minictrl.config import WITHOUT_EFFECT, Config
 from minictrl.messages import command
 from minictrl.methods import METHODS
@@ -75,7 +75,7 @@ def add_scale(parser: Parser):
     add = parser.add_argument
     add("--quick", action="store_true", help="coarser and faster")
     add("--seeds", type=whole(), metavar="N", help="of each KL (default 5 at 1 nat, 3 elsewhere)")
-    add("--budgets", type=float, nargs="+", metavar="KL", help="of the runs (default 1 0.5 2)")
+    add("--budgets", type=positive, nargs="+", metavar="KL", help="of the runs (default 1 0.5 2)")
     add("--done", action="store_true", help="read the finished runs in DIR and train no others")
 
 
