@@ -348,10 +348,10 @@ class Config:
         return " ".join(["python train.py", *flags])
 
     def seed_for(self, draw: int) -> int:
-        """The seed of a draw of responses: no two share one, and none is another --seed's.
+        """The seed of a draw of responses. No two draws share one, and no two values of --seed.
 
-        So the scatter of seeds holds all the chance in a run. Runs of one --seed share their
-        samples of pi_ref, which are cached: they are compared on the same luck.
+        So the spread between runs of different --seed covers all that is random in a run. Runs of
+        one --seed share their samples of pi_ref, which are cached, and so their luck.
         """
         return self.seed * 1_000_003 + draw
 

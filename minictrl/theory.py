@@ -211,8 +211,8 @@ def tied(r_ref: Tensor, procedure: str | MassMap, n: int) -> bool:
     a reward in more than TIED of the cases, beyond two standard errors over prompts.
 
     r_ref: (P, M). It depends on the procedure: a reward that is capped ties after Best-of-N, one
-    with many refusals after Worst-of-N. False where most levels hold one sample, as of a whole
-    number with many values: M samples then are too few to know the levels.
+    with many refusals after Worst-of-N. False, too, where most levels hold a single sample, as
+    with whole numbers of many values: M samples are too few to know such levels.
     """
     counts, once = _levels(r_ref)
     ref = counts / r_ref.shape[1]

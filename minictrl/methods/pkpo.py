@@ -54,8 +54,8 @@ class Method(Online):
 
     def beta_of_samples(self, kl: float, r_ref: Tensor) -> float:
         """The slope dW / dKL of the best win rate on the rewards' levels at this KL, which is the
-        beta of that optimum. It falls to 0 as the win rate nears 1; a tenth of the transform's beta
-        is the least, so that one failure among many is not worth all KL.
+        beta of that optimum. As the win rate nears 1 it falls to 0; so beta is at least a tenth of
+        the transform's, else the last few failures would be worth any KL.
         """
         c, least = self.config, super().beta_of_samples(kl, r_ref) / 10
         levels, near = theory.levels_of(r_ref, spread=False), ((1 - STEP) * kl, (1 + STEP) * kl)

@@ -122,8 +122,8 @@ def wins_at(rows: Rows, kl: float, method: str, **case) -> dict[int, np.ndarray]
     """seed -> (P,) win rates of a method at a KL in nats; none more than a fifth beyond its runs.
 
     case: procedure, n, scorer. They are those of the budget nearest to the KL, carried to it along
-    `common_slope`. The KL is measured on these prompts, so each prompt's KL is taken off as well.
-    The slope's own error is left out: the way to the KL is short.
+    `common_slope`. A run's KL is a mean over these prompts and has an error: so each prompt is
+    corrected by its own KL, and that error is part of ±. The slope's own error is left out: the way to the KL is short.
     """
     mine = comparable(rows, kl, method=method, **case)
     if not mine:
