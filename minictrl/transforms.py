@@ -156,7 +156,13 @@ def get_transform(
         return Transform(name, exp(t))
     if name == "log" and K is not None:
         return Transform(name, lambda u: log(u.clamp(min=1 / (2 * K))))
-    for u in (1.0,) if K is None else (0.0, 1.0):
+    check_ends(name, (1.0,) if K is None else (0.0, 1.0))
+    return Transform(name, CLOSED_FORMS[name])
+
+
+def check_ends(name: str, ends: tuple[float, ...]) -> None:
+    """Raises ValueError on a closed form that is no finite tensor at an end of [0, 1]."""
+    for u in ends:
         Phi_u = CLOSED_FORMS[name](torch.tensor([u]))
         if not isinstance(Phi_u, Tensor) or Phi_u.shape != (1,):
             raise ValueError(f"transform {name!r}: Phi gives {Phi_u!r}, no tensor of u's shape")
@@ -165,7 +171,6 @@ def get_transform(
                 f"transform {name!r}: Phi({u:g}) is {Phi_u.item()}, and of K samples the best has "
                 "C_hat = 1, the worst 0; bound it there"
             )
-    return Transform(name, CLOSED_FORMS[name])
 
 
 def tilt_of(name: str) -> float | None:
