@@ -66,8 +66,8 @@ class Budget:
     def follow(self, kl_ref: float) -> float:
         """The beta of an update, from the KL of its rollout in nats.
 
-        If the KL to ask for is out of reach, of the theory or of K samples, it tries KLs ever nearer
-        to the budget and takes the first that is not. `target` is moved back to match.
+        If the KL to ask for is out of reach, of the theory or of K samples, it tries KLs ever
+        nearer to the budget and takes the first that is not. `target` is moved back to match.
         """
         if self.kl is None:
             return self.beta
