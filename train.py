@@ -67,7 +67,7 @@ def read_arguments(argv=None) -> tuple[dict, bool, bool]:
 
 def main(argv=None):
     settings, resume, overwrite = read_arguments(argv)
-    out, config = settings.get("out"), None
+    out = settings.get("out")
     if not (resume and out):  # what is given to --resume is compared with the run's own settings
         config = Config(**settings).resolved()
         out = config.out

@@ -108,7 +108,7 @@ def read_json(path: Path) -> Iterable[tuple[str, object]]:
         raise ValueError(f'{path} holds no prompt: put {{"prompt": …}} on each line')
 
 
-def parse_json(text: bytes, where: str, rule: str) -> object:
+def parse_json(text: bytes | str, where: str, rule: str) -> object:
     """A value of JSON. Raises ValueError, with the rule, on what is none, or holds half a
     character, which is no text.
     """
@@ -232,14 +232,13 @@ def prompt_of(row, column: str | None = None) -> Prompt:
     them but the answer.
     """
     given, row = row, row if isinstance(row, dict) else {}
-    chosen, column = row.get("chosen"), column or column_of(row)
+    chosen, column = unpacked(row.get("chosen")), column or column_of(row)
     if column is None and isinstance(chosen, str) and "\n\nHuman:" in chosen:
         return parse_hh(chosen)[:-1]
     before = [message(m) for m in chosen[:-1]] if isinstance(chosen, list) else []
     prompt = row.get(column) if column else before
-    if isinstance(prompt, str) and column != "prompt" and prompt.lstrip().startswith("[{"):
-        with suppress(ValueError):  # messages in a CSV are written as JSON
-            prompt = json.loads(prompt)
+    if column != "prompt":
+        prompt = unpacked(prompt)
     if isinstance(prompt, list):
         prompt = [message(m) for m in prompt]
         if column != "prompt" and prompt and prompt[-1]["role"] == "assistant":
@@ -262,6 +261,14 @@ def prompt_of(row, column: str | None = None) -> Prompt:
 def column_of(row: dict) -> str | None:
     """The first of NAMES that a row has."""
     return next((name for name in NAMES if row.get(name) is not None), None)
+
+
+def unpacked(value):
+    """Messages that are written as JSON, as a CSV has them, as their list; all else as it is."""
+    if isinstance(value, str) and value.lstrip().startswith("[{"):
+        with suppress(ValueError):
+            return parse_json(value, "", "")
+    return value
 
 
 def message(m) -> dict:

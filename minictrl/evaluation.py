@@ -99,7 +99,9 @@ def check(run: Path, config: Config, split: str, other_models: dict[str, str]):
     the files that it is evaluated with, a directory that can't be written.
     """
     runs.finished_metrics(run)
-    for name in {"task", "policy", "reward", "judge"} - set(other_models):
+    for name in runs.PATHS:
+        if name == "reference" or name in other_models:  # which it does not read
+            continue
         file = runs.file_of(getattr(config, name))
         if (file.suffix == ".py" or is_file(str(file))) and not file.exists():
             raise ValueError(

@@ -182,9 +182,8 @@ def check_policy(file: str, task: Task, reference: Reference):
         seed=0,
     )
     ends = eos_ids(task.policy, task.tokenizer).cpu()
-    (inside, at_end), (own_inside, own_at_end) = (
-        logprobs_of(samples, ends) for samples in (reference[: len(few)], own)
-    )
+    given = reference[: len(few)]
+    (inside, at_end), (own_inside, own_at_end) = (logprobs_of(x, ends) for x in (given, own))
     if not all(map(len, (inside, at_end, own_inside, own_at_end))):  # no ends, or nothing else
         inside, own_inside = torch.cat([inside, at_end]), torch.cat([own_inside, own_at_end])
     mean, own_mean = inside.mean().item(), own_inside.mean().item()
@@ -194,7 +193,7 @@ def check_policy(file: str, task: Task, reference: Reference):
             f"{own_mean:.2f}: they were drawn from another model or at another temperature; give "
             "the policy that drew them (--policy)"
         )
-    ended = len(at_end) / reference[: len(few)].r_ref.numel()
+    ended = len(at_end) / given.r_ref.numel()
     own_ended = len(own_at_end) / own.mask[..., 0].numel()
     cut = None
     if ended - own_ended > FAR_SHARE:

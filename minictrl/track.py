@@ -43,7 +43,7 @@ class Tracker:
             raise ValueError(f"--track {name}: can't start ({why}); leave it out") from None
 
     @cached_property
-    def run(self):
+    def writer(self):
         """TensorBoard's, which writes into the run: so it is made with the first row."""
         return import_module("torch.utils.tensorboard").SummaryWriter(str(self.folder))
 
@@ -55,7 +55,7 @@ class Tracker:
         self._try(self._table, rows, step)
 
     def close(self):
-        self._try(lambda: self.run.close() if self.board else self.run.finish())
+        self._try(lambda: self.writer.close() if self.board else self.run.finish())
 
     def _try(self, function, *arguments):
         if self.failed:
@@ -72,11 +72,11 @@ class Tracker:
         if not self.board:
             return self.run.log(row, step=step)
         for key, value in row.items():
-            self.run.add_scalar(key, value, step)
+            self.writer.add_scalar(key, value, step)
 
     def _table(self, rows: list[tuple], step: int):
         if not self.board:
             table = self.module.Table(columns=COLUMNS, data=[list(row) for row in rows])
             return self.run.log({"responses": table}, step=step)
         cells = [[str(cell).replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
-        self.run.add_text("responses", markdown(COLUMNS, cells), step)
+        self.writer.add_text("responses", markdown(COLUMNS, cells), step)

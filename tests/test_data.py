@@ -231,6 +231,19 @@ def test_messages_in_a_csv_are_json(tmp_path):
     assert sorted(found, key=str) == sorted(chats, key=str)
 
 
+def test_pairs_of_messages_in_a_csv_are_json(tmp_path):
+    ask = {"role": "user", "content": "Which?"}
+    said = [{"role": "assistant", "content": answer} for answer in ("This.", "That.")]
+    with open(tmp_path / "c.csv", "w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["prompt", "chosen", "rejected"])
+        for i in range(20):
+            chat = [ask | {"content": f"Which of {i}?"}]
+            table.writerow([chat[0]["content"], *(json.dumps([*chat, each]) for each in said)])
+    pairs = load_pairs(str(tmp_path / "c.csv"))
+    assert pairs[0] == ([ask | {"content": "Which of 0?"}], "This.", "That.")
+
+
 def test_bad_names_and_empty_files_are_one_line(tmp_path):
     empty = write(tmp_path / "empty.jsonl", ["\n"])
     other = write(tmp_path / "prompts.txt", ["a prompt\n"])  # its path has a slash: no data set

@@ -26,16 +26,18 @@ from minictrl.files import write_json
 from minictrl.lm.device import resolve_device
 
 # Each takes (policy, device, quick), and yields its rows or raises LeftOut.
-ROWS = (
-    sample_vs_generate,
-    sample_vs_ctranslate2,
-    ppo_step_vs_trl,
-    calibration_share,
-    decode_roofline,
-    growth,
-    presets,
-)
-ROWS = {row.__name__: row for row in ROWS}
+ROWS = {
+    row.__name__: row
+    for row in (
+        sample_vs_generate,
+        sample_vs_ctranslate2,
+        ppo_step_vs_trl,
+        calibration_share,
+        decode_roofline,
+        growth,
+        presets,
+    )
+}
 HEAD = "| name | ours | theirs | ratio | unit | setting |\n|---|---|---|---|---|---|"
 LINE = "| {name} | {ours:.4g} | {theirs:.4g} | {ratio:.2f} | {unit} | {setting} |"
 

@@ -20,6 +20,7 @@ from minictrl.data import (
     prompt_of,
     read_hub,
     read_own,
+    unpacked,
 )
 
 Pair = tuple[Prompt, str, str]  # prompt, chosen, rejected
@@ -85,7 +86,7 @@ def pair_of(row, column: str | None = None) -> Pair:
     """(prompt, chosen, rejected) of a row."""
     prompt, sides = prompt_of(row, column), []
     for side in ("chosen", "rejected"):
-        answer = row.get(side)
+        answer = unpacked(row.get(side))
         if isinstance(answer, str) and not (column or column_of(row)):  # HH: the whole transcript
             answer = parse_hh(answer)
         if isinstance(answer, list) and answer:

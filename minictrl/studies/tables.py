@@ -123,8 +123,8 @@ def wins_at(rows: Rows, kl: float, method: str, **case) -> dict[int, np.ndarray]
 
     case: procedure, n, scorer. They are those of the budget nearest to the KL, carried to it along
     `common_slope`. A run's KL is a mean over these prompts and has an error: so each prompt is
-    corrected by its own KL, and that error is part of ±. The slope's own error is left
-    out: the way to the KL is short.
+    corrected by its own KL, and that error is part of ±. The slope's own error is left out: the way
+    to the KL is short.
     """
     mine = comparable(rows, kl, method=method, **case)
     if not mine:
