@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minictrl.checks import OutOfReach, finite, number, positive
+from minictrl.checks import OutOfReach, finite, number, positive, real
 from minictrl.procedures import cells
 
 # of the controller
@@ -24,6 +24,7 @@ def empirical_beta(r_ref: Tensor, kl: float) -> float:
     r_ref: (P, K) rewards, raw or Phi(C_hat). Raises OutOfReach on a KL that K samples don't reach.
     """
     positive("kl", kl)
+    r_ref = real("r_ref", r_ref)
     if r_ref.dim() != 2 or not r_ref.numel():
         raise ValueError(f"r_ref is {tuple(r_ref.shape)}: must be (prompts, samples), of some")
     finite("rewards", r_ref=r_ref)

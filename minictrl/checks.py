@@ -68,7 +68,8 @@ def _tensor_of(x) -> Tensor:
         x = list(x)
         if x and all(isinstance(each, Tensor) for each in x):
             return torch.stack(x)
-    return torch.from_numpy(np.array(x, order="C"))
+    array = np.array(x, order="C")
+    return torch.from_numpy(array.astype(array.dtype.newbyteorder("="), copy=False))
 
 
 def alike(**values: Tensor) -> list[Tensor]:

@@ -209,7 +209,7 @@ def sample_rows(prompts: list, pi: Scored, pi_ref: Scored, C_hat: dict[str, Tens
 def C_hats(pi: Scored, pi_ref: Scored) -> dict[str, Tensor]:
     """(P, M) calibrated rewards of both: pi_ref's samples against the others of their prompt."""
     r_ref = pi_ref.scores["reward"]
-    own = leave_one_out_calibration(r_ref) if r_ref.shape[1] > 1 else torch.full_like(r_ref, 0.5)
+    own = leave_one_out_calibration(r_ref) if r_ref.shape[1] > 1 else torch.full(r_ref.shape, 0.5)
     return {"C_hat": calibrated_reward(pi.scores["reward"], r_ref), "C_hat_reference": own}
 
 

@@ -112,7 +112,7 @@ def prefix_values(to_go: Tensor, C_hat_prefix: Tensor, mask: Tensor) -> Tensor:
     mask = _check(mask, to_go=to_go, C_hat_prefix=C_hat_prefix)
     cubic = [C_hat_prefix, C_hat_prefix**2, C_hat_prefix**3]
     features = torch.stack(cubic, -1).double()  # (B, T, 3)
-    values = torch.zeros_like(to_go)
+    values = torch.zeros_like(at_least_float32(to_go))
     for t in range(mask.shape[1]):
         alive = mask[:, t]
         count = int(alive.sum())
@@ -205,10 +205,10 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
     """1 - Var(returns - values) / Var(returns) over tokens: 1 perfect values, 0 a constant, <
     0 worse than one.
 
-    0 where the returns don't vary.
+    0 where the returns differ by no more than rounding.
     """
     mask = _check(mask, values=values, returns=returns)
     returns, values = at_least_float32(returns)[mask], at_least_float32(values)[mask]
     error = returns - values
-    variance = returns.var(correction=0)
-    return torch.where(variance > 0, 1 - error.var(correction=0) / variance, 0.0)
+    variance, rounding = returns.var(correction=0), 1e-6 * returns.abs().amax()
+    return torch.where(variance > rounding**2, 1 - error.var(correction=0) / variance, 0.0)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from minictrl.calibration import ranks
-from minictrl.checks import OutOfReach, number, positive, real, whole
+from minictrl.checks import OutOfReach, finite, number, positive, real, whole
 from minictrl.procedures import cells
 from minictrl.procedures.cells import cdf, midpoints
 from minictrl.procedures.masses import MassMap, mass_map, mass_win_rate
@@ -187,7 +187,7 @@ def levels_of(r_ref: Tensor, spread: bool = True) -> Tensor:
     G is M CUT instead of M; without `spread` it is a level too.
     """
     counts, once = _levels(r_ref)
-    shares = counts / r_ref.shape[1]
+    shares = counts / counts.shape[1]
     if not (spread and once.any()):
         return shares
     one_cell = torch.eye(CUT, dtype=torch.float64)[-1]
@@ -199,6 +199,9 @@ def _levels(r_ref: Tensor) -> tuple[Tensor, Tensor]:
     """(counts, once), (P, M) each, the samples in rising order: at the last sample of each level
     how many the level has, elsewhere 0; whether its value occurs only once among all P M rewards.
     """
+    (r_ref,) = finite("rewards", r_ref=real("r_ref", r_ref))
+    if r_ref.dim() != 2 or not r_ref.numel():
+        raise ValueError(f"r_ref is {tuple(r_ref.shape)}: must be (prompts, samples), of some")
     order = r_ref.double().sort(1).values
     below, up_to = ranks(order, order)
     last = up_to == 1 + torch.arange(order.shape[1])
@@ -215,7 +218,7 @@ def tied(r_ref: Tensor, procedure: str | MassMap, n: int) -> bool:
     with whole numbers of many values: M samples are too few to know such levels.
     """
     counts, once = _levels(r_ref)
-    ref = counts / r_ref.shape[1]
+    ref = counts / counts.shape[1]
     ties = mass_map(procedure)(ref, cdf(ref), n).square()  # of two draws, by level
     share = (ties * (counts > 1)).sum(1)  # (P,)
     total = (ties / torch.where(once, CUT, 1)).sum(1)  # as they are in `levels_of`
@@ -300,12 +303,13 @@ def _on_cells(
     levels: both (prompts, G), and ref is `levels`.
     """
     if levels is not None:
-        levels = levels.double()
+        levels = real("levels", levels).double()
         sums = levels.sum(-1)
-        if K is not None or levels.dim() != 2 or not torch.allclose(sums, torch.ones_like(sums)):
+        masses = not (levels < 0).any() and torch.allclose(sums, torch.ones_like(sums))
+        if K is not None or levels.dim() != 2 or not masses:
             raise ValueError(
-                f"levels {tuple(levels.shape)}, K {K}: levels are (prompts, G) masses that sum to "
-                "1 per prompt (levels_of), and stand in place of K"
+                f"levels {tuple(levels.shape)}, K {K}: levels are (prompts, G) masses, none below "
+                "0, that sum to 1 per prompt (levels_of), and stand in place of K"
             )
     if K is None:
         ref = cells.grid(FINE) if levels is None else levels

@@ -53,7 +53,7 @@ def standardised(r: Tensor, r_ref: Tensor) -> Tensor:
     # the mean of equal rewards is not always their value
     equal = (exact == exact[:, :1]).all(1, keepdim=True)
     mean = torch.where(equal, exact[:, :1], exact.mean(1, keepdim=True))
-    return ((r - mean) / std).to(r)
+    return ((r - mean) / std).to(at_least_float32(r))
 
 
 # Uncalibrated RLHF and what lies between it and CTRL: (r (B, M), r_ref (B, K)) -> reward (B, M).

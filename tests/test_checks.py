@@ -65,6 +65,10 @@ def test_a_list_ties_with_the_float32_tensor_beside_it():
     assert torch.equal(checks.real("r", rows), torch.tensor([[0.1, 0.2]]))
 
 
+def test_an_array_of_the_other_byte_order_is_read():
+    assert checks.real("r", np.array([1.5, 3], ">f8")).tolist() == [1.5, 3]
+
+
 def test_betas_may_come_one_by_one():
     expected = theory.tradeoff("exp10", "bon", 4, [3000.0, 5000.0])
     for betas in (iter([3000.0, 5000.0]), {3000.0: 0, 5000.0: 0}.keys()):

@@ -5,10 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+from minictrl.methods import METHODS
 from minictrl.procedures import PROCEDURES
 
 PACKAGE = Path(__file__).parent.parent / "minictrl"
 FOLDERS = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+BUILT_ON = {f"methods.{name}" for name in ("grpo", "ipo", "bond", "qrpo", "pkpo", "maxrl")}
 # From the lowest up; a folder's name stands for all of its modules that have no line of their own,
 # which may import each other.
 LAYERS = [
@@ -36,9 +38,8 @@ LAYERS = [
     {"methods.base", "rollout"},
     {"runs", "results"},
     {"training"},
-    {f"methods.{name}" for name in ("ppo", "grpo", "ipo", "bond", "qrpo", "pkpo", "maxrl")},
-    {f"methods.{name}" for name in ("grpo_fixed", "bonbon", "maxpo", "tea", "rs_grpo", "a2po")}
-    | {"methods.tpo", "baselines", "evaluation", "exchange"},
+    BUILT_ON,
+    {f"methods.{name}" for name in METHODS} - BUILT_ON | {"baselines", "evaluation", "exchange"},
     {"figures", "trl"},
     {"report"},
     {"pretrain", "studies", "bench", "reproduce"},

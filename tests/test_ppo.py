@@ -209,7 +209,8 @@ def test_value_loss_and_explained_variance_by_hand():
         explained_variance(returns, returns, mask) == 1
         and explained_variance(0 * values, returns, mask) == 0
     )
-    assert explained_variance(values, torch.ones(2, 3), mask) == 0
+    for same in (1.0, 0.1):  # the variance of 0.1 in float32 is no 0
+        assert explained_variance(values, torch.full((2, 3), same), mask) == 0
 
 
 def test_gradient_ascent_on_responses_of_two_lengths_reaches_the_tilt():
@@ -274,6 +275,14 @@ def test_prefix_values_are_the_mean_of_the_others_where_prefixes_are_alike():
     assert values[2, 2] == pytest.approx(float(to_go[3:, 2].mean()), abs=1e-6)
     assert values[2, 0] == pytest.approx(float(to_go[[0, 1, 3, 4], 0].mean()), abs=1e-6)
     assert (values[mask == 0] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float16])
+def test_prefix_values_of_any_numbers_are_float32(dtype):
+    to_go = torch.tensor([[5, 3], [7, 2], [4, 4], [9, 1]]) * 6400
+    C_hat, mask = torch.rand(4, 2, generator=torch.Generator().manual_seed(0)), torch.ones(4, 2)
+    values = prefix_values(to_go.to(dtype), C_hat, mask)
+    torch.testing.assert_close(values, prefix_values(to_go.double(), C_hat, mask).float())
 
 
 @pytest.mark.parametrize("alive", [1, 2, 5, 16])

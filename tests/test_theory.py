@@ -279,6 +279,8 @@ def test_many_levels_are_the_continuous_theory_and_prompts_share_their_beta():
         theory.at_kl("identity", 0.2, "bon", 4, K=10, levels=levels)
     with pytest.raises(ValueError, match="sum to 1 per prompt"):
         theory.at_kl("identity", 0.2, "bon", 4, levels=levels / 2)
+    with pytest.raises(ValueError, match="none below 0"):
+        theory.at_kl("identity", 0.2, "bon", 4, levels=[[1.5, -0.5]])
     mass, _ = theory.policy_at_kl("identity", 0.2, "bon", 4, levels=levels)
     u = torch.tensor([[0.25, 0.5, 0.75], [0.1, 0.35, 0.75]], dtype=torch.float64)
     R = (mass[:, [0, 2]] / levels[:, [0, 2]]).log().diff() / u[:, [0, 2]].diff()
@@ -293,6 +295,24 @@ def test_levels_serve_every_transform_and_prompts_that_have_one():
     # nothing is ever solved: no policy differs from pi_ref
     alike = theory.levels_of(torch.zeros(5, 8))
     assert theory.at_kl("identity", 1.0, "bon", 4, levels=alike) == pytest.approx(0.5)
+
+
+def test_an_empty_top_level_changes_nothing():
+    for kl in (0.3, 2.0):
+        some = [theory.at_kl("exp10", kl, "bon", 4, levels=x) for x in ([[0.5, 0.5]], [[1.0]])]
+        more = [[[0.5, 0.5, 0.0]], [[1.0, 0.0]]]
+        assert [theory.at_kl("exp10", kl, "bon", 4, levels=x) for x in more] == pytest.approx(some)
+
+
+def test_levels_are_those_of_an_array_and_refuse_rewards_that_are_not_finite():
+    r_ref = torch.tensor([[0.0, 1, 1, 2], [2, 2, 2, 2]])
+    assert torch.equal(theory.levels_of(r_ref.numpy()), theory.levels_of(r_ref))
+    assert theory.tied(r_ref.tolist(), "bon", 2) == theory.tied(r_ref, "bon", 2)
+    for wrong in (torch.full((2, 4), torch.nan), torch.full((2, 4), torch.inf)):
+        with pytest.raises(ValueError, match="not finite"):
+            theory.tied(wrong, "bon", 4)
+    with pytest.raises(ValueError, match=r"must be \(prompts, samples\)"):
+        theory.levels_of([0.0, 1.0])
 
 
 def test_levels_are_the_shares_of_equal_rewards():

@@ -109,10 +109,16 @@ def test_equal_reference_rewards_are_not_blown_up():
     torch.testing.assert_close(standardised, torch.tensor([[0.0, 0.2]]))
 
 
+def test_whole_rewards_are_standardised_as_they_are():
+    r, r_ref = torch.tensor([[1, 2]]), torch.tensor([[1, 2, 3, 5]])
+    standardised = get_transform("standardised").of_rewards
+    torch.testing.assert_close(standardised(r, r_ref), standardised(r.float(), r_ref.float()))
+
+
 @pytest.mark.parametrize(
     "name, options, message",
     [
-        ("exp", {}, "unknown transform 'exp'; known: exp<t> .*identity, log, bon_fp"),
+        ("exp", {}, "unknown transform 'exp'; known: exp<t> .*identity, log, .*bon_fp"),
         ("exp0", {}, "'exp0'.*not 0"),
         ("exp100", {}, "'exp100'.*80"),
         ("expten", {}, "unknown transform 'expten'"),

@@ -167,7 +167,9 @@ class Online(Method):
 def with_value_loss(
     loss: Tensor, stats: dict[str, Tensor], values: Tensor | None, batch: Batch
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss plus the value head's error, where there is a value head."""
+    """The loss plus the value head's error, where there is a value head. It trains the policy's
+    layers too, which share the head's states.
+    """
     if values is None:
         return loss, stats
     value_loss = ppo.value_loss(values, batch.returns, batch.mask)

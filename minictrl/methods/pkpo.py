@@ -4,8 +4,8 @@ Best-of-n's win rate is E[max of g over n draws of pi], g(y) the probability tha
 of n draws of pi_ref: C^n for a continuous reward. Worst-of-n's is E[min of g], g = 1 - (1 - C)^n.
 g is estimated without bias from the K reference samples, and its maximum from G draws of pi.
 
-With `--baseline loo` the mean over the others holds the group's other advantages, which depend on
-this response: a bias of order 1 / batch, nothing at 32 prompts a step.
+Whatever the baseline, it reads the group's other advantages, which depend on this response: a bias
+of order 1 / batch, a tenth of the gradient at one prompt a step and nothing at 32.
 """
 
 import math

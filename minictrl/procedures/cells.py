@@ -86,7 +86,10 @@ def tilt(Phi: Tensor, scale: float, ref: Tensor, base: Tensor | float = 0.0) -> 
 
 
 def largest_kl(Phi: Tensor, ref: Tensor) -> float:
-    """KL in nats of a policy that has nothing but the best cells, the mean over prompts."""
+    """KL in nats of a policy that has nothing but the best cells, the mean over prompts. A cell
+    where pi_ref has no mass is none.
+    """
+    Phi = Phi.expand_as(ref).masked_fill(ref == 0, -math.inf)
     return -(ref * (Phi == Phi.amax(-1, keepdim=True))).sum(-1).log().mean().item()
 
 
