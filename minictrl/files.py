@@ -38,6 +38,11 @@ def in_one_step(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def write_text(path: Path, text: str):
+    with in_one_step(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
 def sync(path: Path):
     """Wait until a file is on the disk. safetensors' are readable by their owner alone: any is made
     as readable as a new file is here.
@@ -159,8 +164,7 @@ def layout(tensors: dict[str, Tensor]) -> dict[str, list]:
 
 def write_json(path: Path, value):
     """JSON in one step; a number that is not finite is null, because JSON has no NaN."""
-    with in_one_step(path) as temporary:
-        temporary.write_text(json.dumps(without_nan(value), indent=1) + "\n")
+    write_text(path, json.dumps(without_nan(value), indent=1) + "\n")
 
 
 def write_sealed(path: Path, value: dict):
@@ -219,9 +223,7 @@ def read_rows(path: Path) -> list:
 
 def write_rows(path: Path, rows: Iterable):
     """What `read_rows` reads, in one step."""
-    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    with in_one_step(path) as temporary:
-        temporary.write_text(lines, encoding="utf-8")
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def markdown(head: list[str], rows: Iterable[Iterable[str]]) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from minictrl import figures, results, runs
 from minictrl.config import Config
 from minictrl.data import key
-from minictrl.files import in_one_step
+from minictrl.files import write_text
 
 PROMPTS = 20  # shown side by side
 CASES = (("standard", 1), ("bon", 4), ("won", 4))
@@ -67,8 +67,7 @@ def write_card(run: Path, config: Config, table: list[dict]):
         kl=f"{table[0]['kl']:.3f}{results.plus_minus(table[0]['kl_stderr'], 3)}",
         judge=f" and by the judge, {config.judge}" if config.judge else "",
     )
-    with in_one_step(run / "policy" / "README.md") as path:
-        path.write_text(text, encoding="utf-8")
+    write_text(run / "policy" / "README.md", text)
 
 
 def write_page(folders: list[Path], suffix: str, file: Path):
@@ -113,8 +112,7 @@ procedure; N draws, of which Best-of-N keeps the best. C_hat is the share of pi_
 the same prompt that a response beats.</p>
 {drawn}{body}<h2>Samples</h2>{side_by_side(samples)}</html>
 """
-    with in_one_step(file) as path:
-        path.write_text(page, encoding="utf-8")
+    write_text(file, page)
 
 
 def draw_win_rates(axis, *, tables: dict[str, list[dict]], case: tuple[str, int]):

@@ -26,7 +26,7 @@ from minictrl import theory
 from minictrl.cli import Parser, run_script
 from minictrl.config import Config
 from minictrl.figures import title
-from minictrl.files import in_one_step, load_tensors, markdown, reading, save_tensors
+from minictrl.files import load_tensors, markdown, reading, save_tensors, write_text
 from minictrl.reproduce import STUDIES
 from minictrl.results import plus_minus
 from minictrl.studies import sweep
@@ -98,8 +98,7 @@ def main(argv: list[str] | None = None):
     sweep.same_models(rows)
     save_runs(rows, args.folder / "leaderboard.safetensors")
     page = args.folder / "leaderboard.md"
-    with in_one_step(page) as path:
-        path.write_text(page_of(rows, args.folder, args.quick), encoding="utf-8")
+    write_text(page, page_of(rows, args.folder, args.quick))
     print(f"{page}: {len(set(column(rows, 'method')))} methods")
 
 
