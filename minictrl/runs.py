@@ -159,14 +159,10 @@ def load_record(run: Path) -> tuple[Config, dict]:
         raise ValueError(
             f"{run}: is no run directory (it has no config.json); give the --out of a train.py run"
         )
-    try:
+    with reading(path, "train the run again with --overwrite"):
         stored = read_sealed(path)
         if "model_type" not in stored:
             return Config.of(stored)
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(
-            f"{path}: is damaged ({error}); train the run again with --overwrite"
-        ) from None
     raise ValueError(
         f"{run}: is a model, no run; give the run's directory, {run.absolute().parent}"
     )
