@@ -12,8 +12,7 @@ from minictrl import runs, theory
 from minictrl.config import Config
 from minictrl.figures import WIN_RATE, errorbars, panels, title
 from minictrl.methods import get_method
-from minictrl.rollout import score
-from minictrl.sampling import sample
+from minictrl.rollout import sample_and_score
 from minictrl.studies.sweep import SCALES, VARIANTS, sweep
 from minictrl.studies.tables import Rows, below_optimum, common_kl, measured_at_kl, points, where
 from minictrl.studies.trained import draw_over_n
@@ -162,15 +161,7 @@ def calibration_cost(config: Config) -> dict[str, float]:
     task = load_task(config, "train")
     part = min(32, config.prompts)
     start = time.perf_counter()
-    samples = sample(
-        task.policy,
-        task.tokenizer,
-        task.texts[:part],
-        num_samples=config.K,
-        max_new_tokens=task.max_new_tokens,
-        seed=0,
-    )
-    score(task.reward, task.prompts[:part], samples.texts)
+    samples, _ = sample_and_score(task, task.policy, range(part), num_samples=config.K, seed=0)
     seconds = time.perf_counter() - start
     scale = config.prompts / part
     tokens = int(samples.mask.sum()) * scale
