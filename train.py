@@ -231,14 +231,14 @@ def draw_rollout(task, pi_ref, index, reference, step: int, config: Config):
     """
     from minictrl.calibration import calibrated_reward
     from minictrl.rollout import batch_of, rollout_stats, sample_and_score
-    from minictrl.update import forward_all
+    from minictrl.update import all_logprobs
 
     seed = config.seed_for(step + 1)
     samples, r = sample_and_score(
         task, task.policy, index, num_samples=config.G, seed=seed, reference=reference
     )
     batch = batch_of(task, index, samples)
-    batch.ref_logprobs, _ = forward_all(pi_ref, None, batch, config.micro_batch)
+    batch.ref_logprobs = all_logprobs(pi_ref, batch, config.micro_batch)
     C_hat = calibrated_reward(r, reference.r_ref)  # (P, G), Eq. 12
     return batch, r, rollout_stats(batch, r, C_hat)
 

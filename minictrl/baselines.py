@@ -19,14 +19,15 @@ from minictrl.rollout import score
 from minictrl.sampling import texts_of
 from minictrl.task import Task
 from minictrl.transforms import RAW
-from minictrl.update import Learner, forward_all
+from minictrl.update import Learner, forward, in_pieces
 
 
 def value(batch: Batch, task: Task, r_ref: Tensor, learner: Learner, config: Config) -> Batch:
     """GAE with a value head. The head starts at 0, so R is centred first: the mean R of the other
     responses is taken off.
     """
-    _, values = forward_all(learner.policy, learner.value_head, batch, config.micro_batch)
+    policy, head = learner.policy, learner.value_head
+    values = in_pieces(batch, config.micro_batch, lambda rows: forward(policy, head, rows)[1])
     centred = replace(batch, R=ppo.loo_advantages(batch.R[None])[0])
     return _gae(batch, token_rewards(centred), values, config.lam)
 

@@ -19,7 +19,6 @@ from minictrl.batch import Batch
 from minictrl.calibration import calibrated_reward, leave_one_out_calibration
 from minictrl.config import TEST, TEST_REF, Config, is_file
 from minictrl.files import save_tensors, sha256_of, write_rows, write_sealed
-from minictrl.lm.device import halving
 from minictrl.lm.logprobs import response_logits
 from minictrl.methods import get_method
 from minictrl.models import load_policy
@@ -30,6 +29,7 @@ from minictrl.rollout import batch_of, reference_samples, sample_and_score, scor
 from minictrl.sampling import Samples, texts_of
 from minictrl.task import Task, load_task, rows_of, scorer_of, try_scorers
 from minictrl.transforms import RAW, Transform
+from minictrl.update import in_pieces
 from minictrl.winrate import kept_scores, mean_stderr, win_rates
 
 KL_SAMPLES = 16  # responses per prompt for the KL
@@ -243,7 +243,6 @@ def procedures(config: Config, sizes: tuple[int, ...], M: int) -> list[tuple[str
     return [(name, n) for name, n in dict.fromkeys(chosen) if get_procedure(name).samples(n) <= M]
 
 
-@torch.no_grad()
 def kl_by_prompt(policy, task: Task, samples: Samples, size: int) -> Tensor:
     """(P,) KL(pi || pi_ref) of each prompt, in nats per response.
 
@@ -255,14 +254,8 @@ def kl_by_prompt(policy, task: Task, samples: Samples, size: int) -> Tensor:
     few = min(M, KL_SAMPLES)
     first = torch.arange(P * M).view(P, M)[:, :few].flatten()
     batch = batch_of(task, torch.arange(P), samples)[first]
-
-    def of_all(size: int) -> Tensor:
-        kl = torch.zeros_like(batch.mask[:, 0])
-        for piece in batch.pieces(torch.arange(len(batch), device=kl.device), size):
-            kl[piece] = kl_of(policy, task.policy, batch[piece].cut())
-        return kl.cpu()
-
-    return halving(size, of_all)[0].view(P, few).mean(1)
+    kl = in_pieces(batch, size, lambda rows: kl_of(policy, task.policy, rows)[:, None])
+    return kl[:, 0].contiguous().cpu().view(P, few).mean(1)
 
 
 def kl_of(policy, ref_policy, batch: Batch) -> Tensor:

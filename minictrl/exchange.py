@@ -29,7 +29,7 @@ from minictrl.rollout import reference_key, score, with_prompts
 from minictrl.sampling import Samples, sample, texts_of
 from minictrl.scorers.text import as_text
 from minictrl.task import Task, load_task
-from minictrl.update import forward_all
+from minictrl.update import all_logprobs
 from minictrl.winrate import mean_stderr
 
 FAR = 0.5  # nats a token that given samples may be more or less likely than the policy's own
@@ -142,7 +142,7 @@ def with_logprobs(task: Task, r_ref: Tensor, tokens: Tensor, mask: Tensor, size:
     prompt = torch.arange(P).repeat_interleave(K)
     rows = Batch(prompt_index=prompt, tokens=tokens.flatten(0, 1), mask=mask.flatten(0, 1).float())
     batch = with_prompts(task, rows.to(task.ids.device))
-    logprobs, _ = forward_all(task.policy, None, batch, size)
+    logprobs = all_logprobs(task.policy, batch, size)
     return Reference(r_ref, tokens.int(), logprobs.cpu().view(P, K, -1), mask)
 
 

@@ -154,7 +154,7 @@ def check_sampler(task: Task, reference: Reference):
         x[prompt, which].to(task.ids.device) for x in (reference.tokens, reference.mask)
     )
     with torch.no_grad():
-        exact = sequence_logprobs(
+        exact, _ = sequence_logprobs(
             task.policy, task.ids[prompt], task.mask[prompt], tokens.long(), mask.float()
         )
     error = (reference.logprobs[prompt, which] - exact.cpu())[mask.cpu()].abs().mean().item()

@@ -140,29 +140,28 @@ def forward(
         tokens.flatten(0, -2),
         mask.flatten(0, -2),
     )
-    if value_head is None:
-        return sequence_logprobs(model, *inputs).view_as(mask), None
-    logprobs, hidden = sequence_logprobs(model, *inputs, return_hidden=True)
-    return logprobs.view_as(mask), value_head(hidden.float())[..., 0].view_as(mask)
+    logprobs, hidden = sequence_logprobs(model, *inputs)
+    values = None if value_head is None else value_head(hidden.float()).view_as(mask)
+    return logprobs.view_as(mask), values
 
 
 @torch.no_grad()
-def forward_all(
-    model: nn.Module, value_head: nn.Module | None, batch: Batch, size: int
-) -> tuple[Tensor, Tensor | None]:
-    """`forward` of all rows, `size` at a time, without gradients: (B, T) each."""
+def in_pieces(batch: Batch, size: int, read: Callable[[Batch], Tensor]) -> Tensor:
+    """read(rows) of all rows, (B, T), `size` at a time, without gradients."""
 
-    def whole(size: int) -> tuple[Tensor, Tensor | None]:
-        logprobs = torch.zeros_like(batch.mask)
-        values = None if value_head is None else torch.zeros_like(batch.mask)
-        for piece in batch.pieces(torch.arange(len(batch), device=logprobs.device), size):
-            part = forward(model, value_head, batch[piece].cut())
-            for all_rows, x in zip((logprobs, values), part, strict=True):
-                if all_rows is not None:
-                    all_rows[piece, : x.shape[1]] = x
-        return logprobs, values
+    def whole(size: int) -> Tensor:
+        found = torch.zeros_like(batch.mask)
+        for piece in batch.pieces(torch.arange(len(batch), device=found.device), size):
+            x = read(batch[piece].cut())
+            found[piece, : x.shape[1]] = x
+        return found
 
     return halving(size, whole)[0]
+
+
+def all_logprobs(model: nn.Module, batch: Batch, size: int) -> Tensor:
+    """(B, T) log pi(token) of all rows, `in_pieces`."""
+    return in_pieces(batch, size, lambda rows: forward(model, None, rows)[0])
 
 
 def update(

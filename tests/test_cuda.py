@@ -45,7 +45,7 @@ def test_the_samplers_logprobs_are_those_of_a_full_forward(dtype, most):
     ids, mask = left_pad(encode_prompts(tokenizer, texts), tokenizer.pad_token_id, DEVICE)
     rows = [x.repeat_interleave(8, 0) for x in (ids, mask)]
     with torch.no_grad():
-        full = sequence_logprobs(
+        full, _ = sequence_logprobs(
             model, *rows, samples.tokens.flatten(0, 1), samples.mask.flatten(0, 1)
         )
     error = (full - samples.logprobs.flatten(0, 1)).abs()
@@ -124,7 +124,7 @@ def test_gradients_are_the_cpus():
     gradients = []
     for place in ("cpu", DEVICE):
         each = copy.deepcopy(model).to(place)
-        sequence_logprobs(each, *(x.to(place) for x in inputs)).sum().backward()
+        sequence_logprobs(each, *(x.to(place) for x in inputs))[0].sum().backward()
         gradients.append(
             torch.cat([p.grad.flatten().cpu() for p in each.parameters() if p.grad is not None])
         )

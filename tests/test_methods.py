@@ -63,7 +63,7 @@ def test_the_baseline_is_the_mean_of_all_other_returns_and_a_prompts_own_for_raw
 
 def test_a_value_head_turns_it_into_gae_on_rewards_without_their_mean(monkeypatch):
     batch, zeros = rollout(), torch.zeros(24, 5)
-    monkeypatch.setattr(baselines, "forward_all", lambda *args: (None, zeros))
+    monkeypatch.setattr(baselines, "in_pieces", lambda *args: zeros)
     learner = Learner(None, None, None)  # its forward is replaced
     found = baselines.value(batch, None, None, learner, Config(G=4, lam=1.0))
     others = (batch.R.sum() - batch.R) / 23  # a mean with its own R would shrink the gradient

@@ -235,12 +235,7 @@ def test_training_can_follow_and_the_model_is_left_as_it_was():
         x.repeat_interleave(3, 0) for x in left_pad(encode_prompts(TOKENIZER, PROMPTS), 2)
     )
     logprobs, hidden = sequence_logprobs(
-        model,
-        prompt_ids,
-        prompt_mask,
-        s.tokens.flatten(0, 1),
-        s.mask.flatten(0, 1),
-        return_hidden=True,
+        model, prompt_ids, prompt_mask, s.tokens.flatten(0, 1), s.mask.flatten(0, 1)
     )
     assert hidden.shape == (12, 12, 16) and torch.allclose(
         logprobs, s.logprobs.flatten(0, 1), atol=1e-4

@@ -7,7 +7,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from minictrl import ppo
 from minictrl.batch import Batch
-from minictrl.update import Learner, forward, forward_all, freeze, make_learner, update
+from minictrl.update import Learner, all_logprobs, forward, freeze, make_learner, update
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def rows(model):
         advantages=torch.randn(24, 8, generator=generator),
         returns=torch.randn(24, 8, generator=generator) * mask,
     )
-    rows.old_logprobs, _ = forward_all(model, None, rows, 24)
+    rows.old_logprobs = all_logprobs(model, rows, 24)
     return rows
 
 
@@ -94,7 +94,7 @@ def test_a_pair_of_responses_in_a_row_is_two_rows(model, rows):
 
 def test_the_value_head_starts_at_zero(model, rows):
     learner = make_learner(model, value_head=True)
-    _, values = forward_all(model, learner.value_head, rows, 24)
+    _, values = forward(model, learner.value_head, rows)
     assert torch.equal(values, torch.zeros_like(values))
 
 
@@ -168,7 +168,7 @@ def test_a_value_head_learns_at_the_presets_learning_rate(model, rows):
     policy.transformer.ln_f.requires_grad_(True)
     learner = make_learner(policy, value_head=True, lr=1e-6)
     truth = torch.nn.Linear(policy.config.hidden_size, 1)
-    _, target = forward_all(policy, truth, rows, 24)
+    target = forward(policy, truth, rows)[1].detach()
     rows = dataclasses.replace(rows, returns=target)
 
     def value_loss(logprobs, values, rows):
@@ -177,5 +177,5 @@ def test_a_value_head_learns_at_the_presets_learning_rate(model, rows):
     for seed in range(200):
         options = dict(minibatch=24, micro_batch=24, epochs=1, seed=seed)
         update(learner, rows, value_loss, lr=1e-6, **options)
-    _, values = forward_all(policy, learner.value_head, rows, 24)
+    _, values = forward(policy, learner.value_head, rows)
     assert ppo.explained_variance(values, target, rows.mask) > 0.5

@@ -78,7 +78,7 @@ def answer_logprobs(model: nn.Module, tokenizer, rows: list[tuple[list[int], lis
         for part in ([torch.ones(len(y)) for _, y in rows], [torch.tensor(y) for _, y in rows])
     )
     prompts = left_pad([x for x, _ in rows], tokenizer.pad_token_id, model.device)
-    return sequence_logprobs(model, *prompts, tokens, mask).sum(1)
+    return sequence_logprobs(model, *prompts, tokens, mask)[0].sum(1)
 
 
 def fit(
