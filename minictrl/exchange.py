@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import warnings
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -18,7 +19,6 @@ import torch
 from torch import Tensor
 
 from minictrl import runs
-from minictrl.batch import Batch
 from minictrl.cli import Parser, check_file, run_script
 from minictrl.config import CALIBRATION, Config
 from minictrl.data import convert, key, read_own, row_of
@@ -138,12 +138,10 @@ def likeliest(task: Task, r_ref: Tensor, tokens: Tensor, mask: Tensor, size: int
 
 def with_logprobs(task: Task, r_ref: Tensor, tokens: Tensor, mask: Tensor, size: int) -> Reference:
     """Samples (P, K, T) with rewards (P, K) and the policy's log-probabilities."""
-    P, K, _ = tokens.shape
-    prompt = torch.arange(P).repeat_interleave(K)
-    rows = Batch(prompt_index=prompt, tokens=tokens.flatten(0, 1), mask=mask.flatten(0, 1).float())
-    batch = with_prompts(task, rows.to(task.ids.device))
+    reference = Reference(r_ref, tokens.int(), torch.zeros(tokens.shape), mask)
+    batch = with_prompts(task, reference.rows().to(task.ids.device))
     logprobs = all_logprobs(task.policy, batch, size)
-    return Reference(r_ref, tokens.int(), logprobs.cpu().view(P, K, -1), mask)
+    return replace(reference, logprobs=logprobs.cpu().view_as(tokens))
 
 
 def continuations(tokenizer, prompt: str, texts: list[str]) -> list[list[int]]:

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from minictrl.batch import Batch
 from minictrl.files import delete_leftovers, digest, load_tensors, lock, save_tensors
 
 CHUNK = 64  # prompts a file
@@ -40,6 +41,16 @@ class Reference:
         """`sampling.Samples` with their rewards r (P, K), on the CPU."""
         tokens, mask = samples.tokens.int().cpu(), samples.mask.bool().cpu()
         return cls(r, tokens, samples.logprobs.cpu(), mask)
+
+    def rows(self) -> Batch:
+        """All P K samples, a row each."""
+        P, K = self.r_ref.shape
+        return Batch(
+            prompt_index=torch.arange(P).repeat_interleave(K),
+            tokens=self.tokens.flatten(0, 1).long(),
+            mask=self.mask.flatten(0, 1).float(),
+            ref_logprobs=self.logprobs.flatten(0, 1),
+        )
 
     def with_known_rewards(self, r: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
         """Rewards r (P, G) of responses (P, G, T) to the same prompts, but the one that is kept

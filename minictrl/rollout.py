@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from minictrl.batch import Batch
 from minictrl.files import digest
 from minictrl.lm.device import check_room
-from minictrl.lm.logprobs import sequence_logprobs
 from minictrl.reference import Reference, cached
 from minictrl.sampling import SAMPLER, Samples, sample, texts_of
 from minictrl.task import Task
 from minictrl.track import SHOWN
+from minictrl.update import all_logprobs
 from minictrl.winrate import mean_stderr
 
 LONGEST = 8  # samples whose log-probabilities `check_sampler` computes again
@@ -146,18 +146,11 @@ def check_sampler(task: Task, reference: Reference):
     Training takes ratios of the two. They differ in models that read long texts in another way
     (Phi-3 scales its positions there).
     """
-    K = reference.r_ref.shape[1]
     lengths = task.mask.sum(1).cpu()[:, None] + reference.mask.sum(-1)  # (P, K)
-    index = lengths.flatten().topk(min(LONGEST, lengths.numel())).indices
-    prompt, which = index // K, index % K
-    tokens, mask = (
-        x[prompt, which].to(task.ids.device) for x in (reference.tokens, reference.mask)
-    )
-    with torch.no_grad():
-        exact, _ = sequence_logprobs(
-            task.policy, task.ids[prompt], task.mask[prompt], tokens.long(), mask.float()
-        )
-    error = (reference.logprobs[prompt, which] - exact.cpu())[mask.cpu()].abs().mean().item()
+    longest = lengths.flatten().topk(min(LONGEST, lengths.numel())).indices
+    rows = with_prompts(task, reference.rows()[longest].to(task.ids.device))
+    exact = all_logprobs(task.policy, rows, LONGEST)
+    error = (rows.ref_logprobs - exact)[rows.mask.bool()].abs().mean().item()
     if not error <= CLOSE:
         raise ValueError(
             f"the policy's samples have log-probabilities that are {error:.2g} nats a token from "

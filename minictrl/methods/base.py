@@ -194,17 +194,6 @@ class Offline(Method):
 # --- rows of offline methods ---
 
 
-def responses(reference: Reference) -> Batch:
-    """All P K reference samples, a row each."""
-    P, K = reference.r_ref.shape
-    return Batch(
-        prompt_index=torch.arange(P).repeat_interleave(K),
-        tokens=reference.tokens.flatten(0, 1).long(),
-        mask=reference.mask.flatten(0, 1).float(),
-        ref_logprobs=reference.logprobs.flatten(0, 1),
-    )
-
-
 def pairs(reference: Reference, n: int, seed: int) -> Batch:
     """The best and the worst of each n reference samples, a row each: (B, 2, T)."""
     generator = torch.Generator().manual_seed(seed)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from minictrl import ppo
 from minictrl.batch import Batch
-from minictrl.methods.base import Offline, responses
+from minictrl.methods.base import Offline
 from minictrl.methods.grpo import Method as Grpo
 from minictrl.methods.grpo import grpo_advantages
 from minictrl.reference import Reference
@@ -22,7 +22,7 @@ class Method(Offline):
 
     def rows(self, reference: Reference, beta: float) -> Batch:
         advantages = grpo_advantages(reference.r_ref).flatten() / beta
-        return replace(responses(reference), advantages=advantages)
+        return replace(reference.rows(), advantages=advantages)
 
     def loss(
         self, logprobs: Tensor, values: None, batch: Batch

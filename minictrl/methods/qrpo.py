@@ -13,7 +13,7 @@ from minictrl.calibration import leave_one_out_calibration
 from minictrl.checks import at_least_float32
 from minictrl.config import Config
 from minictrl.methods.base import Method as Base
-from minictrl.methods.base import Offline, check_responses, responses
+from minictrl.methods.base import Offline, check_responses
 from minictrl.reference import Reference
 from minictrl.transforms import RAW, log_partition
 
@@ -27,7 +27,7 @@ class Method(Offline):
     def rows(self, reference: Reference, beta: float) -> Batch:
         R = reference_R(self, reference.r_ref, beta)
         log_Z = log_partition(R).expand_as(R).float().flatten()
-        return replace(responses(reference), R=R.float().flatten(), log_Z=log_Z)
+        return replace(reference.rows(), R=R.float().flatten(), log_Z=log_Z)
 
     def loss(self, logprobs: Tensor, values: None, batch: Batch) -> tuple[Tensor, dict]:
         sums = logprobs.sum(-1), batch.ref_logprobs.sum(-1)
