@@ -6,7 +6,6 @@ forward pass: `prefix_scores`.
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable
 
@@ -16,6 +15,7 @@ from transformers import AutoModelForSequenceClassification
 
 from minictrl.data import Prompt
 from minictrl.lm.hub import from_hub
+from minictrl.lm.kvcache import arguments
 from minictrl.lm.prompts import left_pad
 from minictrl.scorers.text import by_length, in_batches, scorer_tokenizer, written
 
@@ -69,8 +69,7 @@ def load_classifier(name: str, role: str, label: str, device: torch.device):
         around = surroundings(tokenizer, prompts, padding)
         return prefix_scores(model, tokenizer, device, of_logits, around, tokens, mask)
 
-    takes = inspect.signature(model.base_model.forward).parameters
-    readable = head is not None and "position_ids" in takes
+    readable = head is not None and "position_ids" in arguments(type(model.base_model))
     return model, tokenizer, evaluate, prefixes if readable else None
 
 
