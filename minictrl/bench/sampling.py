@@ -103,11 +103,6 @@ def generate(model, tokenizer, texts: list[str], T: int, per_call: int, cache: s
             eos_token_id=eos,
             cache_implementation=cache,
         )
-        count += response_tokens(tokens[:, ids.shape[1] :], eos)
+        ends = (tokens[:, ids.shape[1] :] == eos).int()
+        count += int((ends.cumsum(1) - ends == 0).sum())  # EOS counts, nothing after it does
     return count
-
-
-def response_tokens(tokens: torch.Tensor, eos: int) -> int:
-    """How many tokens (B, T) responses have: EOS counts, nothing after it does."""
-    ends = (tokens == eos).cumsum(1)
-    return int((ends == 0).sum() + (ends > 0).any(1).sum())
