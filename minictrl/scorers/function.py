@@ -42,11 +42,11 @@ def load_function(
     file, _, function_name = spec.rpartition(":")
     path, name = Path(file).resolve(), f"{role} {spec}"
     if not path.is_file():
-        raise ValueError(f"{role} {spec}: there is no file {file}; give FILE.py:NAME")
+        raise ValueError(f"{name}: there is no file {file}; give FILE.py:NAME")
     texts = sources(path)
     own_modules = beside(path, texts)
     with own_modules():
-        function = find_function(spec, role, path)
+        function = find_function(name, function_name, path, file)
     known = sorted({column for row in columns.values() for column in row})
     wanted, needed = wanted_columns(function, known)
     missing = [column for column in needed if column not in known]
@@ -197,23 +197,24 @@ def as_float32(exact: Tensor, name: str) -> Tensor:
     return scores
 
 
-def find_function(spec: str, role: str, path: Path) -> Callable:
-    """The function NAME of FILE.py, which is run for it, as a module named by its path."""
-    file, _, name = spec.rpartition(":")
+def find_function(name: str, function_name: str, path: Path, file: str) -> Callable:
+    """The function of a file, which is run for it, as a module named by its path. name: of the
+    scorer; file: the path as it was given.
+    """
     module_spec = importlib.util.spec_from_file_location(str(path), path)
     module = importlib.util.module_from_spec(module_spec)
     sys.modules[module_spec.name] = module  # where a dataclass looks for it
     try:
         module_spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:  # whatever the user's file does
-        raise ValueError(f"{role} {spec}: {file} fails with {describe(error)}") from error
-    function = getattr(module, name, None)
+        raise ValueError(f"{name}: {file} fails with {describe(error)}") from error
+    function = getattr(module, function_name, None)
     if not callable(function):
-        raise ValueError(f"{role} {spec}: {file} has no function {name!r}")
+        raise ValueError(f"{name}: {file} has no function {function_name!r}")
     try:
         inspect.signature(function)
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{role} {spec}: {error}; give a function that is written in it") from None
+        raise ValueError(f"{name}: {error}; give a function that is written in it") from None
     return function
 
 
