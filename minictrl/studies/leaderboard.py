@@ -15,7 +15,7 @@ import inspect
 import json
 import math
 from collections import Counter
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from statistics import fmean, median
 
@@ -189,7 +189,11 @@ class Board:
         self.rows = rows
         names = dict.fromkeys([*VARIANTS, *column(rows, "method")])  # known here, then the others
         self.methods = [name for name in names if where(rows, method=name)]
-        self.wins = cache(partial(wins_of, rows))
+        self.wins = cache(  # seed -> (P,) win rates
+            lambda method, kl, procedure, n, scorer: wins_at(
+                rows, kl, method, procedure=procedure, n=n, scorer=scorer
+            )
+        )
         self.kl = max(KLS, key=lambda kl: (len(self.at(kl, "bon", 4)), kl == 1))
         self.kls = [kl for kl in KLS if kl == self.kl or self.at(kl, "bon", 4)]
 
@@ -281,11 +285,6 @@ class Board:
         verdict = "yes" if low > least else "no" if high < least else "open"
         points = f"{100 * found.mean:.1f} ({100 * low:.1f} to {100 * high:.1f})"
         return f"**{verdict}**: {mine[0]} over {others[0]} {points}"
-
-
-def wins_of(rows: Rows, method: str, kl: float, procedure: str, n: int, scorer: str) -> dict:
-    """seed -> (P,) win rates."""
-    return wins_at(rows, kl, method, procedure=procedure, n=n, scorer=scorer)
 
 
 def command(name: str, common: dict) -> str:
