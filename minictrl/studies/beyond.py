@@ -47,7 +47,7 @@ def tuned(out: Path, quick: bool):
             row = {"tuned": "bon_fp 4" if name == "bon_fp" else name, "used_at": n}
             expected = {"theory": theory.at_kl(Phi, kl, "bon", n)}
             table += [row | found | expected for found in measured_at_kl(rows, kl, name, "bon", n)]
-    draw_over_n(axis, table, "used_at", by="tuned")
+    draw_over_n(axis, where(table, scorer="reward"), "used_at", by="tuned", dashed="theory")
     axis.set_title(f"Best-of-N at {kl:g} nats, by reward; dashed: theory")
     return table, figure
 

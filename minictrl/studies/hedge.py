@@ -7,10 +7,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from minictrl.figures import WIN_RATE, errorbars, panels
+from minictrl.figures import panels
 from minictrl.procedures import get_procedure
 from minictrl.studies.sweep import VARIANTS, Scores, redrawn, sweep
-from minictrl.studies.tables import SCORERS, Rows, column, grouped, where
+from minictrl.studies.tables import SCORERS, Rows, grouped, where
+from minictrl.studies.trained import draw_over_n
 from minictrl.winrate import beaten, mean_stderr
 
 RESAMPLES = 1000  # of the prompts
@@ -36,13 +37,8 @@ def hedge(out: Path, quick: bool):
         table += best_of_curve(method, pi, pi_ref, most)
     figure, axes = panels(1, len(SCORERS))
     for axis, scorer in zip(axes, SCORERS):
-        mine = where(table, scorer=scorer)
-        errorbars(axis, mine, "n", "win_rate", by="method", yerr="stderr")
-        sizes = sorted(set(column(mine, "n")))
-        axis.set_xscale("log", base=2)
-        axis.set_xticks(sizes, sizes)
-        axis.set(title=f"Best-of-N over one of pi_ref, by {scorer}", xlabel="N", ylabel=WIN_RATE)
-        axis.legend()
+        draw_over_n(axis, where(table, scorer=scorer), "n", by="method")
+        axis.set_title(f"Best-of-N over one of pi_ref, by {scorer}")
     return table, figure
 
 

@@ -198,17 +198,17 @@ def which_t(out: Path, quick: bool):
             expected = {"theory": theory.at_kl(name, kl, procedure, n)}
             measured = measured_at_kl(rows, kl, name, procedure, n)
             table += [row | each | expected for each in measured]
-        draw_over_n(axis, where(table, procedure=procedure), "n", by="transform")
+        drawn = where(table, procedure=procedure, scorer="reward")
+        draw_over_n(axis, drawn, "n", by="transform", dashed="theory")
         axis.set_title(f"{title(procedure, 'N')} at {kl:g} nats, by reward; dashed: theory")
     return table, figure
 
 
-def draw_over_n(axis, table: Rows, n: str, *, by: str):
-    """Win rates by reward against the N of column `n`, and theory's beside them."""
-    mine = where(table, scorer="reward")
-    errorbars(axis, mine, n, "win_rate", by=by, yerr="stderr", dashed="theory")
+def draw_over_n(axis, rows: Rows, n: str, *, by: str, dashed: str | None = None):
+    """Win rates against the N of column `n`, and those of column `dashed` beside them."""
+    errorbars(axis, rows, n, "win_rate", by=by, yerr="stderr", dashed=dashed)
     axis.set_xscale("log", base=2)
-    sizes = sorted(set(column(mine, n)))
+    sizes = sorted(set(column(rows, n)))
     axis.set_xticks(sizes, sizes)
     axis.set(xlabel="N", ylabel=WIN_RATE)
     axis.legend()
