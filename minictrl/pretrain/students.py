@@ -32,6 +32,8 @@ from minictrl.pretrain.text import TEMPERATURE
 from minictrl.pretrain.vocabulary import prune
 
 STEPS = ("policy", "reward", "judge")
+LAYERS, VOCABULARY = 3, 8000  # of the judge
+REPEAT, HARD = 2, 0.3  # of the reviews in an epoch; the share of their own tokens in the loss
 
 
 def train_students(
@@ -196,21 +198,18 @@ def train_student_policy(
     n_layer: int = 4,
     n_head: int = 5,
     epochs: int = 4,
-    repeat: int = 2,
-    batch: int = 64,
     lr: float = 3e-3,
-    hard: float = 0.3,
     seed: int = 0,
 ):
     """Trains and saves a `small_gpt2`.
 
-    The loss is the cross-entropy to the teacher's likeliest tokens; in reviews, which come
-    `repeat` times in an epoch, for the share `hard` that to the token itself.
+    The loss is the cross-entropy to the teacher's likeliest tokens; in reviews, which come REPEAT
+    times in an epoch, for the share HARD that to the token itself.
     """
     torch.manual_seed(seed)
     model = small_gpt2(teacher, tokenizer, n_embd=n_embd, n_layer=n_layer, n_head=n_head)
     lessons, of_reviews = reviews + written, len(reviews.ids)
-    rows = repeat * lessons.rows[: len(reviews.rows)] + lessons.rows[len(reviews.rows) :]
+    rows = REPEAT * lessons.rows[: len(reviews.rows)] + lessons.rows[len(reviews.rows) :]
     length = sum(len(part) for _, part in rows) / len(rows)
 
     def loss(chunk: list) -> Tensor:
@@ -223,11 +222,11 @@ def train_student_policy(
         hidden = model.transformer(ids).last_hidden_state[:, :-1][kept]
         logq = model.lm_head(hidden).log_softmax(-1)  # (n, V)
         own = ids[:, 1:][kept]  # (n,) the text's own tokens
-        share = hard * (index < of_reviews)
+        share = HARD * (index < of_reviews)
         each = distillation_loss(logq, own, lessons.ids[index], lessons.logprobs[index], share)
         return each.sum() / length
 
-    options = dict(epochs=epochs, batch=batch, micro_batch=max(1, batch // 4), lr=lr, seed=seed)
+    options = dict(epochs=epochs, batch=64, micro_batch=16, lr=lr, seed=seed)
     fit(model, rows, loss, out, weight_decay=0.1, **options)
     save_fitted(model.half(), tokenizer, out)
 
@@ -248,29 +247,19 @@ def distillation_loss(
 # --- reward model and judge ---
 
 
-def train_student_scorer(
-    texts: list[str],
-    labels: Tensor,
-    start: str,
-    out: Path,
-    *,
-    layers: int = 3,
-    vocab_size: int = 8000,
-    epochs: int = 3,
-    seed: int = 0,
-):
-    """A classifier on these labels: from a causal model as it is, or from the lowest `layers` of a
-    BERT with the `vocab_size` tokens that the texts use most.
+def train_student_scorer(texts: list[str], labels: Tensor, start: str, out: Path, *, seed: int = 0):
+    """A classifier on these labels: from a causal model as it is, or from the lowest LAYERS of a
+    BERT with the VOCABULARY tokens that the texts use most.
 
     A difference of labels is the log-odds of a preference.
     """
     model, tokenizer = load_start(start)
     causal = hasattr(model, "score")
     if not causal:
-        model.base_model.encoder.layer = model.base_model.encoder.layer[:layers]
-        model.config.num_hidden_layers = layers
+        model.base_model.encoder.layer = model.base_model.encoder.layer[:LAYERS]
+        model.config.num_hidden_layers = LAYERS
         with tempfile.TemporaryDirectory() as folder:
-            model, tokenizer = prune(model, tokenizer, texts, vocab_size, Path(folder))
+            model, tokenizer = prune(model, tokenizer, texts, VOCABULARY, Path(folder))
     fit_scorer(
         model,
         tokenizer,
@@ -278,7 +267,7 @@ def train_student_scorer(
         labels,
         out,
         sharpness=1.0,
-        epochs=epochs,
+        epochs=3,
         lr=1e-3 if causal else 2e-4,
         seed=seed,
     )

@@ -139,7 +139,6 @@ def fit_scorer(
     sharpness: float,
     epochs: int,
     lr: float,
-    batch: int = 32,
     seed: int = 0,
 ):
     """Bradley-Terry on all pairs of a batch, as `bradley_terry_loss` has it. labels: (texts,).
@@ -161,7 +160,7 @@ def fit_scorer(
         labels = torch.tensor([label for _, (label,) in part], device=r.device)
         return bradley_terry_loss(r, labels, sharpness) * len(part)
 
-    fit(model, rows, loss, out, epochs=epochs, batch=batch, micro_batch=batch, lr=lr, seed=seed)
+    fit(model, rows, loss, out, epochs=epochs, batch=32, micro_batch=32, lr=lr, seed=seed)
 
 
 def report_accuracy(score: Callable, reviews: list[dict]) -> str:
