@@ -69,16 +69,14 @@ def split_of(index: int) -> str:
     return {1: "test", 11: "test", 3: "prompts", 13: "prompts"}.get(index % 20, "train")
 
 
-def cut(text: str, count: int) -> tuple[str, str] | None:
-    """A review as (prompt, response): its first `count` words and the rest; None if fewer than 3
-    words are left.
-    """
+def of_split(reviews: list[dict], split: str) -> list[dict]:
+    return [row for row in reviews if split_of(row["index"]) == split]
+
+
+def cut(text: str, count: int) -> tuple[str, str]:
+    """A review as (prompt, response): its first `count` words and the rest."""
     words = text.split()
-    return (
-        (" ".join(words[:count]), " " + " ".join(words[count:]))
-        if len(words) >= count + 3
-        else None
-    )
+    return " ".join(words[:count]), "".join(f" {word}" for word in words[count:])
 
 
 def words_of_prompt(index: int, shift: int = 0) -> int:
@@ -87,13 +85,12 @@ def words_of_prompt(index: int, shift: int = 0) -> int:
 
 
 def cuts(reviews: list[dict], split: str, shift: int = 0) -> list[tuple[str, str]]:
-    """(prompt, response) of a split's reviews, cut as `words_of_prompt` says."""
-    pairs = (
-        cut(row["text"], words_of_prompt(row["index"], shift))
-        for row in reviews
-        if split_of(row["index"]) == split
-    )
-    return list(dict.fromkeys(pair for pair in pairs if pair))
+    """(prompt, response) of a split's reviews, cut as `words_of_prompt` says; responses of at least
+    3 words.
+    """
+    rows = of_split(reviews, split)
+    pairs = (cut(row["text"], words_of_prompt(row["index"], shift)) for row in rows)
+    return list(dict.fromkeys(pair for pair in pairs if pair[1].count(" ") >= 3))
 
 
 def halves(ratings: list[int]) -> tuple[float, float]:

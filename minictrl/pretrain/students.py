@@ -26,7 +26,7 @@ from minictrl.files import in_one_step
 from minictrl.models import load_policy, load_scorer
 from minictrl.pretrain.fitting import fit, load_start, save_fitted
 from minictrl.pretrain.packages import minilm
-from minictrl.pretrain.ratings import halves, read_gzipped, split_of
+from minictrl.pretrain.ratings import halves, of_split, read_gzipped
 from minictrl.pretrain.teachers import SHARPNESS, fit_scorer, report_accuracy
 from minictrl.pretrain.text import TEMPERATURE
 from minictrl.pretrain.vocabulary import prune
@@ -41,7 +41,7 @@ def train_students(
 ):
     """Every student that `out` lacks; `only`: one of STEPS."""
     out.mkdir(parents=True, exist_ok=True)
-    train = [row for row in reviews if split_of(row["index"]) == "train"]
+    train = of_split(reviews, "train")
     for step in STEPS if only is None else (only,):
         if (out / step / "config.json").is_file():
             continue

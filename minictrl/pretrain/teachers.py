@@ -23,7 +23,7 @@ from minictrl.pretrain.english import nats_per_word
 from minictrl.pretrain.fitting import answer_logprobs, answer_rows, fit, load_start, save_fitted
 from minictrl.pretrain.packages import minilm, smollm2
 from minictrl.pretrain.preferences import bradley_terry_loss, pair_accuracy
-from minictrl.pretrain.ratings import cuts, halves, split_of
+from minictrl.pretrain.ratings import cuts, halves, of_split
 from minictrl.pretrain.text import prune_policy, write_text
 from minictrl.scorers.text import encoded, written
 
@@ -112,7 +112,7 @@ def train_scorer(
     lowest layers, and the embeddings, stay as they are. Prints the held-out pair accuracy.
     """
     model, tokenizer = load_start(start, frozen)
-    train = [row for row in reviews if split_of(row["index"]) == "train"]
+    train = of_split(reviews, "train")
     labels = torch.tensor([halves(row["ratings"])[half] for row in train])
     fit_scorer(
         model,
@@ -165,7 +165,7 @@ def fit_scorer(
 
 def report_accuracy(score: Callable, reviews: list[dict]) -> str:
     """Held-out pair accuracy against either half of the raters, with standard errors."""
-    rows = [row for row in reviews if split_of(row["index"]) == "test"]
+    rows = of_split(reviews, "test")
     scores = score([""] * len(rows), [row["text"] for row in rows])
     labels = torch.tensor([halves(row["ratings"]) for row in rows])
     values = [pair_accuracy(scores, labels[:, half]) for half in (0, 1)]

@@ -21,7 +21,7 @@ from torch import Tensor
 from minictrl import sampling
 from minictrl.files import in_one_step
 from minictrl.models import load_policy, save_policy
-from minictrl.pretrain.ratings import cuts, split_of
+from minictrl.pretrain.ratings import cuts, of_split
 from minictrl.pretrain.vocabulary import prune
 from minictrl.sampling import Samples
 
@@ -30,7 +30,7 @@ TEMPERATURE = 0.8  # of all that the student learns from: it leaves the teacher 
 
 def prune_policy(reviews: list[dict], policy: Path, out: Path, size: int):
     """The policy with the `size` tokens that the training reviews use most."""
-    texts = [row["text"] for row in reviews if split_of(row["index"]) == "train"]
+    texts = [row["text"] for row in of_split(reviews, "train")]
     with tempfile.TemporaryDirectory() as folder:
         save_policy(*prune(*load_policy(str(policy)), texts, size, Path(folder)), out)
 

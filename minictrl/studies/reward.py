@@ -20,7 +20,7 @@ from minictrl.figures import KL, WIN_RATE, errorbars, panels
 from minictrl.models import load_scorer, model_of
 from minictrl.pretrain.fitting import load_start, save_fitted
 from minictrl.pretrain.preferences import beats, pair_accuracy
-from minictrl.pretrain.ratings import halves, load_ratings, split_of, words_of_prompt
+from minictrl.pretrain.ratings import cut, halves, load_ratings, split_of, words_of_prompt
 from minictrl.pretrain.teachers import SHARPNESS, fit_scorer
 from minictrl.results import read_samples
 from minictrl.rollout import score
@@ -103,10 +103,7 @@ def load_reviews(out: Path) -> dict[str, list[tuple[str, str, float]]]:
     reviews = {"train": [], "prompts": [], "test": []}
     folder = out / "ratings"
     for row in load_ratings(folder if folder.is_dir() else None):
-        words = row["text"].split()
-        cut = words_of_prompt(row["index"])
-        prompt = " ".join(words[:cut])
-        response = "".join(f" {word}" for word in words[cut:])
+        prompt, response = cut(row["text"], words_of_prompt(row["index"]))
         label, _ = halves(row["ratings"])
         reviews[split_of(row["index"])].append((prompt, response, label))
     return reviews
