@@ -18,11 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from minictrl.files import in_one_step
+from minictrl.files import save_tensors
 from minictrl.models import load_policy, load_scorer
 from minictrl.pretrain.fitting import fit, load_start, save_fitted
 from minictrl.pretrain.packages import minilm
@@ -145,8 +145,7 @@ def review_lessons(
             logprobs += [
                 row[: len(line) - 1].half() for row, line in zip(best.values, part, strict=True)
             ]
-        with in_one_step(file) as path:
-            save_file({"ids": torch.cat(ids), "logprobs": torch.cat(logprobs)}, path)
+        save_tensors(file, {"ids": torch.cat(ids), "logprobs": torch.cat(logprobs)}, {})
     saved, rows, n = [load_file(file) for file in sorted(folder.glob("*.safetensors"))], [], 0
     for line in lines:
         rows.append((line, range(n, n + len(line) - 1)))
@@ -282,8 +281,7 @@ def teacher_scores(teacher: Path, role: str, texts: list[str]) -> Tensor:
         if len(scores) == len(texts):
             return scores
     scores = load_scorer(str(teacher), role)([""] * len(texts), texts)
-    with in_one_step(file) as path:
-        save_file({"scores": scores}, path)
+    save_tensors(file, {"scores": scores}, {})
     return scores
 
 
