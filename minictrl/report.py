@@ -84,22 +84,22 @@ def write_page(folders: list[Path], suffix: str, file: Path):
     }
     judged = all(any(row["scorer"] == "judge" for row in table) for table in tables.values())
     with matplotlib.rc_context(figures.STYLE):
-        drawn = section(
-            "Win rates against KL",
-            [picture(draw_win_rates, tables=tables, case=case) for case in CASES],
-        )
-        drawn += section(
-            "Training", [picture(draw_training, named=named, column=column) for column in COLUMNS]
-        )
-        drawn += section(
-            "Calibrated reward of the samples: flat under pi_ref",
-            [picture(histogram, name=name, stored=stored) for name, stored in levels.items()],
-        )
+        images = {
+            "Win rates against KL": [
+                picture(draw_win_rates, tables=tables, case=case) for case in CASES
+            ],
+            "Training": [picture(draw_training, named=named, column=column) for column in COLUMNS],
+            "Calibrated reward of the samples: flat under pi_ref": [
+                picture(histogram, name=name, stored=stored) for name, stored in levels.items()
+            ],
+        }
         if judged:
-            drawn += section(
-                "Reward against judge, one response per prompt",
-                [picture(scatter, name=name, rows=rows) for name, rows in samples.items()],
-            )
+            images["Reward against judge, one response per prompt"] = [
+                picture(scatter, name=name, rows=rows) for name, rows in samples.items()
+            ]
+    drawn = "".join(
+        f"<h2>{title}</h2><figure>{''.join(each)}</figure>" for title, each in images.items()
+    )
     body = "".join(
         f"<h2>{escape(name)}</h2>{settings(folder)}{html_table(tables[name])}"
         for name, folder in named.items()
@@ -144,10 +144,6 @@ def scatter(axis, *, name: str, rows: list[dict]):
         points = ([row[f"{scorer}{end}"] for row in rows] for scorer in ("reward", "judge"))
         axis.plot(*points, ".", label=label)
     axis.set(title=name, xlabel="reward", ylabel="judge")
-
-
-def section(title: str, images: list[str]) -> str:
-    return f"<h2>{title}</h2><figure>{''.join(images)}</figure>"
 
 
 def picture(draw: Callable, **options) -> str:
