@@ -259,17 +259,8 @@ def train_student_scorer(texts: list[str], labels: Tensor, start: str, out: Path
         model.config.num_hidden_layers = LAYERS
         with tempfile.TemporaryDirectory() as folder:
             model, tokenizer = prune(model, tokenizer, texts, VOCABULARY, Path(folder))
-    fit_scorer(
-        model,
-        tokenizer,
-        texts,
-        labels,
-        out,
-        sharpness=1.0,
-        epochs=3,
-        lr=1e-3 if causal else 2e-4,
-        seed=seed,
-    )
+    options = dict(sharpness=1.0, epochs=3, lr=1e-3 if causal else 2e-4, seed=seed)
+    fit_scorer(model, tokenizer, texts, labels, out, **options)
     save_fitted(model.half(), tokenizer, out)
 
 

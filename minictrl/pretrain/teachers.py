@@ -114,17 +114,9 @@ def train_scorer(
     model, tokenizer = load_start(start, frozen)
     train = of_split(reviews, "train")
     labels = torch.tensor([halves(row["ratings"])[half] for row in train])
-    fit_scorer(
-        model,
-        tokenizer,
-        [row["text"] for row in train],
-        labels,
-        out,
-        sharpness=SHARPNESS,
-        epochs=epochs,
-        lr=lr,
-        seed=seed,
-    )
+    texts = [row["text"] for row in train]
+    options = dict(sharpness=SHARPNESS, epochs=epochs, lr=lr, seed=seed)
+    fit_scorer(model, tokenizer, texts, labels, out, **options)
     save_fitted(model.cpu(), tokenizer, out)
     print(f"{out.name}: {report_accuracy(load_scorer(str(out), out.name), reviews)}", flush=True)
 
@@ -137,13 +129,11 @@ def fit_scorer(
     out: Path,
     *,
     sharpness: float,
-    epochs: int,
-    lr: float,
-    seed: int = 0,
+    **options,
 ):
     """Bradley-Terry on all pairs of a batch, as `bradley_terry_loss` has it. labels: (texts,).
 
-    out: beside it lies the checkpoint of an interrupted fit.
+    out: beside it lies the checkpoint of an interrupted fit. options: of `fit`.
     """
     causal = hasattr(model, "score")
     read = encoded(tokenizer, [written(tokenizer, "", text, causal=causal) for text in texts])
@@ -160,7 +150,7 @@ def fit_scorer(
         labels = torch.tensor([label for _, (label,) in part], device=r.device)
         return bradley_terry_loss(r, labels, sharpness) * len(part)
 
-    fit(model, rows, loss, out, epochs=epochs, batch=32, micro_batch=32, lr=lr, seed=seed)
+    fit(model, rows, loss, out, batch=32, micro_batch=32, **options)
 
 
 def report_accuracy(score: Callable, reviews: list[dict]) -> str:

@@ -128,7 +128,7 @@ def reward_models(out: Path, quick: bool, reviews: list) -> dict[str, str]:
             folder.parent.mkdir(parents=True, exist_ok=True)
             texts = [x + phrase + y for (x, y, _), phrase in zip(reviews, phrases)]
             model, tokenizer = load_start(model_of("reviews", "policy"))
-            options = dict(sharpness=SHARPNESS, epochs=1 if quick else 3, lr=1e-3)
+            options = dict(sharpness=SHARPNESS, epochs=1 if quick else 3, lr=1e-3, seed=0)
             fit_scorer(model, tokenizer, texts, labels, folder, **options)
             save_fitted(model, tokenizer, folder)
     return folders
