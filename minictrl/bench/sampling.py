@@ -6,7 +6,6 @@ best of its settings: prompts per call, and a dynamic or a static cache.
 
 from collections.abc import Callable, Iterable, Iterator
 from itertools import product
-from typing import TypeVar
 
 import torch
 
@@ -16,7 +15,6 @@ from minictrl.lm.prompts import encode_prompts, left_pad
 from minictrl.models import load_policy
 from minictrl.sampling import sample
 
-Setting = TypeVar("Setting")
 K, T = 100, 24  # responses per prompt, as in calibration, and the tokens of the longest
 
 
@@ -49,14 +47,14 @@ def against_generate(
 
 
 def against(
-    theirs: Callable[[Setting, list[str]], int],
-    settings: Iterable[Setting],
+    theirs: Callable[..., int],
+    settings: Iterable,
     model,
     tokenizer,
     texts: list[str],
     T: int,
     repeats: int,
-) -> tuple[dict, Setting]:
+) -> tuple:
     """`sample` against the best setting of theirs, which draws K responses to each text and returns
     how many tokens; the rates and the setting.
     """
@@ -65,7 +63,7 @@ def against(
         samples = sample(model, tokenizer, texts, num_samples=K, max_new_tokens=T, seed=0)
         return samples.mask.sum().item()
 
-    def speed(setting: Setting) -> float:
+    def speed(setting) -> float:
         """The faster of two calls, because the first may compile."""
         return max(rate(lambda: theirs(setting, texts[:16])) for _ in range(2))
 

@@ -51,7 +51,9 @@ def ppo_step_vs_trl(policy: str, device: torch.device, quick: bool) -> Iterator[
         "layers": model.config.num_hidden_layers,
     }
     with TemporaryDirectory() as folder:
-        scorer = random_classifier(model, tokenizer)
+        config = copy.deepcopy(model.config)
+        config.num_labels, config.pad_token_id = 1, tokenizer.pad_token_id
+        scorer = AutoModelForSequenceClassification.from_config(config).eval()
         same["reward"] = f"{folder}/reward"
         scorer.save_pretrained(same["reward"])
         tokenizer.save_pretrained(same["reward"])
@@ -89,12 +91,6 @@ def train(folder: str, policy: str, device: torch.device, steps: int, others: di
     with contextlib.redirect_stdout(io.StringIO()):
         script("train").main(["--overwrite", *arguments])
     return read_metrics(Path(folder, "run"))
-
-
-def random_classifier(policy, tokenizer):
-    config = copy.deepcopy(policy.config)
-    config.num_labels, config.pad_token_id = 1, tokenizer.pad_token_id
-    return AutoModelForSequenceClassification.from_config(config).eval()
 
 
 def ppo_trainer(model, tokenizer, scorer, steps: int, folder: str):
