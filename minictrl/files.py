@@ -209,7 +209,7 @@ def reading(path: Path, again: str) -> Iterator[None]:
     """Names the file, and how to make it again, if it is missing or not what was written."""
     try:
         yield
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         what = f"is damaged ({first_line(error)})"
         if isinstance(error, FileNotFoundError):
             what = "there is no such file"

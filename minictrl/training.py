@@ -17,12 +17,13 @@ from minictrl.checks import NotFinite
 from minictrl.files import (
     delete_leftovers,
     load_tensors,
+    reading,
     save_tensors,
     without_nan,
     write_rows,
     writing,
 )
-from minictrl.messages import command, first_line
+from minictrl.messages import command
 from minictrl.runs import METRICS, has_policy
 from minictrl.track import Tracker
 from minictrl.update import BadStep, Learner
@@ -150,15 +151,13 @@ class Training:
         """The last checkpoint, if there is one; metrics.jsonl is what it was then."""
         path = self.out / CHECKPOINT
         if path.is_file():
-            try:
+            fix = "start again with --overwrite"
+            if has_policy(self.out):
+                fix = f"delete {path.parent}; the run is finished, and its policy is saved"
+            with reading(path, fix):
                 tensors, metadata = load_tensors(path)
                 self.learner.restore(tensors)
                 self.rows = json.loads(metadata["rows"])
-            except (ValueError, RuntimeError, KeyError) as error:
-                fix = "start again with --overwrite"
-                if has_policy(self.out):
-                    fix = f"delete {path.parent}; the run is finished, and its policy is saved"
-                raise ValueError(f"{path} is damaged ({first_line(error)}): {fix}") from None
         if self.rows:
             last = self.rows[-1]
             self.step, self.tokens, self.seconds = last["step"], last["tokens"], last["seconds"]
