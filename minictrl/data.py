@@ -306,15 +306,14 @@ def parse_hh(text: str) -> list[dict]:
 
 
 def is_prompt(value) -> bool:
+    """Whether this is a text, or a list of `message`s, that a response can follow."""
     if isinstance(value, str):
         return bool(value.strip())
     return (
         isinstance(value, list)
         and bool(value)
         and all(
-            isinstance(m, dict)
-            and m.get("role") in ("system", "user", "assistant")
-            and isinstance(m.get("content"), str)
+            m["role"] in ("system", "user", "assistant") and isinstance(m["content"], str)
             for m in value
         )
         and value[-1]["role"] == "user"
