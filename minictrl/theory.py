@@ -7,7 +7,6 @@ optimum.
 """
 
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -98,8 +97,7 @@ def tradeoff(
         positive("beta", beta)
         best = solve(solved_for(transform, T), n, beta=beta) if transform in FIXED_POINTS else None
         policy = _policy(transform, best, K, scale=1 / beta)
-        kl = cells.kl(policy.log_ratio, policy.ref)
-        points.append((kl, mass_win_rate(*policy.masses(n), T, n).item()))
+        points.append((cells.kl(*policy), mass_win_rate(*_masses(*policy, K, n), T, n).item()))
     return tuple(np.array(points, dtype=np.float64).reshape(-1, 2).T)
 
 
@@ -175,7 +173,7 @@ def policy_at_kl(
     if kl < 1e-9:
         return cells.grid(COARSE), cells.grid(COARSE)
     best = frontier(solved_for(transform, T), n, kl) if transform in FIXED_POINTS else None
-    return _policy(transform, best, K, levels, kl=kl).masses(n)
+    return _masses(*_policy(transform, best, K, levels, kl=kl), K, n)
 
 
 def levels_of(r_ref: Tensor, spread: bool = True) -> Tensor:
@@ -249,24 +247,17 @@ def optimal_transform(procedure: str | MassMap, n: int, beta: float) -> tuple[Te
 # ---- a policy on cells ----
 
 
-class _Policy(NamedTuple):
-    """log pi/pi_ref and pi_ref's mass of each cell: (G,), or (prompts, K + 1) with K samples."""
-
-    log_ratio: Tensor
-    ref: Tensor
-    K: int | None
-
-    def masses(self, n: int) -> tuple[Tensor, Tensor]:
-        """(mass, ref). With K samples a cell is wide, and draws that meet in it would tie. They
-        don't, because the true C spreads over it uniformly: so it is cut into parts, the more of
-        them the more draws fall into it.
-        """
-        mass = self.ref * self.log_ratio.exp()
-        if self.K is None:
-            return mass, self.ref
-        heavy = n * (mass + self.ref).mean(0)  # (K + 1,) draws of both policies in a cell
-        parts = (512 / (self.K + 1) + 16 * heavy).ceil().long()
-        return tuple((x / parts).repeat_interleave(parts, -1) for x in (mass, self.ref))
+def _masses(log_ratio: Tensor, ref: Tensor, K: int | None, n: int) -> tuple[Tensor, Tensor]:
+    """(mass, ref) of a `_policy`. With K samples a cell is wide, and draws that meet in it would
+    tie. They don't, because the true C spreads over it uniformly: so it is cut into parts, the more
+    of them the more draws fall into it.
+    """
+    mass = ref * log_ratio.exp()
+    if K is None:
+        return mass, ref
+    heavy = n * (mass + ref).mean(0)  # (K + 1,) draws of both policies in a cell
+    parts = (512 / (K + 1) + 16 * heavy).ceil().long()
+    return tuple((x / parts).repeat_interleave(parts, -1) for x in (mass, ref))
 
 
 def _policy(
@@ -277,20 +268,22 @@ def _policy(
     *,
     scale: float | None = None,
     kl: float | None = None,
-) -> _Policy:
-    """The policy of a transform, or of a fixed point's solution `best`, at 1/beta or at a KL."""
+) -> tuple[Tensor, Tensor]:
+    """log pi/pi_ref and pi_ref's mass of each cell, (G,), or (prompts, K + 1) with K samples: of a
+    transform, or of a fixed point's solution `best`, at 1/beta or at a KL.
+    """
     continuous = K is None and levels is None
     if best is not None and continuous:
-        return _Policy(best.log_ratio, cells.grid(COARSE), None)
+        return best.log_ratio, cells.grid(COARSE)
     Phi, ref = _on_cells(transform if best is None else interpolated(best), K, levels)
     if kl is None and not (Phi * scale).isfinite().all():
         raise ValueError(f"beta {1 / scale:g}: Phi / beta is not finite; use a larger beta")
     if kl is None:
-        return _Policy(cells.tilt(Phi, scale, ref), ref, K)
+        return cells.tilt(Phi, scale, ref), ref
     if not continuous:  # a few values of the reward have a largest KL
         kl = min(kl, (1 - 1e-9) * cells.largest_kl(Phi, ref))
     log_ratio = cells.tilt_to_kl(Phi, kl, ref)[0] if kl >= 1e-9 else torch.zeros_like(ref)
-    return _Policy(log_ratio, ref, K)
+    return log_ratio, ref
 
 
 def _on_cells(
