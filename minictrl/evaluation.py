@@ -52,7 +52,7 @@ def evaluate(
     M: int,
     sizes: tuple[int, ...],
     device: str,
-    other_models: dict[str, str] | None = None,
+    other_models: dict[str, str],
 ) -> list[dict]:
     """The table of a run, from M responses per prompt of pi and of pi_ref.
 
@@ -63,7 +63,6 @@ def evaluate(
     another model than the run's. The reward model selects, reward model and judge score; a run
     without a judge has no such rows. Returns the rows of eval.json.
     """
-    other_models = other_models or {}
     if split == "train":
         prompts = min(prompts, config.prompts or prompts)  # those it was trained on
     config = replace(config, prompts=prompts, device=device, **other_models)

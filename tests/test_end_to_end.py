@@ -67,6 +67,7 @@ def test_training_prompts_are_those_that_the_run_has_seen(short_run):
         M=2,
         sizes=(1, 2),
         device="cpu",
+        other_models={},
     )
     assert table[0]["prompts"] == len(rows_of(short_run / "samples-train.jsonl")) == 48
 
