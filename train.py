@@ -187,9 +187,10 @@ def load_and_check(config: Config):
 
 def summary(last: dict, config: Config) -> str:
     """Where a run has ended. last: its last row of metrics.jsonl."""
+    from minictrl.results import plus_minus
+
     asked = f" of {config.kl:g}" if config.kl else ""
-    error = "" if last["kl_ref_stderr"] is None else f" ± {last['kl_ref_stderr']:.3f}"
-    kl = f"KL {last['kl_ref']:.3f}{error}{asked} nats"
+    kl = f"KL {last['kl_ref']:.3f}{plus_minus(last['kl_ref_stderr'], 3)}{asked} nats"
     if config.kl and last["kl_ref"] > 2 * config.kl:
         kl += f", which is not held: try a lower --lr than {config.lr:g}"
     return f"{config.out}: {config.steps} steps, {kl}, C_hat {last['C_hat']:.3f}"
