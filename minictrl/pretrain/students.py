@@ -32,6 +32,7 @@ from minictrl.pretrain.text import TEMPERATURE
 from minictrl.pretrain.vocabulary import prune
 
 STEPS = ("policy", "reward", "judge")
+SIZE = dict(n_embd=160, n_layer=4, n_head=5)  # of the policy
 LAYERS, VOCABULARY = 3, 8000  # of the judge
 REPEAT, HARD = 2, 0.3  # of the reviews in an epoch; the share of their own tokens in the loss
 
@@ -158,9 +159,7 @@ def review_lessons(
 # --- policy ---
 
 
-def small_gpt2(
-    teacher: nn.Module, tokenizer, *, n_embd: int, n_layer: int, n_head: int
-) -> GPT2LMHeadModel:
+def small_gpt2(teacher: nn.Module, tokenizer, **size: int) -> GPT2LMHeadModel:
     """A GPT-2 whose embeddings are the main directions of the teacher's, all else at random."""
     special = {
         f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")
@@ -169,9 +168,7 @@ def small_gpt2(
         GPT2Config(
             vocab_size=teacher.config.vocab_size,
             n_positions=128,
-            n_embd=n_embd,
-            n_layer=n_layer,
-            n_head=n_head,
+            **size,
             activation_function="gelu_pytorch_tanh",
             resid_pdrop=0.0,
             embd_pdrop=0.0,
@@ -181,7 +178,7 @@ def small_gpt2(
     )
     table = teacher.get_input_embeddings().weight.detach()
     U, S, _ = torch.linalg.svd(table - table.mean(0), full_matrices=False)
-    start = U[:, :n_embd] * S[:n_embd]
+    start = (U * S)[:, : size["n_embd"]]
     model.get_input_embeddings().weight.data.copy_(start * 0.04 / start.std())
     return model
 
@@ -193,20 +190,18 @@ def train_student_policy(
     tokenizer,
     out: Path,
     *,
-    n_embd: int = 160,
-    n_layer: int = 4,
-    n_head: int = 5,
     epochs: int = 4,
     lr: float = 3e-3,
     seed: int = 0,
+    **size: int,
 ):
-    """Trains and saves a `small_gpt2`.
+    """Trains and saves a `small_gpt2`. size: n_embd, n_layer, n_head, if not SIZE.
 
     The loss is the cross-entropy to the teacher's likeliest tokens; in reviews, which come REPEAT
     times in an epoch, for the share HARD that to the token itself.
     """
     torch.manual_seed(seed)
-    model = small_gpt2(teacher, tokenizer, n_embd=n_embd, n_layer=n_layer, n_head=n_head)
+    model = small_gpt2(teacher, tokenizer, **SIZE | size)
     lessons, of_reviews = reviews + written, len(reviews.ids)
     rows = REPEAT * lessons.rows[: len(reviews.rows)] + lessons.rows[len(reviews.rows) :]
     length = sum(len(part) for _, part in rows) / len(rows)
