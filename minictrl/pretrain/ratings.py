@@ -25,7 +25,7 @@ def read_gzipped(path: Path) -> list[dict]:
         return [json.loads(line) for line in lines]
 
 
-def load_ratings(path: str | Path | None = None) -> list[dict]:
+def load_ratings(path: Path | None) -> list[dict]:
     """The reviews: rows {"id", "index", "text", "ratings"}.
 
     path: a directory with reviews.jsonl.gz, or with the unpacked hutto_ICWSM_2014 files; None
@@ -36,10 +36,8 @@ def load_ratings(path: str | Path | None = None) -> list[dict]:
     if path is None:
         with tempfile.TemporaryDirectory() as folder:
             return load_ratings(_fetch(Path(folder)))
-    short = Path(path) / "reviews.jsonl.gz"
-    texts, votes = (
-        Path(path) / f"{FILE}_{kind}.txt" for kind in ("GroundTruth", "anonDataRatings")
-    )
+    short = path / "reviews.jsonl.gz"
+    texts, votes = (path / f"{FILE}_{kind}.txt" for kind in ("GroundTruth", "anonDataRatings"))
     if short.exists():
         rows = [row | {"index": int(row["id"]) - 1} for row in read_gzipped(short)]
     elif texts.exists():

@@ -37,9 +37,7 @@ LAYERS, VOCABULARY = 3, 8000  # of the judge
 REPEAT, HARD = 2, 0.3  # of the reviews in an epoch; the share of their own tokens in the loss
 
 
-def train_students(
-    reviews: list[dict], teachers: Path, out: Path, *, only: str | None = None, seed: int = 0
-):
+def train_students(reviews: list[dict], teachers: Path, out: Path, *, only: str | None, seed: int):
     """Every student that `out` lacks; `only`: one of STEPS."""
     out.mkdir(parents=True, exist_ok=True)
     train = of_split(reviews, "train")
@@ -241,7 +239,7 @@ def distillation_loss(
 # --- reward model and judge ---
 
 
-def train_student_scorer(texts: list[str], labels: Tensor, start: str, out: Path, *, seed: int = 0):
+def train_student_scorer(texts: list[str], labels: Tensor, start: str, out: Path, *, seed: int):
     """A classifier on these labels: from a causal model as it is, or from the lowest LAYERS of a
     BERT with the VOCABULARY tokens that the texts use most.
 

@@ -32,9 +32,7 @@ VOCABULARY = 6144  # tokens of SmolLM2 that the student has
 STEPS = ("policy", "reward", "judge", "pruned", "text")
 
 
-def train_teachers(
-    reviews: list[dict], out: Path, *, only: str | None = None, shards: int = 24, seed: int = 0
-):
+def train_teachers(reviews: list[dict], out: Path, *, only: str | None, shards: int, seed: int):
     """Every teacher that `out` lacks, then the text; `only`: one of STEPS."""
     out.mkdir(parents=True, exist_ok=True)
     for step in STEPS if only is None else (only,):
