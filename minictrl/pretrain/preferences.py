@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -11,13 +9,13 @@ from torch import Tensor
 from minictrl.winrate import mean_stderr
 
 
-def bradley_terry_loss(scores: Tensor, labels: Tensor, sharpness: float = math.inf) -> Tensor:
+def bradley_terry_loss(scores: Tensor, labels: Tensor, sharpness: float) -> Tensor:
     """Bradley-Terry cross-entropy, the mean over all pairs of the batch with label_i > label_j,
     each weighing the same.
 
     -p log sigmoid(s_i - s_j) - (1 - p) log sigmoid(s_j - s_i) with p = sigmoid(sharpness (label_i -
-    label_j)): a small difference is a weak preference; by default p = 1. scores, labels: (B,).
-    Returns a scalar, in nats per pair; 0 if all labels are equal.
+    label_j)): a small difference is a weak preference. scores, labels: (B,). Returns a scalar, in
+    nats per pair; 0 if all labels are equal.
     """
     if scores.shape != labels.shape or scores.dim() != 1:
         raise ValueError(
@@ -25,7 +23,7 @@ def bradley_terry_loss(scores: Tensor, labels: Tensor, sharpness: float = math.i
         )
     gap, difference = scores[:, None] - scores, labels[:, None] - labels
     better = (difference > 0).to(scores.dtype)
-    p = 1.0 if sharpness == math.inf else torch.sigmoid(sharpness * difference)
+    p = torch.sigmoid(sharpness * difference)
     return ((F.softplus(gap) - p * gap) * better).sum() / better.sum().clamp(min=1)
 
 
