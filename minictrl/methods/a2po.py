@@ -12,23 +12,17 @@ loss is divided by beta^2, as in `qrpo.py`.
 from dataclasses import replace
 
 from minictrl.batch import Batch
-from minictrl.config import Config
 from minictrl.methods.base import Online
 from minictrl.methods.qrpo import Method as Qrpo
-from minictrl.methods.qrpo import check_calibrated, reference_R
+from minictrl.methods.qrpo import reference_R
 from minictrl.reference import Reference
 from minictrl.transforms import log_partition
 
 
 class Method(Online):
     uses_baseline = False
-    compares_reference = True
+    compares_reference = calibrated = True
     loss = Qrpo.loss
-
-    @classmethod
-    def check(cls, config: Config) -> None:
-        check_calibrated(config)
-        super().check(config)
 
     def with_loss_inputs(self, batch: Batch, reference: Reference, beta: float) -> Batch:
         log_Z = log_partition(reference_R(self, reference.r_ref, beta))  # (P, 1)

@@ -27,14 +27,14 @@ class Method:
     transform: the name of the Phi that its optimum has, None where it is the run's to choose, and
     then `default_transform` is taken. uses_baseline: whether the loss reads advantages, so that
     --baseline matters. compares_reference: whether a prompt's K samples are compared with each
-    other, so that K is at least 2.
+    other, so that K is at least 2. calibrated: whether it has no use for a raw reward.
     """
 
     online: bool
     uses_baseline: bool
     transform: str | None = None
     default_transform = "identity"
-    compares_reference = False
+    compares_reference = calibrated = False
 
     def __init__(self, config: Config):
         self.config = config
@@ -50,6 +50,10 @@ class Method:
         """Raises ValueError on settings that the method or the procedure can't have; warns of a Phi
         for another procedure.
         """
+        if cls.calibrated and config.transform in RAW:
+            raise ValueError(
+                f"--transform {config.transform}: {config.method} needs a calibrated reward"
+            )
         halves = torch.tensor([0.5, 0.5], dtype=torch.float64)
         mass_win_rate(halves, halves, config.procedure, config.n)  # raises if n is too large
         procedure = get_procedure(config.procedure)

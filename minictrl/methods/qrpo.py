@@ -11,18 +11,14 @@ from torch import Tensor
 from minictrl.batch import Batch
 from minictrl.calibration import leave_one_out_calibration
 from minictrl.checks import at_least_float32
-from minictrl.config import Config
 from minictrl.methods.base import Method as Base
 from minictrl.methods.base import Offline, check_responses
 from minictrl.reference import Reference
-from minictrl.transforms import RAW, log_partition
+from minictrl.transforms import log_partition
 
 
 class Method(Offline):
-    @classmethod
-    def check(cls, config: Config) -> None:
-        check_calibrated(config)
-        super().check(config)
+    calibrated = True
 
     def rows(self, reference: Reference, beta: float) -> Batch:
         R = reference_R(self, reference.r_ref, beta)
@@ -32,14 +28,6 @@ class Method(Offline):
     def loss(self, logprobs: Tensor, values: None, batch: Batch) -> tuple[Tensor, dict]:
         sums = logprobs.sum(-1), batch.ref_logprobs.sum(-1)
         return qrpo_loss(*sums, batch.R, batch.log_Z), {}
-
-
-def check_calibrated(config: Config) -> None:
-    """Raises ValueError on a raw reward."""
-    if config.transform in RAW:
-        raise ValueError(
-            f"--transform {config.transform}: {config.method} needs a calibrated reward"
-        )
 
 
 def reference_R(method: Base, r_ref: Tensor, beta: float) -> Tensor:
