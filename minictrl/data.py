@@ -5,8 +5,6 @@ A prompt is text, which the policy continues as it stands, or a list of chat mes
 what is on the hub or in a local copy of it (`hub.py`), by `datasets`.
 """
 
-from __future__ import annotations
-
 import csv
 import glob
 import json

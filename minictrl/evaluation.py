@@ -3,8 +3,6 @@
 Beside each measured win rate stands the theory's at the measured KL.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace

@@ -6,8 +6,6 @@ A row holds a prompt as `data.py` reads it, "completions", its K texts, and "rew
 numbers by the run's reward model, or none.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import math
 import warnings

@@ -5,8 +5,6 @@ A name is a task's, a hub's, a directory, or for a policy DIR/FILE.gguf; `hub.py
 copies are found.
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 from collections.abc import Callable

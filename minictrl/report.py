@@ -1,7 +1,5 @@
 """Runs as a page to look at, one HTML file that fetches nothing; and a policy's model card."""
 
-from __future__ import annotations
-
 import base64
 import io
 from collections.abc import Callable

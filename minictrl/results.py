@@ -2,8 +2,6 @@
 said of them.
 """
 
-from __future__ import annotations
-
 import math
 import re
 import warnings

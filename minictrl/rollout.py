@@ -1,7 +1,5 @@
 """Responses and their rewards: those of a step, and the reference samples of the calibration."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path

@@ -3,8 +3,6 @@
 Files are written under a temporary name and renamed.
 """
 
-from __future__ import annotations
-
 import json
 import platform
 import re

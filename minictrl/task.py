@@ -1,7 +1,5 @@
 """What a run works on: its models and its prompts, checked together."""
 
-from __future__ import annotations
-
 import json
 import math
 import warnings

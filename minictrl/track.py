@@ -2,8 +2,6 @@
 then.
 """
 
-from __future__ import annotations
-
 import warnings
 from functools import cached_property
 from importlib import import_module

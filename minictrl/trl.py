@@ -19,8 +19,6 @@ Under `accelerate launch` every process calibrates its share of the prompts; the
 one cache. Without a directory that all machines see, copy the files of one cache into the other's.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable
 from dataclasses import replace

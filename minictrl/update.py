@@ -1,7 +1,5 @@
 """The model's side of training: log-probabilities and values of a batch, and one update on it."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """A GPU: which one, what fits its memory (and a CPU's), who visits it."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

@@ -5,8 +5,6 @@ $MINICTRL_HUB: what the hub calls Anthropic/hh-rlhf is read from ./Anthropic/hh-
 there. It serves models and data sets alike.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import io
 import json

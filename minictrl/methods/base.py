@@ -1,7 +1,5 @@
 """What every method has: its transform, its beta and its loss; and the two kinds of methods."""
 
-from __future__ import annotations
-
 import math
 import warnings
 

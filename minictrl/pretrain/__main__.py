@@ -8,8 +8,6 @@ what is made. The second makes an SFT policy, a reward model and a judge from pr
 Both print what the models do on held-out data, from a fixed seed.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from minictrl.cli import Parser, run_script, whole

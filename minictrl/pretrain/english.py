@@ -3,8 +3,6 @@
 python -m minictrl.pretrain.english POLICY [POLICY ...] --data DIR    # some minutes on one core
 """
 
-from __future__ import annotations
-
 import math
 import re
 from pathlib import Path

@@ -2,8 +2,6 @@
 rows that it takes.
 """
 
-from __future__ import annotations
-
 import random
 import time
 from collections.abc import Callable

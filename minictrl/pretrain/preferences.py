@@ -1,7 +1,5 @@
 """Graded preferences: a difference of two labels says how much one text is preferred."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor

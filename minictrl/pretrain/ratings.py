@@ -4,8 +4,6 @@ Each row is a snippet of text with 15 to 29 ratings from -4, most negative, to 4
 Only `pretrain` reads them: what ships is the models and the first words of some reviews.
 """
 
-from __future__ import annotations
-
 import ast
 import gzip
 import html

@@ -10,8 +10,6 @@ A step whose result is there is skipped; one that was interrupted goes on from i
 All but the text are plain transformers directories.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 

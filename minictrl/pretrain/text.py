@@ -5,8 +5,6 @@ distributions and not just the draws. The teacher writes with these tokens too: 
 quarter faster, and fewer of its words are made up.
 """
 
-from __future__ import annotations
-
 import gzip
 import json
 import tempfile

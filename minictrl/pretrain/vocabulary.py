@@ -1,7 +1,5 @@
 """A model with the tokens that a kind of text needs, and no others."""
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 from pathlib import Path

@@ -4,8 +4,6 @@ A causal one is read where the text ends, and so it can read every prefix of a r
 forward pass: `prefix_scores`.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 

@@ -1,7 +1,5 @@
 """A function of the user's as a reward model or judge: FILE.py:NAME."""
 
-from __future__ import annotations
-
 import ast
 import copy
 import importlib.util

@@ -4,8 +4,6 @@ It is a scorer like any other: `--judge` and `--reward` take it, and the exact w
 `winrate.py` hold.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

@@ -1,7 +1,5 @@
 """Prompts and texts as a model reads them, and the scores of many texts in batches."""
 
-from __future__ import annotations
-
 import re
 import signal
 import threading

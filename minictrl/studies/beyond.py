@@ -2,8 +2,6 @@
 what a run costs. They read the runs of the same sweep (`sweep.py`).
 """
 
-from __future__ import annotations
-
 import time
 from itertools import product
 from pathlib import Path

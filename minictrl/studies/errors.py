@@ -11,8 +11,6 @@ bootstrap that resamples seeds and prompts (Owen, arXiv 0712.1111) has the same 
 1 - 1/S of the part of the seeds, and counts the rest three times.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Where Best-of-N stops helping: the reward model selects, and the judge says when to stop."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch

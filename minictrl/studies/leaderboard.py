@@ -9,8 +9,6 @@ then this trains it alone and compares it with the runs that docs/ keeps:
     python -m minictrl.studies.leaderboard DIR NAME --beside docs/leaderboard.safetensors
 """
 
-from __future__ import annotations
-
 import inspect
 import json
 import math

@@ -6,8 +6,6 @@ comes after the prompt's words, at the head of the response; 3. pairs of two pro
 beside pairs of one, where calibration keeps the order (Lemma 2).
 """
 
-from __future__ import annotations
-
 from itertools import product
 from pathlib import Path
 from statistics import fmean

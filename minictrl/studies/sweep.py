@@ -4,8 +4,6 @@ study.
 A run that has its eval.json is done; one that was interrupted goes on from its checkpoint.
 """
 
-from __future__ import annotations
-
 import argparse
 import importlib.util
 from contextlib import redirect_stderr, redirect_stdout

@@ -5,8 +5,6 @@ and by prompt, which `plain` leaves out, the win rates `wins` and KLs `kls`, an 
 Errors are over seeds and prompts (`errors.py`).
 """
 
-from __future__ import annotations
-
 import math
 from collections import defaultdict
 from collections.abc import Iterable

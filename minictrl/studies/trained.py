@@ -5,8 +5,6 @@ seeds and prompts. Beside the measured curves: the theory of each transform (das
 and the optimum for the procedure (black).
 """
 
-from __future__ import annotations
-
 import math
 from itertools import product
 from pathlib import Path
