@@ -142,8 +142,7 @@ def test_the_share_of_calibration_is_of_calibration_and_steps(monkeypatch):
     left out: 80 responses take 80 / 512 s.
     """
     monkeypatch.setattr(calibration, "seconds", lambda work: 128.0)
-    monkeypatch.setattr(calibration, "sample", lambda *_, **__: SimpleNamespace(texts=[]))
-    monkeypatch.setattr(calibration, "score", lambda *_: None)
+    monkeypatch.setattr(calibration, "sample_and_score", lambda *_, **__: None)
     metrics = [{"seconds": s} for s in (2.0, 2.7, 4.0)]
     monkeypatch.setattr(calibration, "train", lambda *_: metrics)
     (row,) = calibration.calibration_share("reviews", CPU, quick=False)
