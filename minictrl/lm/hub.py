@@ -83,23 +83,19 @@ def from_hub(loader, kind: str, name: str, *, new_head: bool = False, **options)
     new_head: the model gets a head that its weights don't have, and has no use for their own.
     """
     name = hub_name(name)
-    here = Path(name)
-    if (here / ADAPTER).is_file() and not (here / "config.json").is_file():
-        tokenizer = loader.__name__ == "AutoTokenizer"
-        if not (tokenizer and (here / "tokenizer_config.json").is_file()):
-            return from_adapter(loader, kind, name, **options)
+    here, tokenizer = Path(name), loader.__name__ == "AutoTokenizer"
+    own = ("config.json", "tokenizer_config.json")[: 1 + tokenizer]
+    if (here / ADAPTER).is_file() and not any((here / file).is_file() for file in own):
+        return from_adapter(loader, kind, name, **options)
     if new_head:
         options["ignore_mismatched_sizes"] = True
     loaded = from_pretrained(loader, kind, name, **options)
+    if tokenizer and not loaded("a", add_special_tokens=False)["input_ids"]:
+        raise ValueError(
+            f"{kind} {name}: there are no tokenizer files; put its tokenizer.json beside the "
+            "weights"
+        )
     if not has_weights(loader):
-        if (
-            loader.__name__ == "AutoTokenizer"
-            and not loaded("a", add_special_tokens=False)["input_ids"]
-        ):
-            raise ValueError(
-                f"{kind} {name}: there are no tokenizer files; put its tokenizer.json beside the "
-                "weights"
-            )
         return loaded
     if getattr(loaded[0], "_hf_peft_config_loaded", False):
         raise ValueError(adapter_refused(kind, name))
