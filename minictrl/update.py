@@ -41,14 +41,8 @@ class Learner:
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """What is trained, in the optimizer's order."""
-        named = [("policy", self.policy), ("value_head", self.value_head)]
-        return {
-            f"{role}.{name}": p
-            for role, module in named
-            if module is not None
-            for name, p in module.named_parameters()
-            if p.requires_grad
-        }
+        both = nn.ModuleDict({"policy": self.policy, "value_head": self.value_head})
+        return {name: p for name, p in both.named_parameters() if p.requires_grad}
 
     def state(self) -> dict[str, Tensor]:
         """Parameters by name, and the optimizer's moments of each."""
