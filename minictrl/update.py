@@ -102,15 +102,13 @@ def make_learner(policy: nn.Module, *, value_head: bool, lr: float = HEAD_LR) ->
     of n parameters is 1 / sqrt(n). Adam's eps is 0.23 of that: a much smaller gradient, which is
     noise, makes a small step instead of a full one.
     """
-    head = None
+    trained = [p for p in policy.parameters() if p.requires_grad]
+    groups, head = [{"params": trained, "scale": 1.0}], None
     if value_head:
         width = policy.get_output_embeddings().weight.shape[1]  # OPT-350m's is not its hidden_size
         head = nn.Linear(width, 1, device=policy.device)
-        nn.init.zeros_(head.weight)
-        nn.init.zeros_(head.bias)
-    trained = [p for p in policy.parameters() if p.requires_grad]
-    groups = [{"params": trained, "scale": 1.0}]
-    if head is not None:
+        for p in head.parameters():
+            nn.init.zeros_(p)
         groups.append({"params": list(head.parameters()), "scale": max(1.0, HEAD_LR / lr)})
     eps = 0.23 / sum(p.numel() for group in groups for p in group["params"]) ** 0.5
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=eps, weight_decay=0.0, fused=True)
