@@ -177,7 +177,7 @@ def update(
     generator = torch.Generator().manual_seed(seed)
     for group in learner.optimizer.param_groups:
         group["lr"] = lr * group.get("scale", 1.0)
-    parameters = [p for group in learner.optimizer.param_groups for p in group["params"]]
+    parameters = list(learner.parameters().values())
     totals = defaultdict(float)
     for _ in range(epochs):
         for index in torch.randperm(len(batch), generator=generator).split(minibatch):
