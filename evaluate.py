@@ -75,7 +75,7 @@ def main(argv=None):
             other_models=other_models,
         )
         print(f"\n{run}: {results.headline(config, args.split, table[0])}")
-        print(f"\n{results.markdown(table)}\n")
+        print(f"\n{results.printed(table)}\n")
         print(results.models_line(config, other_models))
         print(figures.draw(run, suffix, table))
         if not suffix:

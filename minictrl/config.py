@@ -25,7 +25,6 @@ KINDS = {  # of settings, by their annotation
 # settings that are computed where they are not given, so that every run has them
 FILLED = ("transform", "n", "baseline", "steps", "out", "policy", "reward", "lr", "lam")
 FILLED += ("max_new_tokens",)
-BASELINES = ("prefix", "value", "loo")
 TRACKERS = ("wandb", "trackio", "tensorboard")
 WITHOUT_EFFECT = ("out", "device", "cache", "track")  # settings that do not change results
 
@@ -179,7 +178,7 @@ class Config:
         "what the reward to go is compared with: a value from the reward of the response so far, a "
         "value head, the mean of other samples (default: the task's with its own policy and reward "
         "model, else loo)",
-        choices=BASELINES,
+        choices=("prefix", "value", "loo"),  # those of baselines.py
     )
     steps: int | None = setting(None, "policy updates (default: the task's)", least=1)
     track: str | None = setting(

@@ -58,7 +58,7 @@ def write_card(run: Path, config: Config, table: list[dict]):
     text = CARD.format(
         name=run.name,
         command=config.command(),
-        table=results.markdown(table),
+        table=results.printed(table),
         prompts=table[0]["prompts"],
         samples=table[0]["samples"],
         **{name: x for name, x in vars(config).items() if name not in ("kl", "prompts", "judge")},
@@ -84,9 +84,9 @@ def write_page(folders: list[Path], suffix: str, file: Path):
     with matplotlib.rc_context(figures.STYLE):
         images = {
             "Win rates against KL": [
-                picture(draw_win_rates, tables=tables, case=case) for case in CASES
+                picture(draw_runs, tables=tables, case=case) for case in CASES
             ],
-            "Training": [picture(draw_training, named=named, column=column) for column in COLUMNS],
+            "Training": [picture(draw_metric, named=named, column=column) for column in COLUMNS],
             "Calibrated reward of the samples: flat under pi_ref": [
                 picture(histogram, name=name, stored=stored) for name, stored in levels.items()
             ],
@@ -113,7 +113,7 @@ the same prompt that a response beats.</p>
     write_text(file, page)
 
 
-def draw_win_rates(axis, *, tables: dict[str, list[dict]], case: tuple[str, int]):
+def draw_runs(axis, *, tables: dict[str, list[dict]], case: tuple[str, int]):
     rows = [
         row | {"run": f"{name}, by {row['scorer']}"}
         for name, table in tables.items()
@@ -123,7 +123,7 @@ def draw_win_rates(axis, *, tables: dict[str, list[dict]], case: tuple[str, int]
     figures.draw_tradeoff(axis, rows, *case, by="run", expected={})
 
 
-def draw_training(axis, *, named: dict[str, Path], column: str):
+def draw_metric(axis, *, named: dict[str, Path], column: str):
     for name, folder in named.items():
         rows = runs.read_metrics(folder)
         if rows and rows[-1].get(column) is not None:
@@ -164,7 +164,7 @@ def settings(folder: Path) -> str:
 
 def html_table(table: list[dict]) -> str:
     """The table that evaluate.py prints."""
-    head, _, *lines = results.markdown(table).splitlines()
+    head, _, *lines = results.printed(table).splitlines()
     body = ""
     for line in (head, *lines):
         tag = "th" if line is head else "td"

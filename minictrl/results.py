@@ -114,7 +114,7 @@ def read_samples(run: Path, suffix: str = "") -> list[dict]:
 # --- in words ---
 
 
-def markdown(table: list[dict]) -> str:
+def printed(table: list[dict]) -> str:
     """The table, to paste: win rates in per cent with standard errors, and the theory's."""
     scorers = list(dict.fromkeys(row["scorer"] for row in table))
     passes = [name for name in ("pass", "pass_ref") if name in table[0]]

@@ -64,7 +64,7 @@ def draw_lines(axis, rows: Rows, transforms: list[str], y: str):
     axis.set_xlabel(KL)
 
 
-def draw_tradeoff(axis, rows: Rows, transforms: list[str]):
+def draw_theory(axis, rows: Rows, transforms: list[str]):
     draw_lines(axis, rows, transforms, "win_rate")
     best_of = rows[-len(BEST_OF) :]
     kls = column(best_of, "kl_nats")
@@ -91,7 +91,7 @@ def every_transform(cases: list[tuple[str, int]], quick: bool):
     for axis, (procedure, n) in zip(axes, cases):
         names = CLOSED if procedure == "standard" else [*CLOSED, f"{procedure}_fp"]
         mine = rows_of(names, procedure, n, budgets(quick))
-        draw_tradeoff(axis, mine, names)
+        draw_theory(axis, mine, names)
         rows += mine
     return rows, figure
 
@@ -136,7 +136,7 @@ def rewind(out: Path, quick: bool):
         name = row["transform"] if row["transform"] in names else "log"
         mass, ref = theory.policy_at_kl(name, row["kl_nats"], "rewind", 32)
         row["mean_draws"] = draws(mass[cells.centres(ref) < threshold].sum().item())
-    draw_tradeoff(win_axis, rows, names)
+    draw_theory(win_axis, rows, names)
     draw_lines(draws_axis, rows, names, "mean_draws")
     draws_axis.axhline(draws(threshold), color="grey", label="pi_ref")
     draws_axis.set(title="cost", ylabel="mean number of draws", ylim=(0, 14))
