@@ -34,7 +34,7 @@ def ipo_loss(
     tau: float,
 ) -> Tensor:
     """(h - 1 / (2 tau))^2, h = log pi/pi_ref of the chosen minus that of the rejected (Azar
-    et al. 2024, Eq. 17).
+    et al. 2023, Eq. 17).
 
     All (B,), sums over the response's tokens in nats. Mean over pairs. On pairs drawn from pi_ref
     the optimum is pi_ref e^{C / tau} / Z: tau is beta. Raises ValueError on shapes or a tau <= 0.

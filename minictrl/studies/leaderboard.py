@@ -174,7 +174,8 @@ def page_of(rows: Rows, folder: Path, quick: bool) -> str:
 def commits(rows: Rows) -> str:
     """The commits of the runs, each with how many it made."""
     made = Counter(group[0]["commit"] for group in grouped(rows, "run").values())
-    return ", ".join(f"{(name or 'unknown')[:7]} ({count})" for name, count in made.most_common())
+    each = ((name or "unknown", count) for name, count in made.most_common())
+    return ", ".join(f"{name[:7]} ({count} runs)" for name, count in each)
 
 
 class Board:
@@ -252,10 +253,11 @@ class Board:
 
     def claims(self) -> str:
         """The paper's claims, each with its paired interval."""
+        others = [name for name in ("identity", *OTHERS) if name in column(self.rows, "method")]
         lines = [
             f"## The paper's claims, at KL {self.kl:g}",
-            "How far the method is ahead of the best of the paper's other ones (identity, "
-            f"{', '.join(OTHERS)}), in points, with its 95 % interval. The best is picked by the "
+            "How far the method is ahead of the best of the paper's other ones that have runs here "
+            f"({', '.join(others)}), in points, with its 95 % interval. The best is picked by the "
             f"same runs, so a little of its lead is luck. Level: at most {100 * MARGIN:g} point "
             "behind.",
             markdown(

@@ -28,7 +28,7 @@ from minictrl.task import Task, load_task, scorer_of
 
 # What the studies call a method: settings of train.py beside --kl and --seed. The transforms by
 # PPO, every file of methods/ as it is, and some of them with other settings. tea is left out: while
-# N is at most G, it draws pkpo's advantages.
+# N is at most G, it is pkpo.
 CTRL = ("identity", "log", "exp5", "exp10", "exp-5", "exp-10", "bon_fp")
 OTHERS = ("none", "ipo", "bonbon", "bond", "grpo", "grpo_fixed")  # made for no procedure
 VARIANTS = {
