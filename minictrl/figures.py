@@ -187,5 +187,6 @@ def draw_tradeoff(
     )
     for name, transform in expected.items():
         wins = [theory.at_kl(transform, kl, procedure, n, K=K) for kl in kls]
-        axis.plot(kls, wins, "--", linewidth=1, color=COLORS.get(name))
+        label = name if name == "theory" else None  # another's points are labelled
+        axis.plot(kls, wins, "--", linewidth=1, color=COLORS.get(name), label=label)
         axis.set_ylabel(f"{WIN_RATE} (dashed: theory)")

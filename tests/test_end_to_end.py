@@ -102,9 +102,11 @@ def test_the_picture_shows_the_procedure_that_the_run_is_made_for(short_run, tmp
     ):
         config = runs.load_config(short_run)
         (tmp_path / "config.json").write_text(json.dumps(asdict(config) | {"procedure": procedure}))
-        assert [
-            axis.get_title() for axis in figures.draw_win_rates(tmp_path, "", table).axes
-        ] == panels
+        axes = figures.draw_win_rates(tmp_path, "", table).axes
+        assert [axis.get_title() for axis in axes] == panels
+        for axis in axes:
+            names = {text.get_text() for text in axis.get_legend().get_texts()}
+            assert names == {"optimum", "theory", "reward", "judge"}
 
 
 def test_beta_follows_the_kl_of_the_rollout_it_is_used_on(short_run):
