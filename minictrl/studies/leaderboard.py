@@ -257,7 +257,7 @@ class Board:
         others = [name for name in ("identity", *OTHERS) if name in compared]
         lines = [
             f"## The paper's claims, at KL {self.kl:g}",
-            "How far the method is ahead of the best of the paper's other ones that have runs there "
+            "How far the method is ahead of the best of the paper's other ones with runs there "
             f"({', '.join(others)}), in points, with its 95 % interval. The best is picked by the "
             f"same runs, so a little of its lead is luck. Level: at most {100 * MARGIN:g} point "
             "behind.",
