@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minictrl.checks import OutOfReach, finite, number, positive, real
+from minictrl.checks import OutOfReach, number, positive, samples_rewards
 from minictrl.procedures import cells
 
 # of the controller
@@ -24,11 +24,8 @@ def empirical_beta(r_ref: Tensor, kl: float) -> float:
     r_ref: (P, K) rewards, raw or Phi(C_hat). Raises OutOfReach on a KL that K samples don't reach.
     """
     positive("kl", kl)
-    r_ref = real("r_ref", r_ref)
-    if r_ref.dim() != 2 or not r_ref.numel():
-        raise ValueError(f"r_ref is {tuple(r_ref.shape)}: must be (prompts, samples), of some")
-    finite("rewards", r_ref=r_ref)
-    r = r_ref.double() - r_ref.double().amax(1, keepdim=True)  # so that the best keep their digits
+    r = samples_rewards(r_ref)
+    r = r - r.amax(1, keepdim=True)  # so that the best keep their digits
     size = r.abs().max().item() or 1.0  # so that nothing over- or underflows
     r = r / size
     ref = torch.full_like(r, 1 / r.shape[1])

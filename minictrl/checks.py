@@ -101,6 +101,14 @@ def finite(what: str, **tensors: Tensor) -> list[Tensor]:
     return [x.to(dtype) for x in tensors.values()]
 
 
+def samples_rewards(r_ref: Tensor) -> Tensor:
+    """(P, M) finite rewards of samples, in float64."""
+    r_ref = real("r_ref", r_ref)
+    if r_ref.dim() != 2 or not r_ref.numel():
+        raise ValueError(f"r_ref is {tuple(r_ref.shape)}: must be (prompts, samples), of some")
+    return finite("rewards", r_ref=r_ref)[0].double()
+
+
 def at_least_float32(x: Tensor) -> Tensor:
     """x as float32, or as float64 if it is that."""
     return x if x.dtype == torch.float64 else x.float()

@@ -38,7 +38,7 @@ def in_one_step(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def write_text(path: Path, text: str):
+def save_text(path: Path, text: str):
     with in_one_step(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
@@ -164,7 +164,7 @@ def layout(tensors: dict[str, Tensor]) -> dict[str, list]:
 
 def write_json(path: Path, value):
     """JSON in one step; a number that is not finite is null, because JSON has no NaN."""
-    write_text(path, json.dumps(without_nan(value), indent=1) + "\n")
+    save_text(path, json.dumps(without_nan(value), indent=1) + "\n")
 
 
 def write_sealed(path: Path, value: dict):
@@ -223,7 +223,7 @@ def read_rows(path: Path) -> list:
 
 def write_rows(path: Path, rows: Iterable):
     """What `read_rows` reads, in one step."""
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    save_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def markdown(head: list[str], rows: Iterable[Iterable[str]]) -> str:

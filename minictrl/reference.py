@@ -42,14 +42,14 @@ class Reference:
         tokens, mask = samples.tokens.int().cpu(), samples.mask.bool().cpu()
         return cls(r, tokens, samples.logprobs.cpu(), mask)
 
-    def rows(self) -> Batch:
-        """All P K samples, a row each."""
+    def rows(self, index: Tensor | slice = slice(None)) -> Batch:
+        """All P K samples, a row each, or those of the index."""
         P, K = self.r_ref.shape
         return Batch(
-            prompt_index=torch.arange(P).repeat_interleave(K),
-            tokens=self.tokens.flatten(0, 1).long(),
-            mask=self.mask.flatten(0, 1).float(),
-            ref_logprobs=self.logprobs.flatten(0, 1),
+            prompt_index=torch.arange(P).repeat_interleave(K)[index],
+            tokens=self.tokens.flatten(0, 1)[index].long(),
+            mask=self.mask.flatten(0, 1)[index].float(),
+            ref_logprobs=self.logprobs.flatten(0, 1)[index],
         )
 
     def with_known_rewards(self, r: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from pathlib import Path
 from minictrl import figures, results, runs
 from minictrl.config import Config
 from minictrl.data import key
-from minictrl.files import write_text
+from minictrl.files import save_text
 
 PROMPTS = 20  # shown side by side
 CASES = (("standard", 1), ("bon", 4), ("won", 4))
@@ -65,7 +65,7 @@ def write_card(run: Path, config: Config, table: list[dict]):
         kl=f"{table[0]['kl']:.3f}{results.plus_minus(table[0]['kl_stderr'], 3)}",
         judge=f" and by the judge, {config.judge}" if config.judge else "",
     )
-    write_text(run / "policy" / "README.md", text)
+    save_text(run / "policy" / "README.md", text)
 
 
 def write_page(folders: list[Path], suffix: str, file: Path):
@@ -110,7 +110,7 @@ procedure; N draws, of which Best-of-N keeps the best. C_hat is the share of pi_
 the same prompt that a response beats.</p>
 {drawn}{body}<h2>Samples</h2>{side_by_side(samples)}</html>
 """
-    write_text(file, page)
+    save_text(file, page)
 
 
 def draw_runs(axis, *, tables: dict[str, list[dict]], case: tuple[str, int]):

@@ -146,7 +146,7 @@ def check_sampler(task: Task, reference: Reference):
     """
     lengths = task.mask.sum(1).cpu()[:, None] + reference.mask.sum(-1)  # (P, K)
     longest = lengths.flatten().topk(min(LONGEST, lengths.numel())).indices
-    rows = with_prompts(task, reference.rows()[longest].to(task.ids.device))
+    rows = with_prompts(task, reference.rows(longest).to(task.ids.device))
     exact = all_logprobs(task.policy, rows, LONGEST)
     error = (rows.ref_logprobs - exact)[rows.mask.bool()].abs().mean().item()
     if not error <= CLOSE:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from minictrl.calibration import ranks
-from minictrl.checks import OutOfReach, finite, number, positive, real, whole
+from minictrl.checks import OutOfReach, number, positive, real, samples_rewards, whole
 from minictrl.procedures import cells
 from minictrl.procedures.cells import cdf, midpoints
 from minictrl.procedures.masses import MassMap, mass_map, mass_win_rate
@@ -197,10 +197,7 @@ def _levels(r_ref: Tensor) -> tuple[Tensor, Tensor]:
     """(counts, once), (P, M) each, the samples in rising order: at the last sample of each level
     how many the level has, elsewhere 0; whether its value occurs only once among all P M rewards.
     """
-    (r_ref,) = finite("rewards", r_ref=real("r_ref", r_ref))
-    if r_ref.dim() != 2 or not r_ref.numel():
-        raise ValueError(f"r_ref is {tuple(r_ref.shape)}: must be (prompts, samples), of some")
-    order = r_ref.double().sort(1).values
+    order = samples_rewards(r_ref).sort(1).values
     below, up_to = ranks(order, order)
     last = up_to == 1 + torch.arange(order.shape[1])
     _, which, everywhere = order.unique(return_inverse=True, return_counts=True)

@@ -10,6 +10,7 @@ from minictrl.procedures import PROCEDURES
 
 PACKAGE = Path(__file__).parent.parent / "minictrl"
 FOLDERS = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+# methods that others import
 BUILT_ON = {f"methods.{name}" for name in ("grpo", "ipo", "bond", "qrpo", "pkpo", "maxrl")}
 # From the lowest up; a folder's name stands for all of its modules that have no line of their own,
 # which may import each other.

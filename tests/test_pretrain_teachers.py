@@ -37,7 +37,9 @@ def test_a_package_that_is_missing_is_one_line_with_the_command(monkeypatch):
 
 
 def test_a_cut_gives_back_the_review():
-    assert cut("one two three four five six seven", 4) == ("one two three four", " five six seven")
+    seven = "one two three four five six seven"
+    assert cut(seven, 4) == ("one two three four", " five six seven")
+    assert cuts([{"text": seven, "index": 0}], "train") == [cut(seven, 4)]
     assert not cuts([{"text": "one two three four five six", "index": 0}], "train")
 
 

@@ -7,7 +7,7 @@ import torch
 
 from minictrl import theory, transforms
 from minictrl.procedures import cells
-from minictrl.transforms import FLOOR, get_transform
+from minictrl.transforms import CLOSED_FORMS, FLOOR, get_transform
 
 u = torch.linspace(0, 1, 201)  # the values of C_hat at K = 100
 
@@ -118,7 +118,7 @@ def test_whole_rewards_are_standardised_as_they_are():
 @pytest.mark.parametrize(
     "name, options, message",
     [
-        ("exp", {}, "unknown transform 'exp'; known: exp<t> .*identity, log, .*bon_fp"),
+        ("exp", {}, f"unknown transform 'exp'; known: exp<t> .*{', '.join(CLOSED_FORMS)}, bon_fp"),
         ("exp0", {}, "'exp0'.*not 0"),
         ("exp100", {}, "'exp100'.*80"),
         ("expten", {}, "unknown transform 'expten'"),

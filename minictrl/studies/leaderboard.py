@@ -24,7 +24,7 @@ from minictrl import theory
 from minictrl.cli import Parser, run_script
 from minictrl.config import Config
 from minictrl.figures import title
-from minictrl.files import load_tensors, markdown, reading, save_tensors, write_text
+from minictrl.files import load_tensors, markdown, reading, save_tensors, save_text
 from minictrl.reproduce import STUDIES
 from minictrl.results import plus_minus
 from minictrl.studies import sweep
@@ -50,6 +50,7 @@ CLAIMS = {  # the paper's -> the methods it is about, procedure, n, whether leve
     "exp-10 or won_fp is ahead of them on Worst-of-4": (("exp-10", "won_fp"), "won", 4, False),
     "identity is level with the best, standard": (("identity",), "standard", 1, True),
 }
+PAPERS = ("identity", *OTHERS)  # the paper's methods that the claims are measured against
 MARGIN = 0.01  # a method that is at most a point behind is level
 HEAD = """# Leaderboard
 
@@ -96,7 +97,7 @@ def main(argv: list[str] | None = None):
     sweep.same_models(rows)
     save_runs(rows, args.folder / "leaderboard.safetensors")
     page = args.folder / "leaderboard.md"
-    write_text(page, page_of(rows, args.folder, args.quick))
+    save_text(page, page_of(rows, args.folder, args.quick))
     print(f"{page}: {len(set(column(rows, 'method')))} methods")
 
 
@@ -254,7 +255,7 @@ class Board:
     def claims(self) -> str:
         """The paper's claims, each with its paired interval."""
         compared = self.at(self.kl, "bon", 4, "reward")
-        others = [name for name in ("identity", *OTHERS) if name in compared]
+        others = [name for name in PAPERS if name in compared]
         lines = [
             f"## The paper's claims, at KL {self.kl:g}",
             "How far the method is ahead of the best of the paper's other ones with runs there "
@@ -275,7 +276,7 @@ class Board:
         """Whether one of the names is ahead, or level with, the best of the others."""
         order = list(self.at(self.kl, procedure, n, scorer))
         mine = [name for name in order if name in names]
-        others = [name for name in order if name in ("identity", *OTHERS) and name not in names]
+        others = [name for name in order if name in PAPERS and name not in names]
         if not mine or not others:
             return "not run"
         found = self.ahead(mine[0], others[0], procedure, n, scorer)
