@@ -182,6 +182,8 @@ def test_at_equal_kl_runs_are_carried_along_their_share_of_the_optimum():
     assert set(found) == {0, 1}
     assert np.allclose(found[1], 0.5 + gain * share(1.0) + scale * prompts, atol=1e-12)
     assert not tables.wins_at(rows, 2.5, **case) and not tables.wins_at(rows, 0.4, **case)
+    apart = runs_of("m", {1.0: 1.23, 2.0: 3.9}, share, {0: 0.0}, prompts)
+    assert not tables.wins_at(apart, 2.0, **case)  # on both sides, 1.6 and 2 times away
     # a prompt whose KL is above its run's mean by 1 % has its win rate at 1 % more
     rows[1]["kls"] = 0.9 + 0.009 * np.sign(prompts)
     moved = tables.wins_at(rows, 1.0, **case)[0] - found[0]

@@ -86,14 +86,16 @@ def below_optimum(win_rate: float, kl: float, procedure, n: int) -> float:
 
 def comparable(rows: Rows, kl: float, **case) -> Rows:
     """The rows of one method and case between 0.4 and 2.5 times a KL, so that the budgets of half
-    and twice that are among them; none where the KL is more than a fifth beyond all of them.
+    and twice that are among them; none where the KL is more than a fifth beyond all of them, or
+    the nearest of them is 1.5 times away.
     """
     mine = [row for row in where(rows, **case) if kl / 2.5 <= row["kl"] <= 2.5 * kl]
-    kls = column(mine, "kl")
-    fifth = math.exp(0.2)
-    if mine and min(kls) / fifth <= kl <= max(kls) * fifth:
-        return mine
-    return []
+    if not mine:
+        return []
+    away = np.log(column(mine, "kl")) - math.log(kl)
+    within = away.min() <= 0.2 and away.max() >= -0.2
+    near = abs(away).min() <= math.log(1.5)
+    return mine if within and near else []
 
 
 def common_slope(rows: Rows, kl: float, **case) -> float:
@@ -117,7 +119,7 @@ def common_slope(rows: Rows, kl: float, **case) -> float:
 
 
 def wins_at(rows: Rows, kl: float, method: str, **case) -> dict[int, np.ndarray]:
-    """seed -> (P,) win rates of a method at a KL in nats; none more than a fifth beyond its runs.
+    """seed -> (P,) win rates of a method at a KL in nats; none where it has no `comparable` runs.
 
     case: procedure, n, scorer. They are those of the budget nearest to the KL, carried to it along
     `common_slope`. A run's KL is a mean over these prompts and has an error: so each prompt is
