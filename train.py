@@ -109,7 +109,7 @@ def train(config: Config, resume: bool):
 
     # 2. Transform: Phi is the method's, and beta follows from the KL budget.
     method.check_beta(config.beta, reference.r_ref)
-    budget = Budget(config.kl, partial(method.beta_for, r_ref=reference.r_ref), beta=config.beta)
+    budget = Budget(config.kl, partial(method.beta_at, r_ref=reference.r_ref), beta=config.beta)
     if replaced:  # only now, when nothing of the new run's input can be wrong
         runs.create(out, config, made_from)
     reference.save(out / "reference.safetensors", reference_key(task, seed, task.cache_keys))

@@ -211,7 +211,7 @@ def C_hats(pi: Scored, pi_ref: Scored) -> dict[str, Tensor]:
 
 
 def curve_of(config: Config) -> Transform:
-    """The transform whose theory a run is held against: the Phi that it was trained with.
+    """The transform whose theory a run is held against: the Phi of its budget or beta.
 
     A Phi that is solved for a procedure stays that procedure's in every row.
     """

@@ -54,6 +54,24 @@ def test_a_policy_that_lags_behind_and_misses_the_theorys_kl_is_brought_to_its_b
     assert budget.target == pytest.approx(1 / share, rel=0.01)
 
 
+@pytest.mark.parametrize(
+    "transform, procedure, n",
+    [("bon_fp", "bon", 4), ("won_fp", "won", 4), ("optimal", "rewind", 8)],
+)
+def test_a_step_of_a_fixed_point_has_the_Phi_of_its_own_beta(transform, procedure, n):
+    """So e^{Phi/beta} is at the KL that the step asks for. With ties the Phi stays."""
+    config = Config(transform=transform, procedure=procedure, n=n, kl=0.5).resolved()
+    method = get_method("ppo")(config)
+    r_ref = torch.randn(40, 100, generator=torch.Generator().manual_seed(0))
+    for kl in (0.5, 1.5, 0.2):
+        beta = method.beta_at(kl, r_ref)
+        found, _ = theory.tradeoff(method.Phi, procedure, n, [beta])
+        assert found[0] == pytest.approx(kl, rel=1e-3)
+    Phi = method.Phi
+    method.beta_at(0.4, r_ref.round())
+    assert method.Phi is Phi
+
+
 def test_a_step_may_ask_for_more_than_the_samples_reach_so_that_a_policy_that_lags_is_pulled():
     """A budget of 4 nats is in reach of 100 samples (4.62), the 6.6 that a lagging step asks for
     are not: without them bon_fp ends at 1.2 nats.

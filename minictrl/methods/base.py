@@ -14,7 +14,7 @@ from minictrl.procedures import get_procedure
 from minictrl.procedures.masses import mass_win_rate
 from minictrl.procedures.optimum import FIXED_POINTS
 from minictrl.reference import Reference
-from minictrl.transforms import RAW, get_transform
+from minictrl.transforms import RAW, Transform, get_transform
 
 HUGE = 1e6  # nats
 
@@ -36,12 +36,13 @@ class Method:
 
     def __init__(self, config: Config):
         self.config = config
-        # A fixed-point transform is solved once, at this beta; each step's beta is the `Budget`'s.
-        # None where the reward is raw.
-        self.beta = config.beta or self.beta_for(config.kl)
-        self.Phi = get_transform(
-            config.transform, procedure=config.procedure, n=config.n, beta=self.beta, K=config.K
-        )
+        self.beta = config.beta or self.beta_for(config.kl)  # None where the reward is raw
+        self.Phi = self.Phi_at(self.beta)
+
+    def Phi_at(self, beta: float | None) -> Transform:
+        """The run's transform; a fixed point is solved at this beta."""
+        c = self.config
+        return get_transform(c.transform, procedure=c.procedure, n=c.n, beta=beta, K=c.K)
 
     @classmethod
     def check(cls, config: Config) -> None:
@@ -84,7 +85,7 @@ class Method:
                     f"{math.log(c.K):.2f} nats; use a smaller --kl, or more samples (--K)"
                 )
             return None
-        if r_ref is not None and (c.transform in RAW or theory.tied(r_ref, c.procedure, c.n)):
+        if r_ref is not None and self.by_samples(r_ref):
             return self.beta_of_samples(kl, r_ref)
         if c.kl is not None and kl > c.kl:  # a step's, to bring a policy that lags to the budget
             kl = min(kl, theory.MAX_KL)
@@ -94,6 +95,20 @@ class Method:
                 f"values: ask for less than {math.log(c.K + 1):.2f}, or take more samples (--K)"
             )
         return theory.beta_for_kl(c.transform, kl, procedure=c.procedure, n=c.n)
+
+    def by_samples(self, r_ref: Tensor) -> bool:
+        """Whether pi_ref's samples give the beta, and not the theory: of raw rewards, or ties."""
+        c = self.config
+        return c.transform in RAW or theory.tied(r_ref, c.procedure, c.n)
+
+    def beta_at(self, kl: float, r_ref: Tensor) -> float:
+        """`beta_for` a step that asks for this KL. With it a fixed point gets the Phi of that beta;
+        where pi_ref's samples give the beta, they give that of the Phi it has.
+        """
+        beta = self.beta_for(kl, r_ref)
+        if self.config.transform in FIXED_POINTS and not self.by_samples(r_ref):
+            self.Phi = self.Phi_at(beta)
+        return beta
 
     def beta_of_samples(self, kl: float, r_ref: Tensor) -> float:
         """`beta_for` raw rewards, or ties."""
