@@ -11,7 +11,7 @@ Where it departs from the paper:
 1. The objective is divided by beta as a whole: R = Phi(C_hat) / beta, and the KL has weight 1. The
    optimum is the same, and one learning rate fits every transform (`minictrl/ppo.py`).
 2. beta is not tuned by hand. It starts at the theory's for the KL that is asked for, and follows
-   the KL that is measured (`minictrl/budget.py`).
+   the KL that is measured (`minictrl/budget.py`); bon_fp, won_fp and optimal follow beta.
 3. R has a floor of log Z - 10 nats, where Z normalises pi_ref e^R / Z. At the floor a response
    keeps e^-10 of pi_ref's probability, and a lower R would change nothing.
    `log` is not finite at C_hat = 0, and takes 1/(2K) for C_hat there
