@@ -64,6 +64,10 @@ def main(argv=None):
     for run, config in zip(args.runs, configs, strict=True):
         evaluation.check(run, config, args.split, other_models)
     for run, config in zip(args.runs, configs, strict=True):
+        device = args.device or config.device
+        if len(args.runs) > 1:
+            evaluation.load_models(run, config, args.split, args.prompts, device, other_models)
+    for run, config in zip(args.runs, configs, strict=True):
         table = evaluation.evaluate(
             run,
             config,

@@ -19,7 +19,7 @@ from minictrl.config import TEST, TEST_REF, Config, is_file
 from minictrl.files import save_tensors, sha256_of, write_rows, write_sealed
 from minictrl.lm.logprobs import response_logits
 from minictrl.methods import get_method
-from minictrl.models import load_policy
+from minictrl.models import SUMS, load_policy
 from minictrl.procedures import get_procedure
 from minictrl.reference import Reference
 from minictrl.results import ENDS, check_replaced, eval_path, file_suffix, parts_of
@@ -61,16 +61,11 @@ def evaluate(
     another model than the run's. The reward model selects, reward model and judge score; a run
     without a judge has no such rows. Returns the rows of eval.json.
     """
-    if split == "train":
-        prompts = min(prompts, config.prompts or prompts)  # those it was trained on
-    config = replace(config, prompts=prompts, device=device, **other_models)
-    task = load_task(config, split)
-    judge = scorer_of(config, "judge")
-    runs.check_made_from(run, config, runs.digests_of(config, task, judge), but=other_models)
-    try_scorers([task.reward, judge], task.prompts)
+    config, task, judge = load_models(run, config, split, prompts, device, other_models)
     cases = procedures(config, sizes, M)
     suffix = file_suffix(split, other_models)
     check_replaced(eval_path(run, suffix), other_models, len(task.prompts), M)
+    drawn_from = policy_sums(run)
     policy, _ = load_policy(str(run / "policy"))
     policy.to(task.ids.device)
     pi, pi_ref, samples = draw_both(task, policy, judge, config, M)
@@ -81,6 +76,8 @@ def evaluate(
     curve = curve_of(config) if has_theory else None
     table, wins = table_of(config, pi, pi_ref, kls, curve, cases)
     C_hat = C_hats(pi, pi_ref)
+    if policy_sums(run) != drawn_from:
+        raise ValueError(f"{run}: was trained anew while it was evaluated; evaluate it again")
     parts = parts_of(run, suffix)
     save_tensors(parts["wins"], wins, {})
     save_tensors(parts["by_prompt"], {"kl": kls} | C_hat, {})
@@ -89,6 +86,28 @@ def evaluate(
     sums = {part: sha256_of(path) for part, path in parts.items()}
     write_sealed(eval_path(run, suffix), {"rows": table, "models": models, "parts": sums})
     return table
+
+
+def load_models(
+    run: Path, config: Config, split: str, prompts: int, device: str, other_models: dict[str, str]
+) -> tuple[Config, Task, Callable | None]:
+    """(settings, task, judge) of an evaluation. Raises ValueError on a model that is not the run's
+    any more, or can't be used.
+    """
+    if split == "train":
+        prompts = min(prompts, config.prompts or prompts)  # those it was trained on
+    config = replace(config, prompts=prompts, device=device, **other_models)
+    task = load_task(config, split)
+    judge = scorer_of(config, "judge")
+    runs.check_made_from(run, config, runs.digests_of(config, task, judge), but=other_models)
+    try_scorers([task.reward, judge], task.prompts)
+    return config, task, judge
+
+
+def policy_sums(run: Path) -> bytes:
+    """The check sums of a run's policy; nothing where somebody has deleted them."""
+    sums = run / "policy" / SUMS
+    return sums.read_bytes() if sums.is_file() else b""
 
 
 def check(run: Path, config: Config, split: str, other_models: dict[str, str]):

@@ -70,7 +70,7 @@ def read_reference(file: str, config: Config, task: Task) -> Reference:
     given = [rewards and rewards[: config.K] for _, rewards in found]
     tokens, mask, cut = encode_responses(task, texts)
     if all(given):
-        r_ref = torch.tensor(given).float()
+        r_ref = torch.tensor(given, dtype=torch.float64).float()
         check_rewards(file, task, texts, r_ref)
     if cut:
         texts = texts_of(task.tokenizer, task.ids.tolist(), tokens, mask)

@@ -63,9 +63,9 @@ def draw_win_rates(run: Path, suffix: str, table: list[dict]):
     config = runs.load_config(run)
     n = config.n if config.procedure in ("bon", "won") else 4
     curve = evaluation.curve_of(config)
-    cases = list(
-        dict.fromkeys([("standard", 1), ("bon", n), ("won", n), evaluation.aligned_for(config)])
-    )
+    drawn = {(row["procedure"], row["n"]) for row in table}
+    cases = [("standard", 1), ("bon", n), ("won", n), evaluation.aligned_for(config)]
+    cases = [case for case in dict.fromkeys(cases) if case in drawn]
     figure, axes = panels(1, len(cases), width=4.2)
     for axis, (procedure, n) in zip(axes, cases):
         rows = [

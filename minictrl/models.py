@@ -146,6 +146,8 @@ def save_policy(model: nn.Module, tokenizer, path: Path):
         (temporary / SUMS).write_text("".join(lines))
         for file in (*files, temporary / SUMS):
             sync(file)
+    if (path / "README.md").is_file():  # the model card of an evaluation
+        shutil.copy(path / "README.md", temporary)
     if path.is_symlink():
         path.unlink()
     shutil.rmtree(path, ignore_errors=True)

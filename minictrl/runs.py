@@ -80,7 +80,8 @@ def resumed(out: Path, given: dict) -> Config:
     lr = given.get("lr", stored.lr)
     if lr != stored.lr and has_policy(out):
         raise ValueError(f"--lr {lr}: {out} has no step left that could take it; leave it out")
-    return replace(stored, **{name: given[name] for name in RESUMABLE if name in given})
+    changed = {name: given[name] for name in RESUMABLE if name in given}
+    return replace(stored, **changed | {"out": str(out)})  # the run may have been moved
 
 
 def check_out(config: Config, *, overwrite: bool):
@@ -105,6 +106,12 @@ def check_out(config: Config, *, overwrite: bool):
         raise ValueError(
             f"--out {out}: holds a run already; add --resume or --overwrite, or give another --out"
         )
+    for marker in out.rglob(MARKER):
+        if marker.parent != out:
+            raise ValueError(
+                f"--out {out}: holds another run, {marker.parent}, which --overwrite deletes; move "
+                "it, or give another --out"
+            )
     for name in (*PATHS, "cache"):
         for path in files_of(getattr(config, name)):
             if path.name and path.exists() and path.resolve().is_relative_to(out.resolve()):

@@ -64,7 +64,9 @@ def ctrl_reward(
     method = get_method("ppo")(config)
     task = load_task(config, "train")
     calibration = Calibration(task, config, Path(task_or_run))
-    beta = config.beta or method.beta_for(config.kl, calibration.r_ref(task.prompts))
+    r_ref = calibration.r_ref(task.prompts)
+    method.check_beta(config.beta, r_ref)
+    beta = config.beta or method.beta_for(config.kl, r_ref)
 
     def reward(prompts: list[Prompt], completions: list, **columns) -> list[float]:
         if not prompts:

@@ -114,6 +114,7 @@ def test_training_on_a_file_draws_nothing_and_scores_what_has_no_rewards(kind, r
         ),
         (lambda rows: [*rows, rows[0]], "has two rows of the prompt"),
         (lambda rows: [r | {"rewards": [10**400] * 8} for r in rows], 'give "rewards", 8'),
+        (lambda rows: [r | {"rewards": [10**25] * 8} for r in rows], "from those of the run's"),
         (lambda rows: [r | {"rewards": [1e39] * 8} for r in rows], 'give "rewards", 8'),
         (lambda rows: [r | {"rewards": [1, None]} for r in rows], 'line 1: give "rewards", 8'),
         (lambda rows: [r | {"rewards": 3} for r in rows], 'line 1: give "rewards", 8'),

@@ -56,6 +56,9 @@ ROOT = Path(__file__).parent.parent
         (["--method", "bond", "--kl", "2", "--K", "15"], "Best-of-19"),
         (["--method", "bonbon", "--beta", "0.001"], "--beta 0.001 is out of reach of 100"),
         (["--procedure", "median", "--n", "2000"], "use at most 1000"),
+        (["--procedure", "bon", "--n", "10000"], "use at most 1000"),
+        (["--procedure", "poisson", "--n", "257"], "use at most 256"),
+        (["--procedure", "soft0.5", "--n", "2000"], "use at most 256"),
         (["--method", "pkpo", "--n", "16"], "--n 16: pkpo"),
         (["--method", "maxpo", "--n", "8"], "at most 7"),
         (["--method", "tea", "--G", "1"], "--G 1: tea"),
@@ -120,6 +123,14 @@ def test_a_run_is_not_touched_without_being_asked(short_run, tmp_path):
     assert (tmp_path / "thesis.txt").read_text() == "precious" and (
         short_run / "config.json"
     ).read_bytes() == before
+
+
+def test_a_run_that_holds_another_is_not_overwritten(short_run, tmp_path):
+    run = shutil.copytree(short_run, tmp_path / "run")
+    shutil.copytree(short_run, run / "seeds" / "1")
+    config = replace(Config().resolved(), out=str(run))
+    with pytest.raises(ValueError, match="holds another run, .*seeds/1, which --overwrite deletes"):
+        runs.check_out(config, overwrite=True)
 
 
 def test_a_run_without_a_judge_can_be_overwritten(short_run):
@@ -355,6 +366,8 @@ def test_a_resumed_run_may_go_on_elsewhere_and_more_slowly(short_run, tmp_path):
     shutil.rmtree(run / "policy")
     config = runs.resumed(run, settings)
     assert (config.cache, config.device, config.lr) == (str(tmp_path), "cpu", 1e-5)
+    moved = run.rename(tmp_path / "moved")  # without --out in `settings`: that of other flags
+    assert runs.resumed(moved, {}).out == str(moved)
     assert config.transform == "exp10"
 
 

@@ -100,6 +100,9 @@ def test_template_args_reach_the_policys_template_and_a_text_prompt_warns(tmp_pa
 def test_a_policy_saved_and_loaded_again_is_the_same(tmp_path, model):
     policy, tok = load_policy(save(tmp_path / "a", model))
     save_policy(policy, tok, tmp_path / "b")
+    (tmp_path / "b" / "README.md").write_text("a card")
+    save_policy(policy, tok, tmp_path / "b")
+    assert (tmp_path / "b" / "README.md").read_text() == "a card"
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "b")
     tok_again = AutoTokenizer.from_pretrained(tmp_path / "b")
     ids = torch.tensor([tok("A prompt").input_ids])
@@ -163,6 +166,10 @@ def test_chat_messages_are_written_by_the_template_and_text_is_left_alone():
         ValueError, match="template of .* fails on messages of user .no system.: change"
     ):
         render(tokenizer("{{ raise_exception('no system') }}"), chat)
+    with pytest.raises(
+        ValueError, match='with --template-args {"tokenize": true}.*change the flag'
+    ):
+        render(tokenizer(TEMPLATE), chat, tokenize=True)
 
 
 # --- reward models and judges ---

@@ -49,6 +49,17 @@ def test_all_prefixes_in_one_pass_score_as_one_by_one(model, special, tmp_path, 
         torch.testing.assert_close(got[i], one_by_one, atol=1e-4, rtol=0)
 
 
+def test_an_id_beyond_the_reward_models_tokens_reads_as_nothing(tmp_path):
+    """A policy's embeddings may have more rows than its tokenizer has tokens."""
+    score = load_scorer(save(tmp_path / "a", GPT2ForSequenceClassification(GPT2)), "reward",
+                        device="cpu")  # fmt: skip
+    tokens, mask = ragged([" is"])
+    beyond, padded = tokens.clone(), tokens.clone()
+    beyond[0, 1], padded[0, 1] = 10_000, score.tokenizer.pad_token_id
+    both = [score.of_prefixes(["It"], each, mask) for each in (beyond, padded)]
+    assert torch.equal(*both) and not torch.equal(both[0], score.of_prefixes(["It"], tokens, mask))
+
+
 def test_a_prompt_too_long_for_the_context_loses_its_beginning(tmp_path):
     score = load_scorer(save(tmp_path / "a", GPT2ForSequenceClassification(GPT2)), "reward",
                         device="cpu")  # fmt: skip

@@ -192,6 +192,7 @@ def test_bad_settings_are_named(tmp_path):
         (("reviews", "exp0"), {}, "exp0"),
         (("reviews",), {"colour": 1}, "colour: no such setting"),
         (("reviews",), {"kl": 1.0, "beta": 1.0}, "not both"),
+        (("reviews", "exp80"), {"beta": 1e-5, "K": 4, "prompts": 2}, "--beta 1e-05: R = Phi"),
     ):
         with pytest.raises(ValueError, match=fault):
             ctrl_reward(*arguments, **settings)

@@ -53,9 +53,14 @@ class Method:
             raise ValueError(
                 f"--transform {config.transform}: {config.method} needs a calibrated reward"
             )
-        halves = torch.tensor([0.5, 0.5], dtype=torch.float64)
-        mass_win_rate(halves, halves, config.procedure, config.n)  # raises if n is too large
         procedure = get_procedure(config.procedure)
+        if config.n > procedure.largest_n:
+            raise ValueError(
+                f"--n {config.n}: too many draws for {config.procedure}; use at most "
+                f"{procedure.largest_n}"
+            )
+        halves = torch.tensor([0.5, 0.5], dtype=torch.float64)
+        mass_win_rate(halves, halves, config.procedure, config.n)
         procedure.weights(torch.zeros(1, procedure.samples(config.n)), config.n)
         solved_for = FIXED_POINTS.get(config.transform) or config.procedure
         if solved_for != config.procedure:

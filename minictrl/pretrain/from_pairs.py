@@ -86,6 +86,7 @@ def train_pairs_task(
     settings["pairs"] = digest(train, test)  # other pairs under the same name are another job
     if name is not None:
         model, tokenizer = load_policy(name)
+        settings["weights"] = digest(model)  # as are other weights
         rows = policy_rows(model, tokenizer, [train, test], max_tokens)
     if base is not None:
         sides = pair_rows(base, [*halves, test], max_tokens)

@@ -17,7 +17,9 @@ from minictrl.procedures.cells import cdf
 
 
 class Procedure:
-    """An inference-time procedure with N (`n`) draws."""
+    """An inference-time procedure with N (`n`) draws, at most `largest_n` of them in a run."""
+
+    largest_n = 1000
 
     def mass_after(self, mass: Tensor, edges: Tensor, n: int) -> Tensor:
         """The mass of each cell after it (..., G), differentiable in `mass` (..., G).

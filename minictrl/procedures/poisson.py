@@ -16,6 +16,8 @@ LEFT = 1e-4  # M samples are enough where more draws than M are rarer than this
 
 
 class Procedure(base.Procedure):
+    largest_n = 256  # beyond it the mixture takes minutes
+
     def mass_after(self, mass: Tensor, edges: Tensor, n: int) -> Tensor:
         F = cdf(mass)
         return (F * ((n - 1) * (F - 1)).exp()).diff()

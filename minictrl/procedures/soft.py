@@ -20,6 +20,8 @@ PROMPTS = 64  # at a time
 
 
 class Procedure(base.Procedure):
+    largest_n = 256  # its memory grows as n^2
+
     def __init__(self, temperature: float = 0.1):
         self.temperature = temperature
         # logits are from 0 to 1 / temperature; what lies beyond is below 1e-11

@@ -65,6 +65,8 @@ def load_classifier(name: str, role: str, label: str, device: torch.device):
 
     def prefixes(prompts: list[Prompt], tokens: Tensor, mask: Tensor) -> Tensor:
         around = surroundings(tokenizer, prompts, padding)
+        # a policy's embeddings may have rows beyond its tokens, which read as nothing
+        tokens = tokens.where(tokens < len(tokenizer), tokenizer.pad_token_id)
         return prefix_scores(model, tokenizer, device, of_logits, around, tokens, mask)
 
     readable = head is not None and "position_ids" in arguments(type(model.base_model))

@@ -1,5 +1,6 @@
 """Prompts and texts as a model reads them, and the scores of many texts in batches."""
 
+import json
 import re
 import signal
 import threading
@@ -85,10 +86,12 @@ def chat(tokenizer, messages: list[dict], /, **options) -> str:
             )
     except Exception as error:  # whatever the template does
         roles = ", ".join(m["role"] for m in messages)
+        args = {name: x for name, x in options.items() if name != "add_generation_prompt"}
+        given = f" with --template-args {json.dumps(args)}" if args else ""
         raise ValueError(
-            f"the chat template of {tokenizer.name_or_path} fails on messages of {roles} "
-            f"({first_line(error)}): "
-            "change the messages, or take the template out of its tokenizer_config.json"
+            f"the chat template of {tokenizer.name_or_path} fails on messages of {roles}{given} "
+            f"({first_line(error)}): change {'the flag, ' if given else ''}the messages, or take "
+            "the template out of its tokenizer_config.json"
         ) from None
 
 
