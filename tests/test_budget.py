@@ -6,6 +6,7 @@ import torch
 
 from minictrl import theory
 from minictrl.budget import Budget, empirical_beta
+from minictrl.checks import OutOfReach
 from minictrl.config import Config
 from minictrl.evaluation import curve_of
 from minictrl.methods import get_method
@@ -134,6 +135,43 @@ def test_pkpos_beta_of_a_verifier_is_the_slope_of_its_best_win_rate(procedure, s
     config = Config(method="pkpo", procedure=procedure, kl=kl, K=100, reward="v.py:f").resolved()
     r_ref = torch.arange(100.0).lt(100 * share).float().expand(8, -1)
     assert get_method("pkpo")(config).beta_for(kl, r_ref) == pytest.approx(slope, rel=0.01)
+
+
+def test_a_constant_per_prompt_changes_no_beta():
+    r_ref = torch.randn(8, 20, generator=torch.Generator().manual_seed(0)).double()
+    moved = r_ref + 1e9 * torch.arange(8)[:, None]
+    assert empirical_beta(moved, 1.0) == pytest.approx(empirical_beta(r_ref, 1.0), rel=1e-4)
+
+
+def test_a_step_asks_and_the_target_drifts_within_bounds():
+    budget = Budget(1.0, lambda kl: kl)  # its beta is the KL that it asks for
+    assert budget.follow(1e3) == pytest.approx(math.exp(-1.5 * 1.2))
+    for kl_ref, end in ((1e3, 1 / 20), (1e-3, 4)):
+        for _ in range(100):
+            budget.follow(kl_ref)
+        assert budget.target == pytest.approx(end)
+
+
+def test_where_the_budget_alone_is_in_reach_the_target_is_moved_back_to_it():
+    def beta_at(kl):
+        if kl != 1:
+            raise OutOfReach("far")
+        return 0.5
+
+    budget = Budget(1.0, beta_at)
+    assert budget.follow(0.1) == 0.5 and budget.target == 1
+
+
+def test_maxrls_beta_of_a_verifier_is_the_slope_of_its_log_win_rate():
+    """d log E[C] / dKL where 0.6 of the responses are right, and 0.3 of pi_ref's: C_hat is 0.35 or
+    0.85.
+    """
+    q, share = 0.6, 0.3
+    kl = q * math.log(q / share) + (1 - q) * math.log((1 - q) / (1 - share))
+    slope = 0.5 / (0.35 + 0.5 * q) / math.log(q * (1 - share) / share / (1 - q))
+    config = Config(method="maxrl", kl=kl, K=100, reward="v.py:f").resolved()
+    r_ref = torch.arange(100.0).lt(30).float().expand(8, -1)
+    assert get_method("maxrl")(config).beta_for(kl, r_ref) == pytest.approx(slope, rel=1e-4)
 
 
 def test_a_fixed_beta_stays():

@@ -16,6 +16,7 @@ from minictrl.methods import get_method
 from minictrl.models import load_scorer
 from minictrl.reference import Reference
 from minictrl.rollout import batch_of, sample_and_score
+from minictrl.rollout import score as scores_of
 from minictrl.task import load_task
 
 
@@ -254,3 +255,15 @@ def test_equal_responses_tie(tmp_path):
                 for text, score in zip(texts, policy.scores[name][i].tolist()):
                     known.setdefault((i, text), set()).add(score)
         assert len(known) < 24 * 32 and all(len(scores) == 1 for scores in known.values())
+
+
+def test_pi_and_pi_ref_are_drawn_apart_and_scored_each_by_its_own_texts(tmp_path):
+    config = Config(prompts=4, max_new_tokens=8, cache=str(tmp_path)).resolved()
+    task = load_task(config, "test")
+    judge = load_scorer("reviews", "judge", device="cpu")
+    pi, pi_ref, samples = evaluation.draw_both(task, task.policy, judge, config, 8)
+    assert pi.texts == samples.texts and all(a != b for a, b in zip(pi.texts, pi_ref.texts))
+    for policy in (pi, pi_ref):
+        for name, scorer in (("reward", task.reward), ("judge", judge)):
+            expected = scores_of(scorer, task.prompts, policy.texts)
+            torch.testing.assert_close(policy.scores[name], expected, atol=1e-4, rtol=0)

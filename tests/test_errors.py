@@ -106,6 +106,13 @@ def test_intervals_hold_whatever_the_shares_of_seeds_and_prompts(seeds, prompts,
     assert true - chance <= variances.mean() <= 1.15 * true + chance
 
 
+def test_the_error_is_the_two_way_analysis_of_variances_by_hand():
+    """Seeds have 8 / 2, prompts 7 / 3, and the rest, 4 / 2 / 6, is in both."""
+    found = crossed([[0, 3, 6], [4, 9, 8]])
+    assert (found.mean, found.stderr) == pytest.approx((5, 6**0.5))
+    assert found.df == pytest.approx(6**2 / (4**2 + (7 / 3) ** 2 / 2))
+
+
 @pytest.mark.parametrize("S", [2, 3])
 @pytest.mark.parametrize("seeds", [0, 0.02])
 def test_intervals_of_few_seeds_hold_without_being_endless(S, seeds):

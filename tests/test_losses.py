@@ -115,6 +115,9 @@ def test_ipo_and_bonbon_losses_by_hand():
     loss = bonbon_loss(chosen, rejected, ref_chosen, ref_rejected, n=4, alpha=0.1)
     expected = 0.1 * 1.5 + 0.9 * ((h[0] - target) ** 2 + (h[1] - target) ** 2) / 2
     assert math.isclose(loss, expected, rel_tol=1e-6)
+    loss = bonbon_loss(chosen, rejected, ref_chosen, ref_rejected, n=4)  # BoNBoN's own alpha
+    expected = 0.005 * 1.5 + 0.995 * ((h[0] - target) ** 2 + (h[1] - target) ** 2) / 2
+    assert math.isclose(loss, expected, rel_tol=1e-6)
 
 
 def test_ipo_brings_the_log_ratio_of_one_pair_to_1_over_2_tau():
@@ -177,6 +180,7 @@ def test_jeffreys_loss_by_hand():
         jeffreys_loss(torch.tensor(3.0), torch.tensor([-1.0, -2]), weight=0.25),
         0.25 * 3 + 0.75 * 1.5,
     )
+    assert jeffreys_loss(torch.tensor(3.0), torch.tensor([-1.0, -2])) == (3 + 1.5) / 2
 
 
 # --- GRPO ---

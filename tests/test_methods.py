@@ -5,12 +5,17 @@ from dataclasses import replace
 import pytest
 import torch
 
-from minictrl import baselines, theory, transforms
+from minictrl import baselines, ppo, theory, transforms
 from minictrl.batch import Batch
 from minictrl.calibration import calibrated_reward
 from minictrl.config import Config
 from minictrl.methods import get_method
-from minictrl.methods.pkpo import beats_best_of
+from minictrl.methods.bonbon import bonbon_loss
+from minictrl.methods.grpo import grpo_advantages
+from minictrl.methods.ipo import ipo_loss
+from minictrl.methods.maxpo import leave_two_out_advantages
+from minictrl.methods.pkpo import beats_best_of, max_at_n_advantages
+from minictrl.methods.qrpo import qrpo_loss, reference_R
 from minictrl.reference import Reference
 from minictrl.rollout import rollout_stats
 from minictrl.update import Learner
@@ -72,6 +77,22 @@ def test_a_value_head_turns_it_into_gae_on_rewards_without_their_mean(monkeypatc
     assert torch.allclose(found.returns, found.advantages)
 
 
+def test_gaes_lambda_is_the_runs(monkeypatch):
+    batch = rollout()
+    monkeypatch.setattr(baselines, "in_pieces", lambda *args: torch.zeros(24, 5))
+    monkeypatch.setattr(baselines, "prefix_rewards", lambda *args: torch.zeros(6, 20))
+    monkeypatch.setattr(ppo, "prefix_values", lambda *args: torch.zeros(24, 5))
+    centred = replace(batch, R=ppo.loo_advantages(batch.R[None])[0])
+    for lam, (baseline, rewarded) in itertools.product(
+        (0.5, 1.0), ((baselines.value, centred), (baselines.prefix, batch))
+    ):
+        learner = Learner(None, None, None)
+        found = baseline(batch, None, torch.zeros(6, 3), learner, Config(G=4, lam=lam))
+        rewards = baselines.token_rewards(rewarded)
+        expected, _ = ppo.gae(rewards, torch.zeros(24, 5), batch.mask, lam=lam)
+        assert torch.equal(found.advantages, expected)
+
+
 def test_the_prefix_gives_values_that_explain_the_reward_to_go(monkeypatch):
     """R is a quadratic in C_hat of the prefix, k1 is 0: explained but for the ridge, and GAE's
     advantages are what is left.
@@ -91,8 +112,26 @@ def test_the_prefix_gives_values_that_explain_the_reward_to_go(monkeypatch):
 def test_pkpo_for_best_of_1_is_the_calibrated_reward():
     generator = torch.Generator().manual_seed(0)
     r, r_ref = (torch.randn(6, size, generator=generator).round() for size in (4, 20))
-    pkpo = method("pkpo", procedure="bon", n=1, G=4)
-    assert torch.allclose(pkpo.reward(r, r_ref, None, 0.5), calibrated_reward(r, r_ref) / 0.5)
+    for settings in ({"procedure": "bon", "n": 1}, {"procedure": "standard", "n": 4}):
+        pkpo = method("pkpo", **settings, G=4)
+        assert torch.allclose(pkpo.reward(r, r_ref, None, 0.5), calibrated_reward(r, r_ref) / 0.5)
+
+
+def test_pkpos_reward_is_its_advantage_with_its_baseline():
+    generator = torch.Generator().manual_seed(0)
+    r, r_ref = (torch.randn(6, size, generator=generator) for size in (5, 20))
+    g = beats_best_of(r, r_ref, 4)
+    found = method("pkpo", n=4, G=5).reward(r, r_ref, None, 0.5)
+    assert torch.equal(found, max_at_n_advantages(g, 4, baseline=True) / 0.5)
+
+
+def test_maxpos_reward_is_its_advantage_which_needs_a_sample_more_than_n():
+    generator = torch.Generator().manual_seed(0)
+    r, r_ref = (torch.randn(6, size, generator=generator) for size in (5, 20))
+    found = method("maxpo", n=4, G=5).reward(r, r_ref, None, 0.5)
+    assert torch.equal(found, leave_two_out_advantages(beats_best_of(r, r_ref, 4), 4) / 0.5)
+    with pytest.raises(ValueError, match="n of at most 3"):
+        method("maxpo", n=4, G=4)
 
 
 @pytest.mark.parametrize("n", [1, 3, 6])
@@ -122,6 +161,113 @@ def test_the_beta_of_a_budget_is_that_of_what_the_method_converges_to():
     assert method(transform="none").beta is None
     best_of = method("bond").best_of
     assert best_of(theory.beta_for_kl("log", math.log(8) - 7 / 8)) == 8
+
+
+def test_a_methods_phi_and_beta_are_for_its_procedure_n_and_K():
+    settings = dict(transform="optimal", procedure="won", n=8)
+    optimal, u = method(**settings), torch.linspace(0, 1, 11)
+    assert optimal.beta == theory.beta_for_kl("optimal", 1.0, procedure="won", n=8)
+    expected = transforms.get_transform("optimal", procedure="won", n=8, beta=optimal.beta)
+    assert torch.equal(optimal.Phi(u), expected(u))
+    log = method(transform="log", K=10)
+    assert log.Phi(torch.zeros(1)).exp().item() == pytest.approx(1 / 20)
+
+
+def test_an_online_reward_is_phi_over_the_steps_beta_with_its_floor():
+    online, generator = method(transform="exp-10"), torch.Generator().manual_seed(0)
+    r, r_ref = (torch.randn(6, size, generator=generator) for size in (40, 20))
+    Phi_C, beta = online.Phi.of_rewards(r, r_ref), 0.7 * online.beta
+    found = online.reward(r, r_ref, Phi_C, beta)
+    assert (
+        torch.equal(found, online.Phi.in_nats(Phi_C, beta, r_ref)) and (found > Phi_C / beta).any()
+    )
+
+
+def test_an_online_loss_is_the_surrogate_at_the_runs_clip_plus_the_value_heads():
+    batch = rollout()
+    batch = replace(batch, advantages=torch.randn(24, 5), returns=torch.randn(24, 5))
+    logprobs, values = batch.ref_logprobs, torch.randn(24, 5)
+    surrogate = batch.old_logprobs, batch.advantages, batch.mask
+    expected, _ = ppo.policy_loss(logprobs, *surrogate, 0.05)
+    assert expected != ppo.policy_loss(logprobs, *surrogate)[0]
+    online = method(clip=0.05)
+    assert online.loss(logprobs, None, batch)[0] == expected
+    loss, stats = online.loss(logprobs, values, batch)
+    assert stats["value_loss"] == ppo.value_loss(values, batch.returns, batch.mask)
+    assert loss == expected + stats["value_loss"]
+
+
+@pytest.mark.parametrize("name, n", [("ipo", 2), ("bonbon", 5)])
+def test_a_row_of_pairs_is_the_best_and_the_worst_of_n_and_the_loss_is_of_their_sums(name, n):
+    ref, offline = reference(), method(name, seed=3)
+    rows = offline.rows(ref, 1 / 4)  # for BoNBoN the best of 5
+    assert rows.tokens.shape == (6 * (20 // n), 2, 5)
+    for prompt, logprobs in zip(rows.prompt_index, rows.ref_logprobs):
+        known = (ref.logprobs[prompt] == logprobs[:, None]).all(2).int()  # (2, K)
+        assert known.sum(1).tolist() == [1, 1]
+        best, worst = ref.r_ref[prompt, known.argmax(1)]
+        assert best > worst
+    assert not torch.equal(rows.tokens, method(name, seed=4).rows(ref, 1 / 4).tokens)
+    logprobs = -torch.rand(rows.mask.shape, generator=torch.Generator().manual_seed(0))
+    sums = (*logprobs.sum(-1).T, *rows.ref_logprobs.sum(-1).T)
+    expected = ipo_loss(*sums, tau=1 / 4) if name == "ipo" else bonbon_loss(*sums, n=5)
+    assert offline.loss(logprobs, None, rows)[0] == expected
+
+
+def test_bonds_loss_is_its_own_responses_surrogate_and_the_bests_likelihood():
+    batch, ref, bond = rollout(), reference(), method("bond", G=4, clip=0.05)
+    ref = replace(ref, mask=torch.arange(5) < torch.arange(1, 21).clamp(max=5)[:, None])
+    ref = replace(ref, mask=ref.mask.expand(6, 20, 5))
+    batch = replace(batch, advantages=torch.randn(24, 5), returns=torch.randn(24, 5))
+    rows = bond.with_loss_inputs(batch, ref, 1 / 4)
+    assert torch.equal(rows.mask[:, 0], batch.mask)
+    lengths = ref.mask.sum(2).gather(1, ref.r_ref.view(6, 4, 5).argmax(2) + torch.arange(0, 20, 5))
+    assert torch.equal(rows.mask[:, 1].sum(1).view(6, 4), lengths)
+    logprobs, values = -torch.rand(24, 2, 5) * rows.mask, torch.randn(24, 2, 5)
+    own, _ = ppo.policy_loss(
+        logprobs[:, 0], batch.old_logprobs, batch.advantages, batch.mask, clip=0.05
+    )
+    best = logprobs[:, 1].sum(1).mean()
+    value = ppo.value_loss(values[:, 0], batch.returns, batch.mask)
+    assert bond.loss(logprobs, values, rows)[0] == pytest.approx(float((own - best) / 2 + value))
+    assert bond.loss(logprobs, None, rows)[0] == pytest.approx(float((own - best) / 2))
+
+
+def test_qrpos_loss_is_of_the_sums_of_a_response_and_its_prompts_own_log_Z():
+    ref, qrpo = reference(), method("qrpo", transform="exp10")
+    ref = replace(ref, r_ref=ref.r_ref.round())  # of ties each prompt has its own
+    rows = qrpo.rows(ref, 5000.0)
+    R = reference_R(qrpo, ref.r_ref, 5000.0)
+    log_Z = R.exp().mean(1).log().repeat_interleave(20).float()
+    torch.testing.assert_close(rows.log_Z, log_Z)
+    logprobs = -torch.rand(120, 5)
+    sums = logprobs.sum(1), rows.ref_logprobs.sum(1)
+    assert qrpo.loss(logprobs, None, rows)[0] == qrpo_loss(*sums, rows.R, rows.log_Z)
+
+
+def test_grpos_reward_is_the_standardised_one_over_the_steps_beta():
+    r = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(method("grpo").reward(r, None, None, 0.3), grpo_advantages(r) / 0.3)
+
+
+def test_grpo_on_fixed_rollouts_has_the_published_loss():
+    """Of each response the mean over its tokens of -min(ratio A, clipped ratio A) + k3."""
+    ref, fixed = reference(), method("grpo_fixed", clip=0.05)
+    lengths = torch.arange(1, 21).clamp(max=5)
+    ref = replace(ref, mask=(torch.arange(5) < lengths[:, None]).expand(6, 20, 5))
+    rows = fixed.rows(ref, 0.5)
+    logprobs = rows.ref_logprobs + 0.2 * torch.randn(120, 5)
+    A = 2 * grpo_advantages(ref.r_ref).view(120, 1)
+    logratio = logprobs - rows.ref_logprobs
+    ratio = logratio.exp()
+    each = -torch.minimum(ratio * A, ratio.clamp(0.95, 1.05) * A) + (-logratio).exp() - 1 + logratio
+    expected = ((each * rows.mask).sum(1) / lengths.repeat(6)).mean()
+    torch.testing.assert_close(fixed.loss(logprobs, None, rows)[0], expected)
+
+
+def test_an_offline_step_has_as_many_rows_as_an_online_one_has_responses():
+    for name, rows in (("qrpo", 15), ("ipo", 15), ("tpo", 3)):
+        assert method(name, batch=3, G=5).rows_per_step == rows
 
 
 def test_offline_rows_are_the_reference_samples():

@@ -162,6 +162,7 @@ def test_the_optimum_of_the_log_is_the_transforms_at_the_kl_that_was_asked_for(n
 
 def test_a2pos_log_Z_is_that_of_each_prompts_reference_samples():
     a2po, ref = method("a2po", transform="exp10", G=4), reference()
+    ref = replace(ref, r_ref=ref.r_ref.round())  # of ties each prompt has its own
     batch = a2po.with_loss_inputs(rollout(), ref, 5000.0)
     R = reference_R(a2po, ref.r_ref, 5000.0)
     expected = R.exp().mean(1).log().repeat_interleave(4)
@@ -230,6 +231,16 @@ def test_tpos_rows_are_groups_of_a_prompts_samples_with_their_own_R():
     batch = replace(rows, prompt=torch.zeros(12, 3), prompt_mask=torch.ones(12, 3))
     batch = replace(batch, mask=batch.mask * (torch.arange(5) < 2))
     assert batch.cut().tokens.shape == (12, 8, 2) and batch.cut().R.shape == (12, 8)
+
+
+def test_tpos_loss_is_of_the_sums_of_its_groups_which_are_the_seeds():
+    ref = reference()
+    tpo, other = (method("tpo", G=8, transform="exp10", seed=seed) for seed in (3, 4))
+    rows = tpo.rows(ref, 5000.0)
+    assert not torch.equal(rows.tokens, other.rows(ref, 5000.0).tokens)
+    logprobs = -torch.rand(12, 8, 5, generator=torch.Generator().manual_seed(0))
+    expected = tpo_loss(logprobs.sum(2), rows.ref_logprobs.sum(2), rows.R)
+    assert tpo.loss(logprobs, None, rows)[0] == expected
 
 
 @pytest.mark.parametrize(

@@ -277,6 +277,26 @@ def test_prefix_values_are_the_mean_of_the_others_where_prefixes_are_alike():
     assert (values[mask == 0] == 0).all()
 
 
+def test_prefix_values_are_the_ridge_regression_on_the_others():
+    C_hat, to_go = torch.rand(2, 9, 1, generator=torch.Generator().manual_seed(0)).double()
+    values = prefix_values(to_go, C_hat, torch.ones(9, 1))
+    x = C_hat ** torch.arange(1, 4)
+    x = (x - x.mean(0)) / x.std(0, correction=0)
+    x = torch.cat([torch.ones(9, 1), x], 1).double()
+    ridge = 0.02 * 9 * torch.tensor([0, 1, 1, 1]).double().diag()
+    for i in range(9):
+        others = torch.arange(9) != i
+        gram = x[others].T @ x[others] + ridge
+        weights = torch.linalg.solve(gram, x[others].T @ to_go[others])
+        assert torch.allclose(values[i], x[i] @ weights)
+
+
+def test_the_last_response_left_keeps_its_value_of_one_token_earlier():
+    mask = (torch.arange(4) < torch.tensor([2, 4, 2])[:, None]).float()
+    values = prefix_values(randn(3, 4), randn(3, 4, seed=1), mask)
+    assert values[1, 1] != 0 and (values[1, 2:] == values[1, 1]).all()
+
+
 @pytest.mark.parametrize("dtype", [torch.int64, torch.float16])
 def test_prefix_values_of_any_numbers_are_float32(dtype):
     to_go = torch.tensor([[5, 3], [7, 2], [4, 4], [9, 1]]) * 6400

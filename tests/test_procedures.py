@@ -23,6 +23,7 @@ BY_RANK = {  # procedure, N -> the ranks kept, 1 the lowest, equally likely
     ("median", 4): [2, 3],
     ("trimmed", 4): [2, 3],
     ("trimmed", 5): [2, 3, 4],
+    ("trimmed", 7): [2, 3, 4, 5, 6],
     ("trimmed", 8): [3, 4, 5, 6],
 }
 NEW = ("second", "median", "trimmed", "soft", "soft0.5", "poisson")

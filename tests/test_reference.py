@@ -54,6 +54,13 @@ def test_another_policy_reward_or_prompt_is_drawn_again(tmp_path):
     assert len(draw.log) == 6
 
 
+def test_one_other_prompt_of_a_chunk_is_enough(tmp_path):
+    draw = Draw()
+    for prompts in ("abc", "abx", "ab"):
+        assert len(cached(draw, list(prompts), 4, tmp_path, "key").r_ref) == len(prompts)
+    assert len(draw.log) == 3
+
+
 @pytest.mark.parametrize("damage", [b"", b"nonsense", None])
 def test_a_damaged_chunk_is_drawn_again_with_a_warning(damage, tmp_path):
     draw = Draw()

@@ -1,12 +1,15 @@
 """python -m minictrl.reproduce: the files it leaves, what the studies find, bad input."""
 
 import csv
+from functools import cache
 
 import pytest
+import torch
 
 from minictrl import figures, reproduce, theory
+from minictrl.procedures import cells
 from minictrl.procedures.masses import mass_win_rate
-from minictrl.studies import curves
+from minictrl.studies import curves, tables
 
 pytest.importorskip("matplotlib")
 
@@ -35,10 +38,15 @@ def test_every_study_leaves_a_table_and_a_picture(tmp_path, monkeypatch):
     }
 
 
+@cache
+def study(name):
+    return reproduce.STUDIES[name](None, True)  # quick
+
+
 @pytest.mark.parametrize("name", ["fig11", "rewind", "finite_k", "mix"])
-def test_every_study_of_the_theory_runs_and_its_win_rates_are_some(name, tmp_path):
+def test_every_study_of_the_theory_runs_and_its_win_rates_are_some(name):
     """The others are run by the tests beside this one."""
-    rows, figure = reproduce.STUDIES[name](tmp_path, True)
+    rows, figure = study(name)
     wins = [
         value
         for row in rows
@@ -84,3 +92,48 @@ def test_the_best_policy_for_an_unknown_n_is_the_best_for_the_mix():
     policy = theory.policy_at_kl
     best = win(*policy("optimal", 1.0, curves.any_n, 8))
     assert all(win(*policy("optimal", 1.0, "bon", N)) < best - 1e-4 for N in (1, 2, 4, 8))
+
+
+def test_best_of_ns_kl_is_that_of_its_density():
+    u = cells.midpoints(100_000)
+    for n in (2, 8, 32):
+        assert curves.best_of_kl(n) == pytest.approx(theory.kl(n * u ** (n - 1)), abs=1e-4)
+
+
+def test_the_policies_beside_the_transforms_are_at_1_nat():
+    rows, _ = study("transforms")
+    for name, n in {(row["transform"], row["n"]) for row in rows}:
+        mine = tables.where(rows, transform=name, n=n)[:50]  # some are in both rows
+        assert len(mine) == 50
+        density = torch.tensor(tables.column(mine, "density"))
+        if n < 32:  # 50 points are too few for a spike
+            assert theory.kl(density) == pytest.approx(1, abs=0.25)
+        assert (mine[0]["Phi_0_to_1"], mine[-1]["Phi_0_to_1"]) == (0, 1)
+
+
+def test_the_cost_of_rewinding_is_that_of_the_policy():
+    """Of at most 32 draws; log's policy at the KL of Best-of-n is Best-of-n, of which 0.85^n
+    fails.
+    """
+    rows, _ = study("rewind")
+    for n in curves.BEST_OF:
+        [row] = tables.where(rows, transform=f"best-of-{n}")
+        mean = sum((0.85**n) ** k for k in range(32))
+        assert row["mean_draws"] == pytest.approx(mean, rel=1e-3)
+        assert row["win_rate"] == pytest.approx(theory.at_kl("log", row["kl_nats"], "rewind", 32))
+
+
+def test_more_calibration_samples_lose_less():
+    rows, _ = study("finite_k")
+    for name in {row["transform"] for row in rows}:
+        mine = tables.where(rows, transform=name)
+        assert tables.column(mine, "K") == [10, 30, 100]
+        lost = tables.column(mine, "points_lost")
+        assert lost[0] > lost[1] > lost[2] > 0
+
+
+def test_a_policy_loses_nothing_where_it_is_used_as_it_was_tuned():
+    rows, _ = study("mix")
+    for row in rows:
+        tuned = row["transform"] == f"optimal for {row['used_at']}"
+        assert row["points_lost"] == pytest.approx(0, abs=1e-3) if tuned else row["points_lost"] > 0

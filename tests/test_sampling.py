@@ -15,6 +15,7 @@ from scipy.stats import chi2
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from minictrl.lm import decode
 from minictrl.lm.draw import draw as draw_tokens
 from minictrl.lm.draw import uniforms
 from minictrl.lm.kvcache import SHARED_PREFIX, PrefixCache, fitting_rows
@@ -225,6 +226,44 @@ def test_the_draw_is_exact_over_blocks_of_a_larger_vocabulary():
     assert (logprob - logits.log_softmax(-1)[token]).abs().max() < 1e-5
 
 
+def test_logits_in_pieces_draw_what_they_draw_whole():
+    logits = torch.randn(9, 200, generator=torch.Generator().manual_seed(0))
+    u = torch.rand(9, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    for whole, pieces in zip(draw_tokens([logits], u), draw_tokens(logits.split(4), u)):
+        assert torch.equal(whole, pieces)
+
+
+def test_a_token_of_probability_zero_is_never_drawn():
+    logits = torch.tensor([[-math.inf, 0.0, -math.inf]])
+    for u in (0.0, 1 - 2**-53):
+        assert draw_tokens([logits], torch.full((1, 2), u, dtype=torch.float64))[0] == 1
+
+
+def test_seeds_that_differ_beyond_32_bits_draw_apart():
+    keys, samples = np.arange(4, dtype=np.uint64), np.arange(4)
+    assert (uniforms(3, keys, samples, 5) != uniforms(3 + 2**32, keys, samples, 5)).all()
+
+
+def test_each_of_a_models_end_tokens_ends_a_response():
+    model = make_model()
+    model.generation_config.eos_token_id = [EOS, 5]
+    s = draw(model, num_samples=200)
+    last = s.mask.sum(-1).long()[..., None] - 1
+    for end in (EOS, 5):
+        at = (s.tokens == end) & s.mask.bool()
+        assert at.any() and torch.equal(at, at & (torch.arange(12) == last))
+
+
+@pytest.mark.parametrize("family", ["gpt2", "mistral-window"])
+def test_rows_that_have_ended_and_stay_write_nothing(family, monkeypatch):
+    model = make_model(family, torch.float64)
+    expected = draw(model)
+    monkeypatch.setattr(decode, "COMPACT", 0.0)  # no row leaves
+    found = draw(model)
+    assert torch.equal(found.tokens, expected.tokens) and torch.equal(found.mask, expected.mask)
+    assert (found.logprobs - expected.logprobs).abs().max() < 1e-9
+
+
 def test_training_can_follow_and_the_model_is_left_as_it_was():
     model = make_model().train()
     before = model.config._attn_implementation
@@ -258,6 +297,13 @@ def test_the_plain_path_makes_logits_only_where_they_are_read(family):
     assert rows < fitting_rows(model, L=10, T=12) <= 2048
 
 
+@pytest.mark.parametrize("family", ["gpt2", "gemma2"])
+def test_logits_of_a_bfloat16_model_are_float32(family):
+    model, ids = make_model(family, torch.bfloat16), torch.tensor([[3, 4]])
+    ones = torch.ones_like(ids)
+    assert response_logits(model, ids, ones, ids, ones)[0].dtype == torch.float32
+
+
 def test_dropout_is_off_while_sampling():
     model = make_model(dtype=torch.float64)
     assert model.config.resid_pdrop > 0
@@ -289,6 +335,12 @@ def test_dropout_is_off_while_sampling():
 def test_bad_input_is_named(change, says):
     with pytest.raises(ValueError, match=says):
         draw(make_model(), **change)
+
+
+def test_a_prompt_may_fill_the_context_to_its_last_token():
+    assert draw(make_model(), ["a " * 52], num_samples=1).tokens.shape == (1, 1, 12)  # of 64
+    with pytest.raises(ValueError, match="53 tokens"):
+        draw(make_model(), ["a " * 53])
 
 
 def test_logits_that_are_not_finite_are_named():

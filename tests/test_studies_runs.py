@@ -17,7 +17,7 @@ import train as train_script
 from minictrl import reproduce, theory
 from minictrl.checks import OutOfReach
 from minictrl.config import Config
-from minictrl.studies import leaderboard, sweep, tables, trained
+from minictrl.studies import errors, leaderboard, sweep, tables, trained
 
 pytest.importorskip("matplotlib")
 
@@ -190,6 +190,48 @@ def test_at_equal_kl_runs_are_carried_along_their_share_of_the_optimum():
     up = theory.optimal_win_rate(1.1, "bon", 4) - theory.optimal_win_rate(1 / 1.1, "bon", 4)
     steep = share(0.9) * up / (2 * math.log(1.1)) + 0.1 * gain
     assert np.allclose(moved, -0.01 * steep * np.sign(prompts), atol=1e-12)
+
+
+def test_a_point_is_the_mean_over_seeds_with_its_error():
+    wins, kls = np.random.default_rng(0).random((2, 3, 40))
+    case = {"method": "m", "budget": 1.0, "procedure": "bon", "n": 4, "scorer": "judge"}
+    rows = [
+        case | {"wins": wins[i], "kls": kls[i], "theory": (0.6, 0.6, 0.9)[i], "optimal": i / 10}
+        for i in range(3)
+    ]
+    [found] = tables.points(rows)
+    win_rate, kl = errors.crossed(wins), errors.crossed(kls)
+    assert (found["win_rate"], found["stderr"]) == (win_rate.mean, win_rate.stderr)
+    assert (found["kl"], found["kl_stderr"]) == (kl.mean, kl.stderr)
+    assert (found["theory"], found["optimal"], found["seeds"]) == pytest.approx((0.7, 0.1, 3))
+
+
+def test_the_common_slope_is_a_regression_within_the_methods_whose_runs_are_apart():
+    prompts, case = np.zeros(50), {"procedure": "bon", "n": 4, "scorer": "judge"}
+    rows = runs_of(
+        "far", {0.5: 0.7, 1.0: 1.4}, lambda kl: 0.8 + 0.1 * math.log(kl), {0: 0}, prompts
+    )
+    rows += runs_of("near", {0.5: 0.9, 1.0: 1.2}, lambda kl: 0.3 * math.log(kl), {0: 0}, prompts)
+    rows += runs_of("at one", {0.5: 0.95, 1.0: 1.05}, lambda kl: 9 * math.log(kl), {0: 0}, prompts)
+    far, near = math.log(2) ** 2, math.log(4 / 3) ** 2  # how much each of the two says
+    expected = (0.1 * far + 0.3 * near) / (far + near)
+    assert tables.common_slope(rows, 1.0, **case) == pytest.approx(expected)
+
+
+def test_a_method_at_one_kl_has_its_mean_and_error_by_each_scorer():
+    luck, prompts = {0: -0.02, 1: 0.01}, np.linspace(-0.1, 0.1, 50)
+    rows = runs_of("m", {1.0: 0.9}, lambda kl: 0.8, luck, prompts)
+    reward, judge = tables.measured_at_kl(rows, 1.0, "m", "bon", 4)
+    wins = tables.wins_at(rows, 1.0, "m", procedure="bon", n=4, scorer="judge")
+    expected = errors.crossed(list(wins.values()))
+    assert (judge["win_rate"], judge["stderr"]) == (expected.mean, expected.stderr)
+    assert (reward["scorer"], judge["kl"]) == ("reward", 1.0) and math.isnan(reward["win_rate"])
+
+
+@pytest.mark.parametrize("procedure, n", [("bon", 2), ("won", 8)])
+def test_the_optimum_is_not_below_itself(procedure, n):
+    best = theory.optimal_win_rate(1.0, procedure, n)
+    assert tables.below_optimum(best - 0.01, 1.0, procedure, n) == pytest.approx(1)
 
 
 def test_a_method_with_one_run_is_carried_as_far_as_one_with_many():

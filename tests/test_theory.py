@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from minictrl import theory
-from minictrl.procedures import PROCEDURES, cells
+from minictrl.procedures import PROCEDURES, cells, get_procedure
 from minictrl.procedures.masses import mass_win_rate
 from minictrl.procedures.optimum import ascend
 from minictrl.transforms import get_transform
@@ -371,3 +371,39 @@ def test_levels_have_a_win_rate_after_every_procedure(procedure):
     levels = theory.levels_of(r_ref)
     assert mass_win_rate(levels, levels, procedure, 4).item() == pytest.approx(0.5)
     assert 0.5 < theory.at_kl("identity", 0.2, procedure, 4, levels=levels) < 1
+
+
+# --- cells ---
+
+
+def test_a_slope_is_the_flatter_of_both_sides_and_0_at_a_peak():
+    values, at = torch.tensor([0.0, 1, 3, 3, 2, -1]), torch.arange(6.0)
+    assert cells.slopes(values, at).tolist() == [1, 1, 0, 0, -1, -3]
+    assert torch.equal(cells.slopes(values, 2 * at), cells.slopes(values, at) / 2)
+
+
+def test_the_largest_kl_is_the_mean_of_the_prompts():
+    ref = torch.tensor([[0.5, 0.5], [0.9, 0.1]])
+    expected = -(math.log(0.5) + math.log(0.1)) / 2
+    assert cells.largest_kl(torch.tensor([0.0, 1.0]), ref) == pytest.approx(expected)
+
+
+def test_a_tradeoff_of_K_samples_is_at_its_own_kl():
+    beta = theory.beta_for_kl("exp10", 1.0)
+    (kl,), (win,) = theory.tradeoff("exp10", "bon", 4, [beta], K=30)
+    assert 0.8 < kl < 1.2 and win == pytest.approx(theory.at_kl("exp10", kl, "bon", 4, K=30))
+
+
+def test_the_optimum_of_the_standard_win_rate_is_the_identity():
+    """Between the solver's cells too."""
+    u = torch.linspace(0, 1, 1001, dtype=torch.float64)
+    Phi = get_transform("optimal", procedure="standard", beta=0.2)(u)
+    assert (Phi - (u - 1)).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("wrong", [0.5, 0.85])
+def test_rewind_keeps_a_level_that_its_threshold_lies_in_and_none_that_ends_there(wrong):
+    """A draw is right with probability 0.6: three tries. wrong: pi_ref's mass below."""
+    mass, ref = torch.tensor([[0.4, 0.6], [wrong, 1 - wrong]], dtype=torch.float64)
+    after = get_procedure("rewind").mass_after(mass, cells.cdf(ref), 3)
+    assert after.tolist() == pytest.approx([0.4**3, 1 - 0.4**3])

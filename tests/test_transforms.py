@@ -171,3 +171,15 @@ def test_a_transform_that_is_infinite_at_an_end_is_refused_before_it_trains(monk
         get_transform("mine")
     with pytest.raises(ValueError, match="unknown transform"):
         get_transform("exp٣")
+
+
+def test_the_median_that_is_taken_off_is_the_prompts_own():
+    r_ref = torch.tensor([[0.0, 1, 9], [10, 20, 60]])
+    found = get_transform("median").of_rewards(torch.tensor([[2.0], [50]]), r_ref)
+    assert found.tolist() == [[1], [30]]
+
+
+def test_rewards_far_from_zero_are_standardised_too():
+    r_ref = torch.tensor([[1000.0, 1002, 1004]])
+    found = get_transform("standardised").of_rewards(r_ref, r_ref)
+    torch.testing.assert_close(found, torch.tensor([[-1.0, 0, 1]]))

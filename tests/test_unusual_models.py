@@ -136,6 +136,17 @@ def test_an_eos_that_the_tokenizer_puts_behind_a_text_ends_no_prompt():
     assert encode_prompts(fast, ["The film is"]) == before
 
 
+def test_a_bos_that_is_written_out_is_not_put_before_it_again_and_an_eos_that_is_stays():
+    fast = tokenizer(bos_token="<s>", eos_token="</s>")
+    fast._tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>",
+        special_tokens=[("<s>", fast.bos_token_id), ("</s>", fast.eos_token_id)],
+    )
+    plain, written, ended = encode_prompts(fast, ["The", "<s>The", "<s>The</s>"])
+    assert plain == written == [fast.bos_token_id, *plain[1:]] and plain[1] != fast.bos_token_id
+    assert ended == [*plain, fast.eos_token_id]
+
+
 def test_an_encoder_reads_chats_as_pairs_and_texts_as_one(tmp_path):
     config = BertConfig(**SIZE, num_labels=1)
     path = save(tmp_path, BertForSequenceClassification(config))

@@ -73,6 +73,56 @@ def test_micro_batches_of_any_size_give_the_gradient_of_the_minibatch(model, row
         assert (step - steps[0]).abs().max() < 1e-5
 
 
+def test_statistics_are_means_over_rows_and_an_epoch_visits_each_row_once(model, rows):
+    def lengths(logprobs, values, part):
+        return 0 * logprobs.sum(), {"length": part.mask.sum(1).mean()}
+
+    learner = sgd(model)
+    stats = update(learner, rows, lengths, lr=0.0, minibatch=7, micro_batch=3, epochs=3, seed=0)
+    assert stats["length"] == pytest.approx(rows.mask.sum().item() / 24)
+    assert learner.updates == 3 * 4
+
+
+def test_another_seed_is_another_order(model, rows):
+    orders = []
+    for seed in (0, 0, 1):
+        seen = []
+
+        def first(logprobs, values, part, seen=seen):
+            seen.append(int(part.prompt_index))
+            return 0 * logprobs.sum(), {}
+
+        options = dict(lr=0.0, minibatch=1, micro_batch=1, epochs=1, seed=seed)
+        update(sgd(model), rows, first, **options)
+        assert sorted(seen) == list(range(24))
+        orders.append(seen)
+    assert orders[0] == orders[1] != orders[2]
+
+
+def test_an_update_is_adams_on_a_clipped_gradient_by_hand(model, rows):
+    """A step with a gradient g of norm 1, then one with none: betas 0.9 and 0.95, an eps of 0.23 /
+    sqrt(n), no decay.
+    """
+    learner = make_learner(model, value_head=False)
+    weights, gradients = [], []
+    for scale in (1e3, 0.0):
+
+        def scaled(logprobs, values, part, scale=scale):
+            return scale * loss(logprobs, values, part)[0], {}
+
+        weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]).clone())
+        options = dict(lr=0.5, minibatch=24, micro_batch=24, epochs=1, seed=0)
+        update(learner, rows, scaled, **options)
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    g, eps = gradients[0], 0.23 / len(weights[0]) ** 0.5
+    assert g.norm() == pytest.approx(1, abs=1e-4) and not gradients[1].any()
+    first = 0.5 * g / (g.abs() + eps)
+    second = 0.5 * (0.9 * g / 1.9) / ((0.95 / 1.95) ** 0.5 * g.abs() + eps)
+    assert torch.allclose(weights[0] - weights[1], first, atol=1e-5)
+    assert torch.allclose(weights[1] - weights[2], second, atol=1e-5)
+
+
 def test_padding_and_order_do_not_change_log_probabilities(model, rows):
     whole, _ = forward(model, None, rows)
     for piece in rows.pieces(torch.randperm(24), 5):
@@ -96,6 +146,13 @@ def test_the_value_head_starts_at_zero(model, rows):
     learner = make_learner(model, value_head=True)
     _, values = forward(model, learner.value_head, rows)
     assert torch.equal(values, torch.zeros_like(values))
+
+
+def test_a_value_heads_rate_is_larger_by_a_constant_and_the_policys_is_its_own(model, rows):
+    learner = make_learner(model, value_head=True, lr=1e-6)
+    update(learner, rows, loss, lr=5e-7, minibatch=24, micro_batch=24, epochs=1, seed=0)
+    rates = [group["lr"] for group in learner.optimizer.param_groups]
+    assert rates == pytest.approx([5e-7, 5e-4])
 
 
 def test_the_learner_is_restored_with_critic_and_moments(model, rows):

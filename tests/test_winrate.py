@@ -130,6 +130,18 @@ def test_weights_are_a_distribution(procedure):
         assert weights.sum(1).tolist() == pytest.approx([1] * 5) and (weights >= 0).all()
 
 
+def test_rewinds_threshold_is_just_above_the_sample_whose_level_is_85_per_cent():
+    """Of 19 samples the k-th is at k / 20 on average."""
+    threshold = threshold_of(torch.arange(19.0, 0, -1)[None]).item()
+    assert 17 < threshold < 17.001
+    assert threshold_of(torch.tensor([[0.0] * 10 + [1.0] * 9])) == 1  # which ties
+
+
+def test_two_samples_are_enough_to_rewind():
+    weights = get_procedure("rewind").weights(torch.tensor([[0.0, 1]]).double(), 2)
+    assert weights.tolist() == [pytest.approx([1 / 6, 5 / 6])]  # E[q^2] of Beta(1, 2)
+
+
 def test_selection_and_judge_may_disagree():
     u, v = torch.rand(2, 200, 16, generator=torch.Generator().manual_seed(0))
     assert win_rate(u, -u, v, -v, "bon", 8)[0] == pytest.approx(
@@ -141,6 +153,12 @@ def test_selection_and_judge_may_disagree():
     "change, procedure, n, message",
     [
         ({}, "bon", 7, "n 7 with 6 samples per prompt.*draw 7 or more"),
+        (
+            {"select_ref": torch.zeros(3, 8), "judge_ref": torch.zeros(3, 8)},
+            "rewind",
+            7,
+            "n 7 with 6 samples per prompt",
+        ),
         ({}, "beam", 2, "unknown procedure 'beam'; known: standard, bon, won, rewind"),
         ({}, "won", 0, "n 0"),
         ({"judge": torch.zeros(3, 5)}, "bon", 2, r"judge \(3, 5\)"),
