@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 import evaluate
 import train
-from minictrl import results, runs
+from minictrl import evaluation, results, runs
 from minictrl.config import Config
 from minictrl.files import check_writable, read_sealed, save_tensors, write_sealed
 from minictrl.lm.device import resolve_device
@@ -123,6 +123,31 @@ def test_a_run_is_not_touched_without_being_asked(short_run, tmp_path):
     assert (tmp_path / "thesis.txt").read_text() == "precious" and (
         short_run / "config.json"
     ).read_bytes() == before
+
+
+def test_of_several_runs_all_are_checked_before_the_first_is_drawn(short_run, tmp_path):
+    first, second = (shutil.copytree(short_run, tmp_path / name) for name in ("a", "b"))
+    stored = read_sealed(second / "config.json")
+    stored["made_from"]["reward"] = "of another reward model"
+    (second / "config.json").write_text(json.dumps(stored))
+    (first / "eval.json").unlink()
+    with pytest.raises(ValueError, match="b: its --reward .* has changed"):
+        evaluate.main([str(first), str(second), "--prompts", "4", "--samples", "4"])
+    assert not (first / "eval.json").exists()
+
+
+def test_an_evaluation_of_a_policy_that_is_gone_is_not_written(short_run, tmp_path, monkeypatch):
+    run = shutil.copytree(short_run, tmp_path / "run")
+    before, table_of = (run / "eval.json").read_bytes(), evaluation.table_of
+
+    def trained_anew(*args):
+        (run / "policy" / "SHA256SUMS").write_text("of another policy")
+        return table_of(*args)
+
+    monkeypatch.setattr(evaluation, "table_of", trained_anew)
+    with pytest.raises(ValueError, match="trained anew while it was evaluated"):
+        evaluate.main([str(run), "--prompts", "4", "--samples", "4"])
+    assert (run / "eval.json").read_bytes() == before
 
 
 def test_a_run_that_holds_another_is_not_overwritten(short_run, tmp_path):
