@@ -96,10 +96,17 @@ def test_the_picture_of_training_prompts_is_another_file(short_run):
 
 
 def test_the_picture_shows_the_procedure_that_the_run_is_made_for(short_run, tmp_path):
+    """Where the table has it: with too few samples per prompt its row is left out."""
     table = json.loads((short_run / "eval.json").read_text())["rows"]
-    for procedure, panels in (
-        ("bon", ["standard", "Best-of-4", "Worst-of-4"]),
-        ("rewind", ["standard", "Best-of-4", "Worst-of-4", "rewind-and-repeat, 4 draws"]),
+    rewind = [table[0] | {"procedure": "rewind", "n": 4}]
+    for procedure, table, panels in (
+        ("bon", table, ["standard", "Best-of-4", "Worst-of-4"]),
+        ("rewind", table, ["standard", "Best-of-4", "Worst-of-4"]),
+        (
+            "rewind",
+            table + rewind,
+            ["standard", "Best-of-4", "Worst-of-4", "rewind-and-repeat, 4 draws"],
+        ),
     ):
         config = runs.load_config(short_run)
         (tmp_path / "config.json").write_text(json.dumps(asdict(config) | {"procedure": procedure}))
