@@ -99,7 +99,7 @@ def test_the_picture_shows_the_procedure_that_the_run_is_made_for(short_run, tmp
     """Where the table has it: with too few samples per prompt its row is left out."""
     table = json.loads((short_run / "eval.json").read_text())["rows"]
     rewind = [table[0] | {"procedure": "rewind", "n": 4}]
-    for procedure, table, panels in (
+    for procedure, rows, panels in (
         ("bon", table, ["standard", "Best-of-4", "Worst-of-4"]),
         ("rewind", table, ["standard", "Best-of-4", "Worst-of-4"]),
         (
@@ -110,7 +110,7 @@ def test_the_picture_shows_the_procedure_that_the_run_is_made_for(short_run, tmp
     ):
         config = runs.load_config(short_run)
         (tmp_path / "config.json").write_text(json.dumps(asdict(config) | {"procedure": procedure}))
-        axes = figures.draw_win_rates(tmp_path, "", table).axes
+        axes = figures.draw_win_rates(tmp_path, "", rows).axes
         assert [axis.get_title() for axis in axes] == panels
         for axis in axes:
             names = {text.get_text() for text in axis.get_legend().get_texts()}
