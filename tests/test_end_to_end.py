@@ -12,6 +12,7 @@ from minictrl import evaluation, figures, runs, theory
 from minictrl.baselines import prefix_rewards
 from minictrl.budget import Budget
 from minictrl.config import Config
+from minictrl.data import ASSETS
 from minictrl.methods import get_method
 from minictrl.models import load_scorer
 from minictrl.reference import Reference
@@ -274,3 +275,33 @@ def test_pi_and_pi_ref_are_drawn_apart_and_scored_each_by_its_own_texts(tmp_path
         for name, scorer in (("reward", task.reward), ("judge", judge)):
             expected = scores_of(scorer, task.prompts, policy.texts)
             torch.testing.assert_close(policy.scores[name], expected, atol=1e-4, rtol=0)
+
+
+def test_another_seed_has_another_calibration(tmp_path):
+    runs_of = [tmp_path / seed for seed in "01"]
+    for out in runs_of:
+        train.main([*ONE, "--cache", str(tmp_path), "--seed", out.name, "--out", str(out)])
+    first, second = (Reference.load(out / "reference.safetensors").tokens for out in runs_of)
+    assert not torch.equal(first, second)
+
+
+def test_by_another_reward_model_there_is_no_theory(short_run):
+    table = evaluation.evaluate(
+        short_run,
+        runs.load_finished(short_run),
+        split="test",
+        prompts=6,
+        M=4,
+        sizes=(2,),
+        device="cpu",
+        other_models={"reward": str(ASSETS / "judge")},
+    )
+    assert all(row["theory"] is None and row["optimal"] > 0.5 for row in table)
+
+
+def test_what_a_run_is_made_for():
+    for settings, expected in (
+        ({"procedure": "standard"}, ("standard", 1)),
+        ({"n": 8}, ("bon", 8)),
+    ):
+        assert evaluation.aligned_for(Config(**settings).resolved()) == expected

@@ -10,8 +10,11 @@ import torch
 
 import evaluate
 import train
+from minictrl import runs
 from minictrl.data import key
+from minictrl.methods import get_method
 from minictrl.models import load_scorer
+from minictrl.reference import Reference
 from minictrl.task import try_scorers
 
 REWARD = '''
@@ -55,6 +58,12 @@ def test_a_function_is_a_reward_and_a_judge_from_training_to_the_table(file, tmp
     rows = json.loads((tmp_path / "run" / "eval.json").read_text())["rows"]
     reward, judge = ([r["win_rate"] for r in rows if r["scorer"] == s] for s in ("reward", "judge"))
     assert reward == judge
+    # vowels tie, and beta is that of the levels
+    config, stored = runs.load_record(tmp_path / "run")
+    r_ref = Reference.load(tmp_path / "run" / "reference.safetensors").r_ref
+    method = get_method("ppo")(config)
+    assert stored["beta"] == pytest.approx(method.beta_for(config.kl, r_ref))
+    assert stored["beta"] != pytest.approx(method.beta, rel=1e-3)
 
 
 def test_another_source_or_function_is_another_digest(file):

@@ -77,6 +77,15 @@ def test_a_value_head_turns_it_into_gae_on_rewards_without_their_mean(monkeypatc
     assert torch.allclose(found.returns, found.advantages)
 
 
+def test_a_value_baseline_is_what_the_head_reads(monkeypatch):
+    monkeypatch.setattr(baselines, "in_pieces", lambda batch, size, read: read(batch))
+    monkeypatch.setattr(baselines, "forward", lambda policy, head, rows: (None, 2 * rows.mask))
+    batch = rollout()
+    found = baselines.value(batch, None, None, Learner(None, None, None), Config(G=4, lam=1.0))
+    assert torch.equal(found.values, 2 * batch.mask)
+    torch.testing.assert_close(found.advantages, found.returns - found.values)
+
+
 def test_gaes_lambda_is_the_runs(monkeypatch):
     batch = rollout()
     monkeypatch.setattr(baselines, "in_pieces", lambda *args: torch.zeros(24, 5))

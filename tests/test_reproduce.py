@@ -123,6 +123,13 @@ def test_the_cost_of_rewinding_is_that_of_the_policy():
         assert row["win_rate"] == pytest.approx(theory.at_kl("log", row["kl_nats"], "rewind", 32))
 
 
+def test_rewinds_draws_and_the_mix_of_ns_by_hand():
+    assert curves.draws(0.85) == pytest.approx(sum(0.85**k for k in range(32)))
+    mass, edges = torch.tensor([0.4, 0.6]), torch.tensor([0.0, 0.5, 1])
+    expected = torch.tensor([[0.4**n, 1 - 0.4**n] for n in (1, 2, 3)])
+    torch.testing.assert_close(curves.any_n(mass, edges, 3), expected)
+
+
 def test_more_calibration_samples_lose_less():
     rows, _ = study("finite_k")
     for name in {row["transform"] for row in rows}:

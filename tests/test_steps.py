@@ -8,11 +8,14 @@ import torch
 from test_methods import method, rollout
 
 import train
+from minictrl import evaluation
 from minictrl.baselines import prefix_rewards
 from minictrl.budget import Budget
 from minictrl.config import CALIBRATION, TEST, TEST_REF, Config
+from minictrl.reference import Reference
 from minictrl.rollout import (
     batch_of,
+    check_sampler,
     indices_of_step,
     reference_key,
     reference_samples,
@@ -124,7 +127,7 @@ def test_a_step_draws_its_own_prompts_and_is_worth_R_at_the_beta_that_follows_it
     task, monkeypatch, tmp_path
 ):
     """Seven steps of a policy that stays pi_ref."""
-    ppo, seen, kls = method("ppo", transform="exp-10", batch=2, G=4, K=8, seed=3), [], []
+    ppo, seen, logged = method("ppo", transform="exp-10", batch=2, G=4, K=8, seed=3), [], []
     keep = lambda self, *given: seen.append(given)  # noqa: E731
     monkeypatch.setattr(type(ppo), "with_loss_inputs", keep, raising=False)
     monkeypatch.setattr(train, "run_update", lambda *args: {})
@@ -133,14 +136,14 @@ def test_a_step_draws_its_own_prompts_and_is_worth_R_at_the_beta_that_follows_it
         tracker=None,
         budget=Budget(1.0, ppo.beta_for),
         steps=lambda: range(7),
-        log=lambda batch, stats: kls.append(stats["kl_ref"]),
+        log=lambda batch, stats: logged.append(stats),
     )
     config = replace(ppo.config, baseline="loo")
     reference = reference_samples(task, 8, seed=0, cache=str(tmp_path), name="")
     train.online(training, config, task, ppo, reference, task.policy)
     budget = Budget(1.0, ppo.beta_for)
     for step, (batch, drawn, beta) in enumerate(seen):
-        assert beta == (budget.follow(kls[step]) if step >= 5 else budget.beta)
+        assert beta == (budget.follow(logged[step]["kl_ref"]) if step >= 5 else budget.beta)
         index, seed = indices_of_step(step, 3, 2, 3), config.seed_for(step + 1)
         expected = reference[index]
         assert torch.equal(drawn.r_ref, expected.r_ref)
@@ -153,4 +156,54 @@ def test_a_step_draws_its_own_prompts_and_is_worth_R_at_the_beta_that_follows_it
         Phi_C = ppo.Phi.of_rewards(r, drawn.r_ref)
         R = ppo.Phi.in_nats(Phi_C, beta, drawn.r_ref).flatten().float()
         torch.testing.assert_close(batch.R, R)
+        assert logged[step]["Phi"] == pytest.approx(Phi_C.mean().item())
     assert len(seen) == 7 and seen[-1][2] != seen[0][2]
+
+
+def test_an_offline_step_trains_on_its_own_rows_at_the_runs_beta(task, monkeypatch, tmp_path):
+    """And its last measures the KL, by a draw of its own."""
+    qrpo = method("qrpo", transform="exp10", batch=2, G=4, K=8, seed=3, steps=3)
+    seen, draws, logged = [], [], []
+    monkeypatch.setattr(train, "run_update", lambda learner, batch, *_: seen.append(batch) or {})
+    end = lambda *given: draws.append(given[4]) or (None, None, {"kl_ref": 0.1})  # noqa: E731
+    monkeypatch.setattr(train, "draw_rollout", end)
+    training = SimpleNamespace(
+        learner=None,
+        budget=Budget(None, None, beta=0.7 * qrpo.beta),
+        steps=lambda: range(3),
+        log=lambda batch, stats: logged.append(stats),
+    )
+    reference = reference_samples(task, 8, seed=0, cache=str(tmp_path), name="")
+    train.offline(training, qrpo.config, task, qrpo, reference, task.policy)
+    rows = qrpo.rows(reference, 0.7 * qrpo.beta)
+    for step, batch in enumerate(seen):
+        index = indices_of_step(step, 24, 8, 3)
+        assert torch.equal(batch.R, rows.R[index]) and torch.equal(batch.tokens, rows.tokens[index])
+        assert torch.equal(batch.prompt, task.ids[batch.prompt_index])
+    assert draws == [3] and logged == [{}, {}, {"kl_ref": 0.1}]
+
+
+def test_a_response_that_is_a_reference_sample_has_its_reward_in_training_and_evaluation(
+    task, monkeypatch, tmp_path
+):
+    reference = reference_samples(task, 4, seed=0, cache=str(tmp_path), name="")
+    moved = replace(reference, r_ref=reference.r_ref + 9)
+    draw = dict(num_samples=4, seed=0)  # the same
+    assert torch.equal(
+        sample_and_score(task, task.policy, [0, 1, 2], **draw, reference=moved)[1], moved.r_ref
+    )
+    monkeypatch.setattr(Reference, "with_known_rewards", lambda self, r, *_: 0 * r + 9)
+    config = Config(G=2, max_new_tokens=6, cache=str(tmp_path)).resolved()
+    _, r, _ = train.draw_rollout(task, task.policy, torch.arange(3), reference, 0, config)
+    pi, _, _ = evaluation.draw_both(task, task.policy, None, config, 2)
+    assert (r == 9).all() and (pi.scores["reward"] == 9).all()
+
+
+def test_the_sampler_is_checked_on_the_longest_samples(task, tmp_path):
+    reference = reference_samples(task, 20, seed=0, cache=str(tmp_path), name="")
+    check_sampler(task, reference)
+    lengths, logprobs = task.mask.sum(1)[:, None] + reference.mask.sum(-1), reference.logprobs
+    assert lengths.min() < lengths.max()
+    wrong = torch.where((lengths == lengths.max())[..., None], logprobs - 1, logprobs)
+    with pytest.raises(ValueError, match="nats a token from"):
+        check_sampler(task, replace(reference, logprobs=wrong))
