@@ -63,11 +63,11 @@ def main(argv=None):
     suffix = results.file_suffix(args.split, other_models)
     for run, config in zip(args.runs, configs, strict=True):
         evaluation.check(run, config, args.split, other_models)
-    for run, config in zip(args.runs, configs, strict=True):
-        device = args.device or config.device
-        if len(args.runs) > 1:
+    devices = [args.device or config.device for config in configs]
+    if len(args.runs) > 1:  # one run's are loaded right before it is drawn
+        for run, config, device in zip(args.runs, configs, devices, strict=True):
             evaluation.load_models(run, config, args.split, args.prompts, device, other_models)
-    for run, config in zip(args.runs, configs, strict=True):
+    for run, config, device in zip(args.runs, configs, devices, strict=True):
         table = evaluation.evaluate(
             run,
             config,
@@ -75,7 +75,7 @@ def main(argv=None):
             prompts=args.prompts,
             M=args.samples,
             sizes=SIZES,
-            device=args.device or config.device,
+            device=device,
             other_models=other_models,
         )
         print(f"\n{run}: {results.headline(config, args.split, table[0])}")

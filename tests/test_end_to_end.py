@@ -25,6 +25,11 @@ def rows_of(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def evaluated(run, *, other_models=None, **options):
+    config, other_models = runs.load_finished(run), other_models or {}
+    return evaluation.evaluate(run, config, device="cpu", other_models=other_models, **options)
+
+
 def test_kl_rises_from_zero_and_the_win_rate_rises(short_run):
     rows = rows_of(short_run / "metrics.jsonl")
     assert [row["step"] for row in rows] == list(range(1, 13))
@@ -61,16 +66,7 @@ def test_a_run_directory_holds_what_the_contract_says(short_run):
 
 
 def test_training_prompts_are_those_that_the_run_has_seen(short_run):
-    table = evaluation.evaluate(
-        short_run,
-        runs.load_finished(short_run),
-        split="train",
-        prompts=200,
-        M=2,
-        sizes=(1, 2),
-        device="cpu",
-        other_models={},
-    )
+    table = evaluated(short_run, split="train", prompts=200, M=2, sizes=(1, 2))
     assert table[0]["prompts"] == len(rows_of(short_run / "samples-train.jsonl")) == 48
 
 
@@ -286,16 +282,8 @@ def test_another_seed_has_another_calibration(tmp_path):
 
 
 def test_by_another_reward_model_there_is_no_theory(short_run):
-    table = evaluation.evaluate(
-        short_run,
-        runs.load_finished(short_run),
-        split="test",
-        prompts=6,
-        M=4,
-        sizes=(2,),
-        device="cpu",
-        other_models={"reward": str(ASSETS / "judge")},
-    )
+    other = {"reward": str(ASSETS / "judge")}
+    table = evaluated(short_run, split="test", prompts=6, M=4, sizes=(2,), other_models=other)
     assert all(row["theory"] is None and row["optimal"] > 0.5 for row in table)
 
 

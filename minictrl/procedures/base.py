@@ -74,7 +74,9 @@ class ByRank(Procedure):
         for k, each in sparse(W)[1]:
             ways = math.comb(n, k)
             if ways > sys.float_info.max:
-                raise ValueError(f"n {n}: too many draws to be ranked; use at most 1000")
+                raise ValueError(
+                    f"n {n}: too many draws to be ranked; use at most {self.largest_n}"
+                )
             kept = kept + each * ways * F**k * (1 - F) ** (n - k)
         return kept.diff()
 
