@@ -186,7 +186,7 @@ class Scorer:
     digest: str  # of all that a score depends on but the device
     tokenizer: object | None = None  # None for a function
     prefixes: Callable[[list, Tensor, Tensor], Tensor] | None = None
-    columns: dict[str, dict] | None = None  # a function's: data.key(prompt) -> fields of its row
+    add_row: Callable[[Prompt, dict], None] | None = None  # a function's: a new prompt's fields
 
     def __call__(self, prompts: list[Prompt], texts: list[str]) -> Tensor:
         check_pairs(self.role, prompts, texts)
@@ -218,15 +218,13 @@ def load_scorer(
     """
     if role not in ("reward", "judge"):
         raise ValueError(f"unknown role {role!r}: use reward or judge")
-    name, prefixes = model_of(name_or_path, role), None
+    name, prefixes, add_row = model_of(name_or_path, role), None, None
     if name.endswith(".py"):
         raise ValueError(f"{role} {name}: which function of it? give {name}:NAME")
     if ".py:" in name:
-        columns = {} if columns is None else columns
-        depends_on, evaluate = load_function(name, role, columns)
+        depends_on, evaluate, add_row = load_function(name, role, columns or {})
         tokenizer = None
     else:
-        columns = None  # which a model doesn't read
         device = resolve_device(device) if isinstance(device, str) else device
         name, label = parted(name)
         config = from_hub(AutoConfig, f"{role} model", name)
@@ -241,7 +239,7 @@ def load_scorer(
     if tokenizer is not None:
         set_precision(model, device)
         check_padding(model, f"{role} model {name}", evaluate)
-    return Scorer(name_or_path, role, evaluate, before, tokenizer, prefixes, columns)
+    return Scorer(name_or_path, role, evaluate, before, tokenizer, prefixes, add_row)
 
 
 def check_padding(model: nn.Module, name: str, evaluate: Callable) -> None:

@@ -57,8 +57,8 @@ def ctrl_reward(
     and, unlike in train.py, stays. settings: any other of train.py's, such as procedure, n, K,
     prompts, policy, reward, cache, device. A prompt that was not calibrated is, with K samples,
     when it first comes, and a reward function then gets its columns from kwargs. Prompts and
-    completions may be texts or chat messages. Raises ValueError as
-    train.py does.
+    completions may be texts or chat messages. Raises ValueError as train.py does, and if a prompt
+    comes with other columns than it was calibrated with.
     """
     config = settings_of(task_or_run, {"transform": transform, "kl": kl, "beta": beta} | settings)
     method = get_method("ppo")(config)
@@ -68,7 +68,9 @@ def ctrl_reward(
     method.check_beta(config.beta, r_ref)
     beta = config.beta or method.beta_for(config.kl, r_ref)
 
-    def reward(prompts: list[Prompt], completions: list, **columns) -> list[float]:
+    def reward(
+        prompts: list[Prompt], completions: list, completion_ids: list | None = None, **columns
+    ) -> list[float]:
         if not prompts:
             return []
         add_rows(task.reward, prompts, columns)
@@ -90,12 +92,12 @@ def add_rows(scorer: Scorer, prompts: list[Prompt], columns: dict) -> None:
     """The rows of prompts that a function's task doesn't have, from the columns that TRL passes,
     which have a value for each prompt.
     """
-    if scorer.columns is None:
+    if scorer.add_row is None:
         return
     B = len(prompts)
     columns = {k: x for k, x in columns.items() if isinstance(x, list) and len(x) == B}
     for i, prompt in enumerate(prompts):
-        scorer.columns.setdefault(key(prompt), {name: x[i] for name, x in columns.items()})
+        scorer.add_row(prompt, {name: x[i] for name, x in columns.items()})
 
 
 class Calibration:

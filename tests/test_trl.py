@@ -110,6 +110,50 @@ def test_a_verifier_has_trls_columns_of_a_prompt_that_is_new(tmp_path):
         assert right > wrong
 
 
+def verifier(tmp_path, code: str):
+    """ctrl_reward of a function of this code, whose task's prompts have no other column."""
+    task, reward = tmp_path / "p.jsonl", tmp_path / "v.py"
+    task.write_text("".join(json.dumps({"prompt": f"The film {i}"}) + "\n" for i in range(10)))
+    reward.write_text(code)
+    settings = SMALL | {"reward": f"{reward}:f", "cache": str(tmp_path / "cache")}
+    return ctrl_reward(str(task), "identity", beta=0.2, **settings)
+
+
+@pytest.mark.parametrize("argument", ["answer=None", "**columns"])
+def test_a_column_that_trl_alone_has_reaches_the_function(tmp_path, argument):
+    got = verifier(
+        tmp_path,
+        f"def f(prompts, texts, {argument}):\n"
+        "    answer = locals().get('columns', locals()).get('answer') or [None] * len(texts)\n"
+        "    return [float(a is not None and a in y) for y, a in zip(texts, answer)]\n",
+    )
+    right, wrong = got(["The film is"] * 2, [" a", " zz"], answer=["a", "a"])
+    assert right > wrong
+
+
+def test_a_prompt_keeps_the_columns_that_it_was_calibrated_with(tmp_path):
+    """Its reference rewards would be another answer's, or none's."""
+    got = verifier(tmp_path, "def f(x, y, answer=None): return [len(t) + 0.0 for t in y]")
+    got(["The film is"], [" a"], answer=["a"], index=[0], completion_ids=[[1]])
+    got(["The film is"], [" a"], answer=["a"], index=[1], completion_ids=[[2, 3]])  # reads no index
+    with pytest.raises(ValueError, match="reads answer, which is 'b' here and was 'a' where"):
+        got(["The film is"], [" a"], answer=["b"])
+    got(["The film was"], [" a"])
+    for known in ("The film was", "The film 0"):
+        with pytest.raises(ValueError, match="is 'a' here and was 'None'"):
+            got([known], [" a"], answer=["a"])
+
+
+def test_a_function_of_all_columns_has_no_completions_tokens(tmp_path):
+    got = verifier(
+        tmp_path,
+        "def f(x, y, **columns):\n    assert 'completion_ids' not in columns\n"
+        "    return [len(t) + 0.0 for t in y]\n",
+    )
+    got(["The film is"], [" a"], completion_ids=[[1]])
+    got(["The film is"], [" a b"], completion_ids=[[1, 2]])
+
+
 def test_without_a_transform_the_reward_is_raw_up_to_scale(small):
     config, task, _ = small
     texts = [" a joy.", " a bore.", " dull."]

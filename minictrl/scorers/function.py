@@ -28,14 +28,15 @@ MOST_KEPT = 0.9  # of the values of a function, where float32 makes others of th
 
 def load_function(
     spec: str, role: str, columns: dict[str, dict]
-) -> tuple[list, Callable[[list, list], Tensor]]:
-    """(what a score depends on, evaluate) of FILE.py:NAME, a function (prompts, texts, **columns)
-    -> B numbers.
+) -> tuple[list, Callable[[list, list], Tensor], Callable[[Prompt, dict], None]]:
+    """(what a score depends on, evaluate, add_row) of FILE.py:NAME, a function
+    (prompts, texts, **columns) -> B numbers. `add_row` gives it the row of a prompt that is new.
 
     columns: of each prompt (`data.key`), the other fields of its row. The function is given those
     that it names, or all if it takes `**`; each as a list of B values. Raises ValueError if there
     is no such file, function or column, or the file can't be run; `evaluate` does where the
-    function raises, naming the prompt, or gives something else than B numbers.
+    function raises, naming the prompt, or gives something else than B numbers; `add_row` does where
+    a prompt already has a row that the function would read something else in.
     """
     file, _, function_name = spec.rpartition(":")
     path, name = Path(file).resolve(), f"{role} {spec}"
@@ -45,19 +46,26 @@ def load_function(
     own_modules = beside(path, texts)
     with own_modules():
         function = find_function(name, function_name, path, file)
-    known = sorted({column for row in columns.values() for column in row})
-    wanted, needed = wanted_columns(function, known)
-    missing = [column for column in needed if column not in known]
+    names, needed = argument_names(function)
+
+    def known() -> list[str]:
+        return sorted({column for row in columns.values() for column in row})
+
+    def wanted() -> list[str]:
+        there = known()
+        return there if names is None else [column for column in names if column in there]
+
+    missing = [column for column in needed if column not in known()]
     if missing:
         raise ValueError(
             f"{name} takes {', '.join(missing)}, which no prompt's row has (it has "
-            f"{', '.join(known) or 'nothing else'}); rename the column or the argument"
+            f"{', '.join(known()) or 'nothing else'}); rename the column or the argument"
         )
     check_rows(name, needed, columns, list(columns))
 
     def call(prompts: list[Prompt], texts: list[str]) -> list:
         rows = [columns.get(key(prompt), {}) for prompt in prompts]
-        fields = {column: [row.get(column) for row in rows] for column in wanted}
+        fields = {column: [row.get(column) for row in rows] for column in wanted()}
         prompts, fields = copy.deepcopy((list(prompts), fields))  # the function may change them
         with own_modules():
             scores = function(prompts, list(texts), **fields)
@@ -70,8 +78,19 @@ def load_function(
             check_rows(name, needed, columns, [key(prompt) for prompt in prompts])
         return as_float32(scores_of(call, prompts, texts, name), name)
 
-    used = {prompt: [row.get(column) for column in wanted] for prompt, row in columns.items()}
-    return [function_name, *texts.values(), used if wanted else None], evaluate
+    def add_row(prompt: Prompt, row: dict):
+        read = {column: x for column, x in row.items() if names is None or column in names}
+        stored = columns.setdefault(key(prompt), read)
+        for column, value in read.items():
+            if stored.get(column) != value:
+                raise ValueError(
+                    f"{name} reads {column}, which is {str(value)[:40]!r} here and was "
+                    f"{str(stored.get(column))[:40]!r} where the prompt {key(prompt)[:60]!r} was "
+                    "calibrated; a prompt has one row: make its rows equal, or its prompts different"
+                )
+
+    used = {prompt: [row.get(column) for column in wanted()] for prompt, row in columns.items()}
+    return [function_name, *texts.values(), used if wanted() else None], evaluate, add_row
 
 
 def sources(path: Path) -> dict[Path, str]:
@@ -216,17 +235,16 @@ def find_function(name: str, function_name: str, path: Path, file: str) -> Calla
     return function
 
 
-def wanted_columns(function: Callable, known: list[str]) -> tuple[list[str], list[str]]:
+def argument_names(function: Callable) -> tuple[list[str] | None, list[str]]:
     """(the columns that a function takes behind (prompts, texts), those without a default).
 
-    `**` stands for all.
+    None: it takes `**`, which stands for all.
     """
     arguments = list(inspect.signature(function).parameters.values())[2:]
     if any(p.kind is p.VAR_KEYWORD for p in arguments):
-        return known, []
+        return None, []
     named = [p for p in arguments if p.kind is not p.VAR_POSITIONAL]
-    needed = [p.name for p in named if p.default is p.empty]
-    return [p.name for p in named if p.name in known], needed
+    return [p.name for p in named], [p.name for p in named if p.default is p.empty]
 
 
 def check_rows(name: str, needed: list[str], columns: dict[str, dict], prompts: list[str]):
