@@ -17,8 +17,8 @@ from minictrl.procedures.cells import REWIND_QUANTILE
 
 class Procedure(base.Procedure):
     def mass_after(self, mass: Tensor, edges: Tensor, n: int) -> Tensor:
-        # a cell that the threshold lies in is above it, because its draws tie; edges may be float32
-        above = (edges[..., 1:] > REWIND_QUANTILE + 1e-6).to(mass)
+        # a cell that the threshold lies in is above it, because its draws tie
+        above = (edges[..., 1:] > REWIND_QUANTILE + 1e-9).to(mass)
         q = (mass * (1 - above)).sum(-1, keepdim=True)  # a draw falls below it
         draws = (q ** torch.arange(n)).sum(-1, keepdim=True)  # on average, (1 - q^N) / (1 - q)
         return mass * (above * draws + (1 - above) * q ** (n - 1))

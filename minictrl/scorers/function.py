@@ -86,7 +86,7 @@ def load_function(
                 raise ValueError(
                     f"{name} reads {column}, which is {str(value)[:40]!r} here and was "
                     f"{str(stored.get(column))[:40]!r} where the prompt {key(prompt)[:60]!r} was "
-                    "calibrated; a prompt has one row: make its rows equal, or its prompts different"
+                    "calibrated; a prompt has one row: make its rows equal, or two prompts of it"
                 )
 
     used = {prompt: [row.get(column) for column in wanted()] for prompt, row in columns.items()}
