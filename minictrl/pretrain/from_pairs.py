@@ -89,6 +89,7 @@ def train_pairs_task(
         settings["weights"] = digest(model)  # as are other weights
         rows = policy_rows(model, tokenizer, [train, test], max_tokens)
     if base is not None:
+        settings["base_weights"] = digest(load_start(base)[0])
         sides = pair_rows(base, [*halves, test], max_tokens)
     claim(out, settings)
     result = {}
@@ -166,7 +167,7 @@ def halved(task: str, train: list[Pair], test: list[Pair]) -> tuple[list[Pair], 
 
 def claim(out: Path, settings: dict):
     """Makes `out`, and notes the settings there. Raises ValueError if it holds anything else, such
-    as what was made with other settings or of other pairs.
+    as what was made with other settings, of other pairs or from other weights.
     """
     file = out / "pretrain.json"
     if file.is_file():
@@ -175,8 +176,8 @@ def claim(out: Path, settings: dict):
                 return
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(
-            f"--out {out}: holds something already, of other settings or pairs; give a new "
-            "directory"
+            f"--out {out}: holds something already, of other settings, pairs or weights; give a "
+            "new directory"
         )
     out.mkdir(parents=True, exist_ok=True)
     write_json(file, settings)
