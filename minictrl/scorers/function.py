@@ -46,27 +46,12 @@ def load_function(
     own_modules = beside(path, texts)
     with own_modules():
         function = find_function(name, function_name, path, file)
-    names, needed = argument_names(function)
-
-    def known() -> list[str]:
-        return sorted({column for row in columns.values() for column in row})
-
-    def wanted() -> list[str]:
-        there = known()
-        return there if names is None else [column for column in names if column in there]
-
-    missing = [column for column in needed if column not in known()]
-    if missing:
-        raise ValueError(
-            f"{name} takes {', '.join(missing)}, which no prompt's row has (it has "
-            f"{', '.join(known()) or 'nothing else'}); rename the column or the argument"
-        )
-    check_rows(name, needed, columns, list(columns))
+    rows = Rows(name, function, columns)
+    rows.check()
 
     def call(prompts: list[Prompt], texts: list[str]) -> list:
-        rows = [columns.get(key(prompt), {}) for prompt in prompts]
-        fields = {column: [row.get(column) for row in rows] for column in wanted()}
-        prompts, fields = copy.deepcopy((list(prompts), fields))  # the function may change them
+        # the function may change them
+        prompts, fields = copy.deepcopy((list(prompts), rows.fields(prompts)))
         with own_modules():
             scores = function(prompts, list(texts), **fields)
             if isinstance(scores, (dict, set, frozenset, str)) or not hasattr(scores, "__iter__"):
@@ -74,23 +59,74 @@ def load_function(
             return list(islice(scores, len(texts) + 1))  # it may never end
 
     def evaluate(prompts: list[Prompt], texts: list[str]) -> Tensor:
-        if needed:
-            check_rows(name, needed, columns, [key(prompt) for prompt in prompts])
+        rows.check_needed([key(prompt) for prompt in prompts])
         return as_float32(scores_of(call, prompts, texts, name), name)
 
-    def add_row(prompt: Prompt, row: dict):
-        read = {column: x for column, x in row.items() if names is None or column in names}
-        stored = columns.setdefault(key(prompt), read)
+    return [function_name, *texts.values(), rows.read()], evaluate, rows.add
+
+
+class Rows:
+    """What a function reads of the prompts' rows, behind (prompts, texts).
+
+    name: of the scorer. columns: the other fields of each prompt's row, by `data.key`.
+    """
+
+    def __init__(self, name: str, function: Callable, columns: dict[str, dict]):
+        self.name, self.columns = name, columns
+        self.known = {column for row in columns.values() for column in row}  # that any row has
+        arguments = list(inspect.signature(function).parameters.values())[2:]
+        self.all = any(p.kind is p.VAR_KEYWORD for p in arguments)  # `**`
+        named = [] if self.all else [p for p in arguments if p.kind is not p.VAR_POSITIONAL]
+        self.names = [p.name for p in named]
+        self.needed = [p.name for p in named if p.default is p.empty]
+
+    def wanted(self) -> list[str]:
+        return sorted(self.known) if self.all else [x for x in self.names if x in self.known]
+
+    def fields(self, prompts: list[Prompt]) -> dict[str, list]:
+        """What the function is called with: of each prompt a value, None where its row lacks it."""
+        rows = [self.columns.get(key(prompt), {}) for prompt in prompts]
+        return {column: [row.get(column) for row in rows] for column in self.wanted()}
+
+    def read(self) -> dict[str, list] | None:
+        """What the function reads, by prompt; None if nothing."""
+        wanted = self.wanted()
+        rows = self.columns.items()
+        return {prompt: [row.get(c) for c in wanted] for prompt, row in rows} if wanted else None
+
+    def add(self, prompt: Prompt, row: dict):
+        """The row of a prompt. Raises ValueError if it has another one already."""
+        read = {column: x for column, x in row.items() if self.all or column in self.names}
+        stored = self.columns.setdefault(key(prompt), read)
+        self.known |= stored.keys()
         for column, value in read.items():
             if stored.get(column) != value:
                 raise ValueError(
-                    f"{name} reads {column}, which is {str(value)[:40]!r} here and was "
+                    f"{self.name} reads {column}, which is {str(value)[:40]!r} here and was "
                     f"{str(stored.get(column))[:40]!r} where the prompt {key(prompt)[:60]!r} was "
                     "calibrated; a prompt has one row: make its rows equal, or two prompts of it"
                 )
 
-    used = {prompt: [row.get(column) for column in wanted()] for prompt, row in columns.items()}
-    return [function_name, *texts.values(), used if wanted() else None], evaluate, add_row
+    def check(self) -> None:
+        """Raises ValueError if a row, or all of them, lack a column that the function needs."""
+        missing = [column for column in self.needed if column not in self.known]
+        if missing:
+            raise ValueError(
+                f"{self.name} takes {', '.join(missing)}, which no prompt's row has (it has "
+                f"{', '.join(sorted(self.known)) or 'nothing else'}); rename the column or the argument"
+            )
+        self.check_needed(list(self.columns))
+
+    def check_needed(self, prompts: list[str]) -> None:
+        """Raises ValueError if the row of a prompt (`data.key`) lacks a column."""
+        for column in self.needed:
+            without = [x for x in prompts if self.columns.get(x, {}).get(column) is None]
+            if without:
+                raise ValueError(
+                    f"{self.name} takes {column}, which the rows of {len(without)} of "
+                    f"{len(prompts)} prompts lack, the first {without[0][:60]!r}: add it, or give "
+                    "the argument a default"
+                )
 
 
 def sources(path: Path) -> dict[Path, str]:
@@ -233,33 +269,6 @@ def find_function(name: str, function_name: str, path: Path, file: str) -> Calla
     except (ValueError, TypeError) as error:
         raise ValueError(f"{name}: {error}; give a function that is written in it") from None
     return function
-
-
-def argument_names(function: Callable) -> tuple[list[str] | None, list[str]]:
-    """(the columns that a function takes behind (prompts, texts), those without a default).
-
-    None: it takes `**`, which stands for all.
-    """
-    arguments = list(inspect.signature(function).parameters.values())[2:]
-    if any(p.kind is p.VAR_KEYWORD for p in arguments):
-        return None, []
-    named = [p for p in arguments if p.kind is not p.VAR_POSITIONAL]
-    return [p.name for p in named], [p.name for p in named if p.default is p.empty]
-
-
-def check_rows(name: str, needed: list[str], columns: dict[str, dict], prompts: list[str]):
-    """Raises ValueError if the row of a prompt lacks a column that the function needs.
-
-    columns: rows by prompt (`data.key`).
-    """
-    for column in needed:
-        without = [prompt for prompt in prompts if columns.get(prompt, {}).get(column) is None]
-        if without:
-            raise ValueError(
-                f"{name} takes {column}, which the rows of {len(without)} of {len(prompts)} "
-                f"prompts lack, the first {without[0][:60]!r}: add it, or give the argument a "
-                "default"
-            )
 
 
 def culprit(call: Callable, prompts: list, texts: list[str]) -> str:
