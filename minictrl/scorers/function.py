@@ -100,11 +100,12 @@ class Rows:
         stored = self.columns.setdefault(key(prompt), read)
         self.known |= stored.keys()
         for column, value in read.items():
-            if stored.get(column) != value:
+            before = stored.get(column)
+            if before != value:
                 raise ValueError(
                     f"{self.name} reads {column}, which is {str(value)[:40]!r} here and was "
-                    f"{str(stored.get(column))[:40]!r} where the prompt {key(prompt)[:60]!r} was "
-                    "calibrated; a prompt has one row: make its rows equal, or two prompts of it"
+                    f"{str(before)[:40]!r} where the prompt {key(prompt)[:60]!r} was calibrated; "
+                    "give all rows of a prompt the same, or make two prompts of it"
                 )
 
     def check(self) -> None:
@@ -113,7 +114,8 @@ class Rows:
         if missing:
             raise ValueError(
                 f"{self.name} takes {', '.join(missing)}, which no prompt's row has (it has "
-                f"{', '.join(sorted(self.known)) or 'nothing else'}); rename the column or the argument"
+                f"{', '.join(sorted(self.known)) or 'nothing else'}); rename the column or the "
+                "argument"
             )
         self.check_needed(list(self.columns))
 
