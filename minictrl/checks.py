@@ -82,7 +82,8 @@ def alike(**values: Tensor) -> list[Tensor]:
     if not kinds:
         return tensors
     kind = reduce(torch.promote_types, kinds)
-    return [x if is_typed else x.to(kind) for x, is_typed in zip(tensors, typed)]
+    whole = [not x.is_floating_point() for x in tensors]  # and exact, as they are
+    return [x if any(kept) else x.to(kind) for x, *kept in zip(tensors, typed, whole)]
 
 
 def finite(what: str, **tensors: Tensor) -> list[Tensor]:

@@ -235,10 +235,13 @@ def prompt_of(row, column: str | None = None) -> Prompt:
         return parse_hh(chosen)[:-1]
     before = [message(m) for m in chosen[:-1]] if isinstance(chosen, list) else []
     prompt = row.get(column) if column else before
-    if column != "prompt":
-        prompt = unpacked(prompt)
+    found = unpacked(prompt)
+    if isinstance(found, list):
+        messages = [message(m) for m in found]
+        # a text in "prompt" that is a list of something else is a text
+        if column != "prompt" or isinstance(prompt, list) or all(m["role"] for m in messages):
+            prompt = messages
     if isinstance(prompt, list):
-        prompt = [message(m) for m in prompt]
         if column != "prompt" and prompt and prompt[-1]["role"] == "assistant":
             prompt.pop()
     first = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
@@ -262,10 +265,17 @@ def column_of(row: dict) -> str | None:
 
 
 def unpacked(value):
-    """Messages that are written as JSON, as a CSV has them, as their list; all else as it is."""
+    """Messages that are written as JSON, as a CSV has them, as their list; all else as it is.
+    Raises ValueError on messages as Python prints them, which is how pandas writes a CSV.
+    """
     if isinstance(value, str) and value.lstrip().startswith("[{"):
         with suppress(ValueError):
             return parse_json(value, "", "")
+        if re.match(r"\s*\[\{'(role|from|content|value)': ", value):
+            raise ValueError(
+                f"{value[:60]} are messages as Python prints them: write them with json.dumps, or "
+                "the data as .jsonl or .parquet"
+            )
     return value
 
 
@@ -326,13 +336,20 @@ def key(prompt: Prompt) -> str:
     return json.dumps(prompt)
 
 
+def equal(x, y) -> bool:
+    """Whether two values of rows are the same; NaN is the same as NaN."""
+    one, other = (json.dumps(value, sort_keys=True, default=str) for value in (x, y))
+    return one == other
+
+
 def unique(rows: Iterable[tuple], whose: str | None = None) -> list[tuple]:
     """The first row of each prompt, which is what a row begins with. whose: the data's name, to
     warn where another row of the prompt holds something else.
     """
     first, others = {}, 0
     for row in rows:
-        others += first.setdefault(key(row[0]), row) != row
+        found = first.setdefault(key(row[0]), row)
+        others += found is not row and not equal(found, row)
     if others and whose:
         warnings.warn(
             f"{others} rows of {whose} repeat a prompt with other columns: its first row is taken; "

@@ -27,7 +27,7 @@ from minictrl.lm.prompts import check_ids, check_text, known_ends, left_pad
 from minictrl.messages import command
 from minictrl.scorers.classifier import load_classifier
 from minictrl.scorers.function import load_function
-from minictrl.scorers.generative import QUESTION, load_generative
+from minictrl.scorers.generative import QUESTION, as_tokens, load_generative
 from minictrl.scorers.text import chat, is_causal, set_precision
 
 SUMS = "SHA256SUMS"  # of a saved policy's files
@@ -230,9 +230,11 @@ def load_scorer(
         config = from_hub(AutoConfig, f"{role} model", name)
         if (config.architectures or [""])[0].endswith(("ForCausalLM", "LMHeadModel")):
             model, tokenizer, evaluate = load_generative(name, role, label, device)
+            read = as_tokens(tokenizer, ["a"])
         else:
             model, tokenizer, evaluate, prefixes = load_classifier(name, role, label, device)
-        depends_on = [model, *identity(model, tokenizer), label, QUESTION]
+            read = ()
+        depends_on = [model, *identity(model, tokenizer), label, QUESTION, *read]
         if tokenizer.chat_template:  # which may write today's date
             depends_on.append(chat(tokenizer, [{"role": "user", "content": "a"}]))
     before = digest(*depends_on)  # as it was saved

@@ -20,11 +20,11 @@ from minictrl.procedures.masses import MassMap, mass_map, mass_win_rate
 from minictrl.procedures.optimum import (
     COARSE,
     CONVERGED,
-    FIXED_POINTS,
     Optimum,
     fixed_point,
     frontier,
     interpolated,
+    is_fixed_point,
     solve,
     solved_for,
 )
@@ -95,7 +95,7 @@ def tradeoff(
         raise ValueError(f"betas {tuple(betas.shape)}: must be (B,); give a list, of one point too")
     for beta in betas.tolist():
         positive("beta", beta)
-        best = solve(solved_for(transform, T), n, beta=beta) if transform in FIXED_POINTS else None
+        best = solve(solved_for(transform, T), n, beta=beta) if is_fixed_point(transform) else None
         policy = _policy(transform, best, K, scale=1 / beta)
         points.append((cells.kl(*policy), mass_win_rate(*_masses(*policy, K, n), T, n).item()))
     return tuple(np.array(points, dtype=np.float64).reshape(-1, 2).T)
@@ -117,7 +117,7 @@ def beta_for_kl(
             f"kl {kl:g} is out of reach: the largest that is resolved is {MAX_KL:g} nats; "
             "ask for less"
         )
-    if transform not in FIXED_POINTS:
+    if not is_fixed_point(transform):
         Phi, ref = _on_cells(transform)
         return 1 / cells.tilt_to_kl(Phi, kl, ref)[1]
     best = solve(solved_for(transform, T), n, kl=kl)
@@ -172,7 +172,7 @@ def policy_at_kl(
     T, n, kl = mass_map(procedure), whole("n", n), min(number("kl", kl), MAX_KL)
     if kl < 1e-9:
         return cells.grid(COARSE), cells.grid(COARSE)
-    best = frontier(solved_for(transform, T), n, kl) if transform in FIXED_POINTS else None
+    best = frontier(solved_for(transform, T), n, kl) if is_fixed_point(transform) else None
     return _masses(*_policy(transform, best, K, levels, kl=kl), K, n)
 
 

@@ -31,7 +31,7 @@ from minictrl import runs
 from minictrl.config import CALIBRATION, TASKS, Config
 from minictrl.data import Prompt, key, message
 from minictrl.lm.device import resident
-from minictrl.lm.prompts import encode_prompts
+from minictrl.lm.prompts import encode_prompts, response_texts
 from minictrl.methods import get_method
 from minictrl.models import Scorer
 from minictrl.reference import CHUNK, Reference, samples_of
@@ -77,6 +77,7 @@ def ctrl_reward(
         texts = [
             y if isinstance(y, str) or not y else message(y[-1])["content"] for y in completions
         ]
+        texts = calibration.as_sampled(prompts, texts, completion_ids)
         scores = task.reward(prompts, texts).tolist()
         r_ref = calibration.r_ref(prompts)
         same = calibration.rewards_of_samples(prompts)
@@ -125,6 +126,19 @@ class Calibration:
             (texts,) = texts_of(tokenizer, before, samples.tokens[None], samples.mask[None])
             found[name] = dict(zip(texts, samples.r_ref.tolist(), strict=True))
         return [found[key(prompt)] for prompt in prompts]
+
+    def as_sampled(
+        self, prompts: list[Prompt], texts: list[str], ids: list[list[int]] | None
+    ) -> list[str]:
+        """The texts of completions as `sample` has them, from their token ids. TRL decodes them
+        alone, where a tokenizer that marks spaces (Llama 2) drops the one that a text begins with.
+        """
+        tokenizer = self.task.tokenizer
+        if ids is None or tokenizer.batch_decode(ids, skip_special_tokens=True) != texts:
+            return texts  # of another tokenizer
+        asked = [text_of(self.config, tokenizer, prompt) for prompt in prompts]
+        before = [row[-1] for row in encode_prompts(tokenizer, asked)]
+        return response_texts(tokenizer, before, ids)
 
     def _draw(self, prompts: list[Prompt]):
         texts = [text_of(self.config, self.task.tokenizer, prompt) for prompt in prompts]

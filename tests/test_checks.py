@@ -80,6 +80,8 @@ def test_no_rounding_makes_a_tie():
     r_ref = [[1e8, 1e8 + 2]]
     assert calibrated_reward([1e8 + 1], r_ref).item() == 0.5
     assert calibrated_reward([1e8 + 1], [[1e8, 1e8]]).item() == 1
+    assert calibrated_reward([2**24 + 1], torch.tensor([[2.0**24]])).item() == 1
+    assert calibrated_reward([70_000], torch.tensor([[2048.0]]).half()).item() == 1
     whole = torch.tensor([2**53 - 1]), torch.tensor([[2**53 - 2]])
     assert calibrated_reward(*whole).item() == 1
     with pytest.raises(ValueError, match=r"r has rewards beyond 2\^53, which float64 rounds"):

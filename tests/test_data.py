@@ -231,6 +231,25 @@ def test_messages_in_a_csv_are_json(tmp_path):
     assert sorted(found, key=str) == sorted(chats, key=str)
 
 
+def test_messages_in_a_csvs_prompt_are_json_and_no_list_of_something_else_is(tmp_path):
+    chats = [[{"role": "user", "content": f"Hi {i}"}] for i in range(10)]
+    texts = [json.dumps([{"x": i}]) for i in range(5)] + ["[{ is no JSON"]
+    with open(tmp_path / "c.csv", "w", newline="") as file:
+        csv.writer(file).writerows([["prompt"], *([x] for x in [*map(json.dumps, chats), *texts])])
+    found = load_prompts(str(tmp_path / "c.csv")) + load_prompts(str(tmp_path / "c.csv"), "test")
+    assert sorted(found, key=str) == sorted([*chats, *texts], key=str)
+
+
+@pytest.mark.parametrize("column", ["messages", "conversations", "prompt", "chosen"])
+def test_messages_as_python_prints_them_are_refused(column, tmp_path):
+    """How pandas writes a CSV; the policy would continue the text of a list."""
+    with open(tmp_path / "c.csv", "w", newline="") as file:
+        chats = [[{"role": "user", "content": f"What's {i}?"}] for i in range(3)]
+        csv.writer(file).writerows([[column], *([str(chat)] for chat in chats)])
+    with pytest.raises(ValueError, match="row 1: .*as Python prints them: write .* json.dumps"):
+        load_prompts(str(tmp_path / "c.csv"))
+
+
 def test_pairs_of_messages_in_a_csv_are_json(tmp_path):
     ask = {"role": "user", "content": "Which?"}
     said = [{"role": "assistant", "content": answer} for answer in ("This.", "That.")]

@@ -4,6 +4,7 @@
 
 import math
 import warnings
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -130,6 +131,24 @@ def second_best(mass, u, n):
     """A procedure of one's own: the second best of N draws is kept."""
     F = cells.cdf(mass)
     return (F**n + n * F ** (n - 1) * (1 - F)).diff()
+
+
+@dataclass
+class Called:
+    """A function with a state, which a dataclass gives no hash."""
+
+    what: object
+
+    def __call__(self, *args):
+        return self.what(*args)
+
+
+def test_a_transform_or_procedure_needs_no_hash():
+    exp10, won = Called(get_transform("exp10")), Called(get_procedure("won").mass_after)
+    assert theory.at_kl(exp10, 1.0, "bon", 4) == theory.at_kl("exp10", 1.0, "bon", 4)
+    assert theory.beta_for_kl(exp10, 1.0) == theory.beta_for_kl("exp10", 1.0)
+    expected = theory.optimal_win_rate(0.5, "won", 2)
+    assert theory.optimal_win_rate(0.5, won, 2) == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.parametrize("procedure, n", [("bon", 3), ("won", 3), ("rewind", 5), (second_best, 3)])

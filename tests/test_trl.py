@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_models import SIZE as TINY
+from test_unusual_models import metaspace
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from minictrl import runs
 from minictrl.calibration import calibrated_reward
@@ -138,10 +141,32 @@ def test_a_prompt_keeps_the_columns_that_it_was_calibrated_with(tmp_path):
     got(["The film is"], [" a"], answer=["a"], index=[1], completion_ids=[[2, 3]])  # reads no index
     with pytest.raises(ValueError, match="reads answer, which is 'b' here and was 'a' where"):
         got(["The film is"], [" a"], answer=["b"])
+    got(["The film were"], [" a"], answer=[float("nan")])
+    got(["The film were"], [" a"], answer=[float("nan")])
     got(["The film was"], [" a"])
     for known in ("The film was", "The film 0"):
         with pytest.raises(ValueError, match="is 'a' here and was 'None'"):
             got([known], [" a"], answer=["a"])
+
+
+def test_a_completion_keeps_the_space_that_trl_decodes_it_without(tmp_path):
+    """A tokenizer that marks spaces, Llama 2's: with "wasbad" no sample would ever tie."""
+    fast = metaspace()
+    fast.pad_token = "<unk>"
+    LlamaForCausalLM(LlamaConfig(**TINY | {"vocab_size": 9})).save_pretrained(tmp_path)
+    fast.save_pretrained(tmp_path)
+    task, reward = tmp_path / "p.jsonl", tmp_path / "r.py"
+    task.write_text("".join('{"prompt": "The' + " movie" * i + '"}\n' for i in range(10)))
+    reward.write_text("def f(x, y): return [float(t.startswith(' ')) for t in y]")
+    settings = dict(policy=str(tmp_path), reward=f"{reward}:f", K=8, max_new_tokens=3)
+    got = ctrl_reward(str(task), "identity", beta=1.0, cache=str(tmp_path / "cache"), **settings)
+    ids = [fast.convert_tokens_to_ids("▁bad")]
+    alone = fast.batch_decode([ids], skip_special_tokens=True)
+    assert alone == ["bad"]
+    spaced = got(["The movie"], [" bad"])
+    assert got(["The movie"], alone, completion_ids=[ids]) == spaced != got(["The movie"], alone)
+    # of another tokenizer
+    assert got(["The movie"], alone, completion_ids=[[1, 2]]) == got(["The movie"], alone)
 
 
 def test_a_function_of_all_columns_has_no_completions_tokens(tmp_path):

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import string
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from transformers import (
     FNetForSequenceClassification,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
+    GPT2Config,
     GPT2ForSequenceClassification,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -37,9 +39,12 @@ from transformers import (
 )
 
 import train
+from minictrl.exchange import continuations
 from minictrl.lm.prompts import encode_prompts, response_texts
 from minictrl.models import load_policy, load_scorer
 from minictrl.sampling import sample
+from minictrl.scorers.generative import QUESTION
+from minictrl.scorers.text import render
 from minictrl.update import freeze, make_learner
 
 
@@ -53,6 +58,40 @@ def metaspace() -> PreTrainedTokenizerFast:
     )
     special = dict(bos_token="<s>", eos_token="</s>", unk_token="<unk>")
     return PreTrainedTokenizerFast(tokenizer_object=core, **special)
+
+
+def sentencepiece(template: str | None) -> PreTrainedTokenizerFast:
+    """Llama 2's: a space is ▁, and one is put before every text; Yes and No are a token each."""
+    merges = [("Y", "e"), ("Ye", "s"), ("N", "o"), ("▁", "Yes"), ("▁", "No")]
+    words = ["<unk>", "<s>", "</s>", "▁", *string.printable.replace(" ", ""), *map("".join, merges)]
+    core = Tokenizer(models.BPE({w: i for i, w in enumerate(words)}, merges, unk_token="<unk>"))
+    core.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    special = dict(bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    fast = PreTrainedTokenizerFast(tokenizer_object=core, **special)
+    fast.chat_template = template
+    return fast
+
+
+ASSISTANT = TEMPLATE.replace("<s>", "|")  # the answer stands at the beginning of a line
+INST = "{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] }} [/INST]"
+INST += "{% else %} {{ m['content'] }} </s>{% endif %}{% endfor %}"
+
+
+@pytest.mark.parametrize("template, space", [(ASSISTANT, ""), (INST, "▁"), (None, "▁")])
+def test_a_judges_answers_are_the_tokens_that_stand_there(template, space, tmp_path):
+    path = save(tmp_path, LlamaForCausalLM(LlamaConfig(**LONG)))
+    fast = sentencepiece(template)
+    fast.save_pretrained(path)
+    asked = render(fast, [{"role": "user", "content": QUESTION.format(prompt="a", text="b")}])
+    ids = [fast(asked)["input_ids"]]
+    model = AutoModelForCausalLM.from_pretrained(path).eval()
+    with torch.no_grad():
+        logits = model(torch.tensor(ids)).logits[0, -1]
+    yes, no = (fast.convert_tokens_to_ids(space + answer) for answer in ("Yes", "No"))
+    score = load_scorer(path, "judge", device="cpu")(["a"], ["b"])
+    assert score.item() == pytest.approx((logits[yes] - logits[no]).item(), abs=1e-5)
 
 
 def test_a_response_keeps_the_space_it_begins_with():
@@ -137,14 +176,97 @@ def test_an_eos_that_the_tokenizer_puts_behind_a_text_ends_no_prompt():
 
 
 def test_a_bos_that_is_written_out_is_not_put_before_it_again_and_an_eos_that_is_stays():
-    fast = tokenizer(bos_token="<s>", eos_token="</s>")
+    fast = bos_and_eos(tokenizer(bos_token="<s>", eos_token="</s>"))
+    plain, written, ended = encode_prompts(fast, ["The", "<s>The", "<s>The</s>"])
+    assert plain == written == [fast.bos_token_id, *plain[1:]] and plain[1] != fast.bos_token_id
+    assert ended == [*plain, fast.eos_token_id]
+
+
+def bos_and_eos(fast: PreTrainedTokenizerFast):
+    """The tokenizer puts both around every text by itself."""
     fast._tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A </s>",
         special_tokens=[("<s>", fast.bos_token_id), ("</s>", fast.eos_token_id)],
     )
-    plain, written, ended = encode_prompts(fast, ["The", "<s>The", "<s>The</s>"])
-    assert plain == written == [fast.bos_token_id, *plain[1:]] and plain[1] != fast.bos_token_id
-    assert ended == [*plain, fast.eos_token_id]
+    return fast
+
+
+def test_a_chat_template_writes_bos_and_no_other_is_put_before_it():
+    """As transformers, vLLM and TRL read chats; Zephyr's template has none."""
+    fast = bos_and_eos(tokenizer(TEMPLATE.replace("<s>", "|"), bos_token="<s>", eos_token="</s>"))
+    chat = [{"role": "user", "content": "Hi"}]
+    expected = fast.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
+    text = render(fast, chat)
+    assert encode_prompts(fast, [text]) == [expected]
+    assert continuations(fast, text, [" a"]) == [fast(" a", add_special_tokens=False)["input_ids"]]
+    assert encode_prompts(fast, [str(text)]) == [[fast.bos_token_id, *expected]]
+
+
+@pytest.mark.parametrize("pad", ["<pad>", None])
+def test_a_text_has_one_eos_although_the_tokenizer_puts_its_own_behind(pad, tmp_path):
+    config = LlamaConfig(**SIZE, num_labels=1, pad_token_id=258 if pad else None)
+    path = save(tmp_path, LlamaForSequenceClassification(config))
+    fast = tokenizer(bos_token="<s>", eos_token="</s>", **{"pad_token": pad} if pad else {})
+    bos_and_eos(fast).save_pretrained(path)
+    model = LlamaForSequenceClassification.from_pretrained(path).eval()
+    whole = fast("The film is good")["input_ids"]
+    assert whole[-2:] == [fast("d", add_special_tokens=False)["input_ids"][0], fast.eos_token_id]
+    with torch.no_grad():
+        expected = model(torch.tensor([whole])).logits.item()
+    score = load_scorer(path, "reward", device="cpu")
+    assert score(["The film"], [" is good"]).item() == pytest.approx(expected, abs=1e-5)
+    ids = torch.tensor([fast(" is good", add_special_tokens=False)["input_ids"] + [0]])
+    prefixes = score.of_prefixes(["The film"], ids, torch.ones_like(ids).float())
+    assert prefixes[0, -1].item() == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("given, pad", [(258, "</s>"), (-1, None)])
+def test_a_causal_classifier_is_read_where_its_own_config_says(given, pad, tmp_path):
+    """At EOS: the config's padding is another token, or none."""
+    config = LlamaConfig(**SIZE, num_labels=1)
+    path = save(tmp_path, LlamaForSequenceClassification(config))
+    written = json.loads((tmp_path / "config.json").read_text()) | {"pad_token_id": given}
+    (tmp_path / "config.json").write_text(json.dumps(written))
+    fast = tokenizer(eos_token="</s>", **{"pad_token": pad} if pad else {})
+    fast.save_pretrained(path)
+    model = AutoModelForSequenceClassification.from_pretrained(path).eval()
+    with torch.no_grad():
+        expected = model(torch.tensor([fast("The film good</s>")["input_ids"]])).logits.item()
+    score = load_scorer(path, "reward", device="cpu")
+    texts = [" good", " good, and longer"]
+    assert score(["The film"] * 2, texts)[0].item() == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "change, label",
+    [
+        ({"id2label": {"1": "bad", "2": "good"}}, "bad"),
+        ({"id2label": {"0": 0, "1": 1}}, "1"),
+        ({"return_dict": False}, "LABEL_1"),
+    ],
+)
+def test_what_a_config_names_oddly_is_read(change, label, tmp_path):
+    path = save(tmp_path, BertForSequenceClassification(BertConfig(**SIZE, num_labels=2)))
+    expected = load_scorer(f"{path}#LABEL_1", "reward", device="cpu")(["a"], ["b"])
+    config = json.loads((tmp_path / "config.json").read_text()) | change
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    score = load_scorer(f"{path}#{label}", "reward", device="cpu")
+    assert torch.equal(score(["a"], ["b"]), expected)
+
+
+def test_a_policy_whose_config_asks_for_tuples_is_sampled(tmp_path):
+    path = save(tmp_path, GPT2LMHeadModel(GPT2Config(**GPT2.to_dict() | {"return_dict": False})))
+    policy, fast = load_policy(path)
+    assert sample(policy, fast, ["a"], num_samples=1, max_new_tokens=2, seed=0).mask.any()
+
+
+def test_padding_is_masked_whatever_the_tokenizer_names_as_inputs(tmp_path):
+    path = save(tmp_path, BertForSequenceClassification(BertConfig(**SIZE, num_labels=1)))
+    names = dict(eos_token="</s>", pad_token="<pad>", model_input_names=["input_ids"])
+    tokenizer(**names).save_pretrained(path)
+    score = load_scorer(path, "reward", device="cpu")
+    together = score(["a", "a"], ["b", "b" * 200])
+    assert together[0].item() == pytest.approx(score(["a"], ["b"]).item(), abs=1e-6)
 
 
 def test_an_encoder_reads_chats_as_pairs_and_texts_as_one(tmp_path):

@@ -37,9 +37,27 @@ def own_rewind(select, n, threshold):
     density = q.log_prob(grid).exp() if below else torch.zeros_like(grid)
     fails = (density * grid**n).mean().item()
     tied = (select == threshold).any()  # else the threshold is just above a sample: no fair draw
-    fair = (select < threshold) & (tied | (select < select[select < threshold].max()))
+    fair = (select < threshold).double()
+    if below > 1 and not tied:  # one sample's worth, of those that tie there
+        at = select == select[select < threshold].max()
+        fair -= at / at.sum()
     shares = torch.where(select < threshold, fails * fair / fair.sum(), 0.0)
     return (shares + (select >= threshold) * (1 - fails) / (len(select) - below)).tolist()
+
+
+@pytest.mark.parametrize("n", [2, 8])
+def test_rewind_weighs_samples_that_tie_as_if_their_ties_were_broken_at_random(n):
+    """Four of 32 are above the threshold, and those below it tie: one of them is no fair draw."""
+    select = torch.tensor([[2.0] * 4 + [1.0] * 27 + [0.0]])
+    equal = torch.tensor([[1.0] * 4 + [0.0] * 28])
+    noise = torch.Generator().manual_seed(0)
+    for r in (select, equal):
+        broken = r + 1e-3 * torch.rand(4000, 32, generator=noise)
+        expected = get_procedure("rewind").weights(broken, n).mean(0)
+        found = get_procedure("rewind").weights(r, n)[0]
+        for value in r.unique():
+            at = r[0] == value
+            assert found[at].sum().item() == pytest.approx(expected[at].sum().item(), abs=2e-3)
 
 
 @pytest.mark.parametrize("procedure", ["bon", "won", "rewind"])

@@ -99,6 +99,8 @@ def from_hub(loader, kind: str, name: str, *, new_head: bool = False, **options)
         return loaded
     if getattr(loaded[0], "_hf_peft_config_loaded", False):
         raise ValueError(adapter_refused(kind, name))
+    for config in (loaded[0].config, loaded[0].config.get_text_config()):
+        config.return_dict = True  # what a model gives is read by name
     if new_head:
         check_body(f"{kind} {name}", *loaded)
     else:

@@ -4,11 +4,20 @@ import torch
 from torch import Tensor
 
 
+class Rendered(str):
+    """A text that a chat template has written, with BOS if it is to have one; with more behind it
+    it is one still.
+    """
+
+    def __add__(self, text: str) -> "Rendered":
+        return Rendered(super().__add__(text))
+
+
 def encode_prompts(tokenizer, prompts: list[str]) -> list[list[int]]:
-    """Token ids of each prompt, with the special tokens that the tokenizer puts before it by itself
-    (BOS), but never BOS twice: a prompt that a chat template has written already begins with it.
-    An EOS that it puts behind is left out, because the response is to follow. Raises ValueError on
-    no prompts, text or token.
+    """Token ids of each prompt, with the special tokens that the tokenizer puts before a text by
+    itself (BOS), but not before a `Rendered` one, nor where it already begins with BOS. An EOS that
+    it puts behind is left out, because the response is to follow. Raises ValueError on no prompts,
+    text or token.
     """
     if isinstance(prompts, str):
         raise ValueError(f"prompts is one text, {prompts[:40]!r}: give a list of texts")
@@ -21,10 +30,8 @@ def encode_prompts(tokenizer, prompts: list[str]) -> list[list[int]]:
             )
         check_text(f"prompt {i}", prompt)
     bos = tokenizer.bos_token
-    ids = [
-        tokenizer(p, add_special_tokens=not (bos and p.startswith(bos)))["input_ids"]
-        for p in prompts
-    ]
+    whole = [isinstance(p, Rendered) or (bos and p.startswith(bos)) for p in prompts]
+    ids = [tokenizer(p, add_special_tokens=not has)["input_ids"] for p, has in zip(prompts, whole)]
     ids = [without_eos(tokenizer, p, row) for p, row in zip(prompts, ids, strict=True)]
     for i, row in enumerate(ids):
         if not row:
@@ -43,9 +50,13 @@ def check_text(name: str, text: str) -> None:
 
 
 def without_eos(tokenizer, text: str, ids: list[int]) -> list[int]:
-    """The token ids of a text that goes on: without an EOS that the tokenizer puts behind it."""
-    added = ids[-1:] == [tokenizer.eos_token_id] and not text.endswith(tokenizer.eos_token)
-    return ids[:-1] if added else ids
+    """The token ids of a text, without an EOS that the tokenizer puts behind it."""
+    if ids[-1:] != [tokenizer.eos_token_id]:
+        return ids
+    own = 0  # EOS that the text ends with
+    while text.endswith(tokenizer.eos_token * (own + 1)):
+        own += 1
+    return ids[:-1] if ids[-own - 1 :] == [tokenizer.eos_token_id] * (own + 1) else ids
 
 
 def left_pad(ids: list[list[int]], pad: int, device=None) -> tuple[Tensor, Tensor]:

@@ -24,7 +24,8 @@ class Method(Online):
         return 1 / math.sqrt(2 * kl)
 
     def check_beta(self, beta: float | None, r_ref: Tensor) -> None:
-        Base.check_beta(self, beta, standardised(r_ref, r_ref))
+        if beta is not None:
+            Base.check_beta(self, beta, standardised(r_ref, r_ref))
 
     def reward(self, r: Tensor, r_ref: Tensor, Phi_C: Tensor, beta: float) -> Tensor:
         return grpo_advantages(r) / beta

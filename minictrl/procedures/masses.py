@@ -4,7 +4,7 @@ A continuous policy has many narrow cells, an empirical calibration K + 1 wide o
 problem one for each distinct reward. Within a cell all responses tie.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 
 from torch import Tensor
 
@@ -17,7 +17,10 @@ MassMap = Callable[[Tensor, Tensor, int], Tensor]
 
 def mass_map(procedure: str | MassMap) -> MassMap:
     """The map of masses behind a name; a function stays as it is. ValueError on an unknown name."""
-    return procedure if callable(procedure) else get_procedure(procedure).mass_after
+    if not callable(procedure):
+        return get_procedure(procedure).mass_after
+    # what has no hash, such as a dataclass, is solved for anew each time (`optimum.solve`)
+    return procedure if isinstance(procedure, Hashable) else lambda *args: procedure(*args)
 
 
 def mass_win_rate(mass: Tensor, ref: Tensor, procedure: str | MassMap, n: int) -> Tensor:

@@ -162,6 +162,11 @@ def frontier(T: MassMap, n: int, kl: float) -> Optimum:
         return less
 
 
+def is_fixed_point(transform) -> bool:
+    """Whether a transform, a name or a function, is one of FIXED_POINTS."""
+    return isinstance(transform, str) and transform in FIXED_POINTS
+
+
 def solved_for(name: str, procedure: str | MassMap) -> MassMap:
     """What the fixed point of a name is solved for."""
     return mass_map(FIXED_POINTS[name] or procedure)

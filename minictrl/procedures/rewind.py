@@ -42,7 +42,7 @@ def own_weights(select: Tensor, n: int) -> Tensor:
     All N draws fail with probability q^N. The threshold is a percentile of the samples, so the
     share of them below it is fixed; what varies is q, pi_ref's mass there, which is
     Beta(below, M + 1 - below): E[q^N] stands for q^N. The sample at the threshold is no fair draw
-    of those below it.
+    of those below it: one sample's worth of weight less is on those that tie there.
     """
     M, threshold = select.shape[1], threshold_of(select)[:, None]
     if n == 1:
@@ -52,7 +52,8 @@ def own_weights(select: Tensor, n: int) -> Tensor:
     draws = torch.arange(n)
     fails = ((below + draws) / (M + 1 + draws)).prod(1, keepdim=True)
     at = torch.nextafter(threshold, torch.full_like(threshold, -math.inf))
-    fair = ~above & ((select != at) | (below == 1))
+    tied = (~above & (select == at)).double()
+    fair = (~above).double() - tied / tied.sum(1, keepdim=True).clamp(min=1) * (below > 1)
     return split(above, fair, fails)
 
 

@@ -15,7 +15,14 @@ from minictrl.data import Prompt
 from minictrl.lm.hub import from_hub
 from minictrl.lm.kvcache import arguments
 from minictrl.lm.prompts import left_pad
-from minictrl.scorers.text import by_length, in_batches, scorer_tokenizer, written
+from minictrl.scorers.text import (
+    by_length,
+    encoded,
+    in_batches,
+    once_closed,
+    scorer_tokenizer,
+    written,
+)
 
 GAP = " \0"  # in a response's place; a chat template may strip its space
 # a label's logit is by itself its log-odds, or its score
@@ -30,12 +37,13 @@ def load_classifier(name: str, role: str, label: str, device: torch.device):
     """
     model = from_hub(AutoModelForSequenceClassification, f"{role} model", name, dtype="auto").eval()
     head = getattr(model, "score", None)  # of a causal model, read at the last token
-    given = model.config.get_text_config().pad_token_id
-    # without a padding token in the config transformers can't find a text's end
-    at_end = head is not None and given is None
+    named = model.config.get_text_config().pad_token_id
     tokenizer = scorer_tokenizer(model, name, role)
+    # where the config names no padding token of the tokenizer's, transformers can't find the end
+    at_end = head is not None and tokenizer.pad_token_id != named
     padding = None if at_end else tokenizer.pad_token_id
-    labels = [model.config.id2label[i] for i in range(model.config.num_labels)]
+    names = model.config.id2label
+    labels = [str(names.get(i, f"LABEL_{i}")) for i in range(model.config.num_labels)]
     if label not in (labels if len(labels) > 1 else ["", *labels]):
         raise ValueError(
             f"{role} model {name}: has {len(labels)} labels ({', '.join(labels)}), not one score; "
@@ -61,7 +69,7 @@ def load_classifier(name: str, role: str, label: str, device: torch.device):
     def evaluate(prompts: list[Prompt], texts: list[str]) -> Tensor:
         pairs, causal = zip(prompts, texts, strict=True), head is not None
         whole = [written(tokenizer, x, y, causal=causal) for x, y in pairs]
-        return in_batches(model, tokenizer, device, whole, read)
+        return in_batches(model, tokenizer, device, encoded(tokenizer, whole), read)
 
     def prefixes(prompts: list[Prompt], tokens: Tensor, mask: Tensor) -> Tensor:
         around = surroundings(tokenizer, prompts, padding)
@@ -145,10 +153,11 @@ def surroundings(
     split = (text.rpartition(GAP[1]) for text in whole)  # the last: a prompt may hold one
     parts = [(before.removesuffix(GAP[0]), behind) for before, _, behind in split]
     special = not tokenizer.chat_template  # as in `encoded`
-    encoded = tokenizer(["".join(part) for part in parts], add_special_tokens=special)
+    tokens = tokenizer(["".join(part) for part in parts], add_special_tokens=special)
     around = []
-    for i, (ids, (before, _)) in enumerate(zip(encoded["input_ids"], parts, strict=True)):
-        first = encoded.char_to_token(i, len(before))  # of what comes behind
+    for i, (ids, (before, behind)) in enumerate(zip(tokens["input_ids"], parts, strict=True)):
+        ids = once_closed(tokenizer, before + behind, ids)
+        first = tokens.char_to_token(i, len(before))  # of what comes behind
         first, last = len(ids) if first is None else first, len(ids)
         while last > first and ids[last - 1] == padding:
             last -= 1

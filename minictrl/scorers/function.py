@@ -18,7 +18,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from minictrl.data import Prompt, key
+from minictrl.data import Prompt, equal, key
 
 OURS = Path(__file__).parent.parent  # the package, which a function may import
 RULE = "return a list of one number per text; it gets the lists (prompts, texts)"
@@ -101,7 +101,7 @@ class Rows:
         self.known |= stored.keys()
         for column, value in read.items():
             before = stored.get(column)
-            if before != value:
+            if not equal(before, value):
                 raise ValueError(
                     f"{self.name} reads {column}, which is {str(value)[:40]!r} here and was "
                     f"{str(before)[:40]!r} where the prompt {key(prompt)[:60]!r} was calibrated; "

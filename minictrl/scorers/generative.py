@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from minictrl.data import Prompt
 from minictrl.lm.hub import from_hub
-from minictrl.scorers.text import in_batches, plain, render, scorer_tokenizer
+from minictrl.scorers.text import chat, in_batches, plain, render, scorer_tokenizer
 
 QUESTION = """Below are a prompt and a response to it.
 
@@ -50,21 +50,9 @@ def load_generative(name: str, role: str, label: str, device: torch.device):
 
 def log_odds(model: nn.Module, tokenizer, device: torch.device, questions: list[str]) -> Tensor:
     """log P(Yes) - log P(No) as the next token after each question, float32 (B,)."""
-    asked = [render(tokenizer, [{"role": "user", "content": question}]) for question in questions]
-    space = "" if tokenizer.chat_template else " "
-    this, other = (
-        tokenizer(space + answer, add_special_tokens=False)["input_ids"][0] for answer in ANSWERS
-    )
-    if space and this == other:  # the space is a token of its own
-        asked = [question + space for question in asked]
-        this, other = (
-            tokenizer(answer, add_special_tokens=False)["input_ids"][0] for answer in ANSWERS
-        )
-    if this == other:
-        raise ValueError(
-            f"model {tokenizer.name_or_path}: {' and '.join(ANSWERS)} begin with one token; use "
-            "another"
-        )
+    if not questions:
+        return torch.zeros(0)
+    rows, (this, other) = as_tokens(tokenizer, questions)
     head = model.get_output_embeddings()
 
     def read(inputs: dict[str, Tensor]) -> Tensor:
@@ -83,4 +71,42 @@ def log_odds(model: nn.Module, tokenizer, device: torch.device, questions: list[
             del head.forward
         return logits[:, 0] - logits[:, 1]  # the rest of the vocabulary cancels
 
-    return in_batches(model, tokenizer, device, asked, read, open_end=True)
+    return in_batches(model, tokenizer, device, rows, read)
+
+
+def as_tokens(tokenizer, questions: list[str]) -> tuple[list[dict], tuple[int, int]]:
+    """(rows, (yes, no)): each question as the model reads it, and the next token of its answers.
+
+    The answers are cut into tokens where they stand, because there "Yes" may be another token than
+    alone: SentencePiece puts a space before a text. Raises ValueError if no token parts them.
+    """
+    asked = [render(tokenizer, [{"role": "user", "content": question}]) for question in questions]
+    texts = [question + gap(tokenizer) + answer for question in asked for answer in ANSWERS]
+    special = not tokenizer.chat_template  # as in `encoded`
+    ids = tokenizer(texts, add_special_tokens=special)["input_ids"]
+    rows, answers = [], set()
+    for yes, no in zip(ids[::2], ids[1::2], strict=True):
+        parted = [i for i, pair in enumerate(zip(yes, no)) if pair[0] != pair[1]]
+        at = parted[0] if parted else len(yes) - 1
+        answers.add((yes[at], no[at]))
+        rows.append({"input_ids": yes[:at][-tokenizer.model_max_length :]})
+    if len(answers) > 1 or len(set(*answers)) == 1:
+        raise ValueError(
+            f"model {tokenizer.name_or_path}: no one token parts {' and '.join(ANSWERS)}; use "
+            "another"
+        )
+    return rows, *answers
+
+
+def gap(tokenizer) -> str:
+    """The white space between a question and its answer: Llama 2's template has a space there."""
+    if not tokenizer.chat_template:
+        return " "
+    question = [{"role": "user", "content": "a"}]
+    asked = chat(tokenizer, question, add_generation_prompt=True)
+    try:
+        whole = chat(tokenizer, [*question, {"role": "assistant", "content": ANSWERS[0]}])
+    except ValueError:  # the template has no answers
+        return ""
+    between = whole.removeprefix(asked).partition(ANSWERS[0])[0]
+    return "" if between.strip() else between

@@ -17,7 +17,7 @@ from transformers.utils import logging
 from minictrl.data import Prompt
 from minictrl.lm.device import halving, resident
 from minictrl.lm.hub import from_hub
-from minictrl.lm.prompts import check_ids, without_eos
+from minictrl.lm.prompts import Rendered, check_ids, without_eos
 from minictrl.messages import first_line
 
 logging.set_verbosity_error()
@@ -39,7 +39,7 @@ def render(tokenizer, prompt: Prompt, /, **template_args) -> str:
     prompt = as_text(tokenizer, prompt)
     if isinstance(prompt, str) or not tokenizer.chat_template:
         return plain(prompt)
-    return chat(tokenizer, prompt, **{"add_generation_prompt": True} | template_args)
+    return Rendered(chat(tokenizer, prompt, **{"add_generation_prompt": True} | template_args))
 
 
 def as_text(tokenizer, prompt: Prompt) -> Prompt:
@@ -144,7 +144,10 @@ def written(tokenizer, prompt: Prompt, text: str, *, causal: bool) -> str | tupl
 
 
 def encoded(tokenizer, texts: list[str | tuple[str, str]]) -> list[dict[str, list[int]]]:
-    """A dict per text: its token ids, and where there are pairs which of the two a token is of."""
+    """A dict per text: its token ids, and where there are pairs which of the two a token is of.
+
+    A text that `written` has closed has one EOS, although the tokenizer may put its own behind.
+    """
     special = not tokenizer.chat_template  # a template writes BOS and the like itself
     options = dict(add_special_tokens=special, truncation=True)
     kinds = {type(text) for text in texts}
@@ -154,7 +157,16 @@ def encoded(tokenizer, texts: list[str | tuple[str, str]]) -> list[dict[str, lis
         return [{name: row[name] for name in names if name in row} for row in rows]
     columns = tokenizer(texts, **options) if texts else {}
     columns = {name: columns[name] for name in names if name in columns}
+    if kinds == {str} and special:
+        pairs = zip(texts, columns["input_ids"], strict=True)
+        columns["input_ids"] = [once_closed(tokenizer, text, ids) for text, ids in pairs]
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+
+def once_closed(tokenizer, text: str, ids: list[int]) -> list[int]:
+    """The token ids of a text; one that ends with EOS gets no other from the tokenizer."""
+    closed = tokenizer.eos_token and text.endswith(tokenizer.eos_token)
+    return without_eos(tokenizer, text, ids) if closed else ids
 
 
 def longest_text(model: nn.Module, tokenizer) -> int:
@@ -179,11 +191,14 @@ def scorer_tokenizer(model: nn.Module, name: str, role: str):
         truncation_side="left",
     )
     tokenizer.model_max_length = longest_text(model, tokenizer)
-    if tokenizer.pad_token is None:
-        given = model.config.get_text_config().pad_token_id
-        in_text = given is not None and 0 <= given < len(tokenizer)
-        pad = tokenizer.convert_ids_to_tokens(given) if in_text else tokenizer.unk_token
-        tokenizer.pad_token = pad or tokenizer.eos_token
+    if "attention_mask" not in tokenizer.model_input_names:
+        tokenizer.model_input_names = [*tokenizer.model_input_names, "attention_mask"]
+    tokenizer.pad_token = (
+        padding_of(model, tokenizer)
+        or tokenizer.pad_token
+        or tokenizer.unk_token
+        or tokenizer.eos_token
+    )
     known = model.get_input_embeddings().num_embeddings
     if tokenizer.pad_token is None or tokenizer.pad_token_id >= known:
         raise ValueError(
@@ -193,6 +208,14 @@ def scorer_tokenizer(model: nn.Module, name: str, role: str):
     # a causal classifier reads the last token that isn't it
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     return tokenizer
+
+
+def padding_of(model: nn.Module, tokenizer) -> str | None:
+    """The token that a model's config pads with; None if it names none that a text can have."""
+    given = model.config.get_text_config().pad_token_id
+    known = min(len(tokenizer), model.get_input_embeddings().num_embeddings)
+    in_text = given is not None and 0 <= given < known
+    return tokenizer.convert_ids_to_tokens(given) if in_text else None
 
 
 def is_causal(model: nn.Module) -> bool:
@@ -212,15 +235,9 @@ def set_precision(model: nn.Module, device: torch.device) -> None:
 
 
 def in_batches(
-    model: nn.Module, tokenizer, device: torch.device, texts: list, read: Callable, open_end=False
+    model: nn.Module, tokenizer, device: torch.device, rows: list[dict], read: Callable
 ) -> Tensor:
-    """read(inputs) -> (B,) of all texts, or pairs of texts, in batches alike in length.
-
-    open_end: the text goes on, so an EOS that the tokenizer puts behind it is left out.
-    """
-    rows = encoded(tokenizer, texts)
-    for row, text in zip(rows, texts) if open_end else ():
-        row["input_ids"] = without_eos(tokenizer, text, row["input_ids"])
+    """read(inputs) -> (B,) of all rows of token ids (`encoded`), in batches alike in length."""
     lengths = [len(row["input_ids"]) for row in rows]
     check_ids(model, tokenizer, [row["input_ids"] for row in rows])
     if max(lengths, default=0) >= tokenizer.model_max_length:

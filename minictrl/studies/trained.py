@@ -17,6 +17,7 @@ from minictrl import theory, winrate
 from minictrl.figures import KL, WIN_RATE, draw_tradeoff, errorbars, panels, title
 from minictrl.procedures import get_procedure, rewind
 from minictrl.procedures.base import by_rank
+from minictrl.procedures.optimum import FIXED_POINTS
 from minictrl.results import read_samples
 from minictrl.studies.curves import best_of_kl
 from minictrl.studies.sweep import AWARE, OTHERS, VARIANTS, judged, redrawn, reference, sweep
@@ -100,7 +101,7 @@ def draw_measured(axis, table: Rows, methods: list[str], procedure: str, n: int,
     rows = where(table, procedure=procedure, n=n, scorer=scorer)
     rows = [row for row in rows if row["method"] in methods]
     rows.sort(key=lambda row: (methods.index(row["method"]), row["kl"]))
-    no_curve = {"none", *theory.FIXED_POINTS}  # none's is not known; the others' is the optimum
+    no_curve = {"none", *FIXED_POINTS}  # none's is not known; the others' is the optimum
     expected = {}
     for name in methods:
         transform = VARIANTS.get(name, {}).get("transform", "none")
