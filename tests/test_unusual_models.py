@@ -51,8 +51,10 @@ from minictrl.update import freeze, make_learner
 def metaspace() -> PreTrainedTokenizerFast:
     """Llama 2's: a space is ▁, and the first one of a text is dropped when it is decoded."""
     words = ["<unk>", "<s>", "</s>", "▁The", "▁movie", "▁was", "▁bad", "ly", "▁"]
-    core = Tokenizer(models.BPE({w: i for i, w in enumerate(words)}, [], unk_token="<unk>"))
-    core.normalizer = normalizers.Replace(" ", "▁")
+    core = Tokenizer(models.Unigram([(word, -1.0) for word in words], unk_id=0))
+    core.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
     core.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
