@@ -47,6 +47,7 @@ from minictrl.messages import command
 # What imports torch is imported inside functions: --help and a mistyped flag answer at once.
 
 WARMUP = 5  # steps
+LARGEST = 1e12  # nats
 
 
 def read_arguments(argv=None) -> tuple[dict, bool, bool]:
@@ -215,6 +216,11 @@ def online(training, config, task, method, reference, pi_ref):
         Phi_C = method.Phi.of_rewards(r, r_ref)  # (P, G) Phi(C_hat)
         stats["Phi"] = Phi_C.mean().item()
         R = method.reward(r, r_ref, Phi_C, beta)  # Phi(C_hat) / beta
+        if not R.abs().max() < LARGEST:
+            raise ValueError(
+                f"rewards of up to {r.abs().max():.2g} make R = Phi / beta {R.abs().max():.2g} "
+                "nats, whose gradients are no float32; return smaller ones"
+            )
         batch.R = R.flatten().to(batch.mask)
         if method.uses_baseline:
             batch = BASELINES[config.baseline](batch, task, r_ref, learner, config)

@@ -493,6 +493,20 @@ def test_a_run_is_not_deleted_for_one_that_cant_begin(short_run, tmp_path, monke
         assert runs.load_finished(run).transform == "exp10"
 
 
+def test_raw_rewards_beyond_float32_are_named_and_no_learning_rate(tmp_path):
+    """A sentinel for "bad": over a beta below 1 it is infinite."""
+    (tmp_path / "f.py").write_text(
+        "def f(x, y): return [-3.4e38 if len(t) % 4 == 0 else float(len(t)) for t in y]\n"
+    )
+    small = ["--prompts", "8", "--K", "16", "--max-new-tokens", "6", "--steps", "1", "--batch", "4"]
+    flags = ["--transform", "none", "--beta", "0.5", "--cache", f"{tmp_path}/c", "--layers", "1"]
+    with pytest.raises(ValueError, match="R = Phi / beta is up to .* nats"):
+        train.main([*small, *flags, "--reward", f"{tmp_path}/f.py:f", "--out", f"{tmp_path}/a"])
+    flags[2:4] = ["--kl", "0.5"]
+    with pytest.raises(ValueError, match="rewards of up to 3.4e[+]38 make R = Phi / beta"):
+        train.main([*small, *flags, "--reward", f"{tmp_path}/f.py:f", "--out", f"{tmp_path}/b"])
+
+
 def test_what_has_no_marker_is_not_deleted(tmp_path):
     (tmp_path / "config.json").write_text('{"task": "x", "method": "y"}')
     (tmp_path / "thesis.txt").write_text("precious")
