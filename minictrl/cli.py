@@ -93,8 +93,8 @@ def run_script(main):
         sys.exit(2)
     except KeyboardInterrupt:
         print(
-            f"{program()}: stopped; the same command goes on (train.py: with --resume, once it has "
-            "begun a step)",
+            f"{program()}: stopped; the same command goes on (train.py: with --resume, once --out "
+            "has a config.json)",
             file=sys.stderr,
         )
         sys.exit(130)

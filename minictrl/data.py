@@ -235,13 +235,9 @@ def prompt_of(row, column: str | None = None) -> Prompt:
         return parse_hh(chosen)[:-1]
     before = [message(m) for m in chosen[:-1]] if isinstance(chosen, list) else []
     prompt = row.get(column) if column else before
-    found = unpacked(prompt)
-    if isinstance(found, list):
-        messages = [message(m) for m in found]
-        # a text in "prompt" that is a list of something else is a text
-        if column != "prompt" or isinstance(prompt, list) or all(m["role"] for m in messages):
-            prompt = messages
+    prompt = messages_in(prompt) if column == "prompt" else unpacked(prompt)
     if isinstance(prompt, list):
+        prompt = [message(m) for m in prompt]
         if column != "prompt" and prompt and prompt[-1]["role"] == "assistant":
             prompt.pop()
     first = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
@@ -277,6 +273,14 @@ def unpacked(value):
                 "the data as .jsonl or .parquet"
             )
     return value
+
+
+def messages_in(value):
+    """`unpacked` messages; a text that is a list of something else is a text."""
+    found = unpacked(value)
+    if isinstance(value, str) and isinstance(found, list):
+        return found if all(message(m)["role"] for m in found) else value
+    return found
 
 
 def message(m) -> dict:

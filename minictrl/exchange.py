@@ -129,7 +129,8 @@ def likeliest(task: Task, r_ref: Tensor, tokens: Tensor, mask: Tensor, size: int
     text doesn't say which one ended it.
     """
     ended = (tokens == task.tokenizer.eos_token_id) & mask
-    ends = eos_ids(task.policy, task.tokenizer).tolist()
+    known = task.policy.get_input_embeddings().num_embeddings
+    ends = [end for end in eos_ids(task.policy, task.tokenizer).tolist() if end < known]
     tried = (with_logprobs(task, r_ref, tokens.masked_fill(ended, end), mask, size) for end in ends)
     return max(tried, key=lambda reference: float(reference.logprobs.double().sum()))
 

@@ -85,7 +85,7 @@ def draw_win_rates(run: Path, suffix: str, table: list[dict]):
         axis.legend(loc="lower right")
     split = "training" if suffix.startswith("-train") else "held-out"
     prompts = f"{table[0]['prompts']} {split} prompts"
-    figure.suptitle(f"{run.name}: {prompts}, bars are two standard errors", fontsize=10)
+    figure.suptitle(f"{run.resolve().name}: {prompts}, bars are two standard errors", fontsize=10)
     return figure
 
 

@@ -56,7 +56,7 @@ Balashankar, Sun et al., *InfAlign: Inference-aware language model alignment*, I
 def write_card(run: Path, config: Config, table: list[dict]):
     """The model card of a run's policy, policy/README.md, from its evaluation."""
     text = CARD.format(
-        name=run.name,
+        name=run.resolve().name,
         command=config.command(),
         table=results.printed(table),
         prompts=table[0]["prompts"],

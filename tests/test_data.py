@@ -341,6 +341,39 @@ def test_sides_that_are_conversations_keep_what_comes_before_the_answer(prompt, 
     assert prompt_of(row) == turns("q", "a", "p")  # train.py's is the same
 
 
+@pytest.mark.parametrize("prompt", [{"prompt": turns("q")}, {"messages": turns("q")}])
+def test_transcripts_beside_a_chat_prompt_are_read_as_conversations(prompt, tmp_path):
+    sides = {s: f"\n\nHuman: q\n\nAssistant: {s}" for s in ("chosen", "rejected")}
+    path = write(tmp_path / "p.jsonl", [prompt | sides])
+    assert load_pairs(path) == [(turns("q"), "chosen", "rejected")]
+
+
+def test_a_text_prompt_that_all_answers_repeat_is_cut_off(tmp_path):
+    """TRL's old format; an answer to "Hi" may begin with it."""
+    rows = [{"prompt": f"{i}?", "chosen": f"{i}? a", "rejected": f"{i}? b"} for i in range(9)]
+    with pytest.warns(UserWarning, match="all 9 pairs repeat their prompt"):
+        assert load_pairs(write(tmp_path / "p.jsonl", rows))[0] == ("0?", " a", " b")
+    rows.append({"prompt": "Hi", "chosen": "Hi there", "rejected": "Go"})
+    assert load_pairs(write(tmp_path / "q.jsonl", rows))[0] == ("0?", "0? a", "0? b")
+
+
+def test_an_answer_that_is_a_list_in_json_is_a_text(tmp_path):
+    sides = {"chosen": '[{"name": "Bob"}, {"name": "Al"}]', "rejected": "none"}
+    for prompt in ("q", turns("q")):
+        path = write(tmp_path / "p.jsonl", [{"prompt": prompt} | sides])
+        assert load_pairs(path) == [(prompt, *sides.values())]
+
+
+def test_pairs_come_from_the_split_that_is_named(hub):
+    datasets = pytest.importorskip("datasets")
+    rows = datasets.Dataset.from_list([{"prompt": "q", "chosen": "a", "rejected": "b"}])
+    datasets.DatasetDict({"train_prefs": rows}).save_to_disk(str(hub / "uf"))
+    assert load_pairs(str(hub / "uf"), data_split="train_prefs") == [("q", "a", "b")]
+    for task in ("helpful", "p.jsonl"):
+        with pytest.raises(ValueError, match="--data-split x: is of a data set of your own"):
+            load_pairs(task, data_split="x")
+
+
 def test_answers_to_a_prompt_in_messages_or_in_a_column_of_its_own_are_no_transcripts(tmp_path):
     sides = {"chosen": "a", "rejected": "b"}
     path = write(tmp_path / "p.jsonl", [{"messages": turns("q")} | sides])

@@ -169,7 +169,9 @@ def test_a_resumed_run_is_bit_identical(tmp_path, short_run, stopped_after):
         assert train.main([*flags, "--out", str(tmp_path / "halves")]) == 130
     assert not (tmp_path / "halves" / "policy").exists()
     assert 6 <= len(rows_of(tmp_path / "halves" / "metrics.jsonl")) < 8
+    flags[-1] = str(tmp_path / "elsewhere")
     assert not train.main([*flags, "--out", str(tmp_path / "halves"), "--resume"])
+    assert not (tmp_path / "elsewhere").exists()  # the run has its samples
     for name in ("policy/model.safetensors", "reference.safetensors"):
         assert (tmp_path / "halves" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     kept = [

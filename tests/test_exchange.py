@@ -75,6 +75,17 @@ def test_of_two_end_tokens_the_likelier_one_is_taken():
         assert found.logprobs.sum() == pytest.approx(best.item(), rel=1e-6)
 
 
+def test_an_end_token_that_the_policy_lacks_is_none():
+    """GPT-2's default is 50256, whatever its vocabulary."""
+    task = load_task(Config(prompts=12, K=2, max_new_tokens=12).resolved(), "train")
+    tokens, mask, _ = exchange.encode_responses(task, [[" a", " b"]] * 12)
+    expected = exchange.likeliest(task, torch.zeros(12, 2), tokens, mask, 64)
+    own = task.tokenizer.eos_token_id
+    task.policy.generation_config.eos_token_id = [own, 50256]
+    found = exchange.likeliest(task, torch.zeros(12, 2), tokens, mask, 64)
+    assert torch.equal(found.logprobs, expected.logprobs)
+
+
 def test_samples_that_are_cut_have_the_rewards_of_what_is_left(rows, tmp_path):
     file = write(tmp_path / "f.jsonl", rows)
     config = Config(prompts=12, K=8, max_new_tokens=5, reference=file).resolved()

@@ -19,7 +19,7 @@ from minictrl.data import load_prompts
 from minictrl.lm.prompts import response_texts
 from minictrl.models import load_policy, load_scorer
 from minictrl.pretrain.fitting import fit, load_start, mean, save_fitted
-from minictrl.pretrain.from_pairs import chosen_share, sft_rows, train_pairs_task, wilson
+from minictrl.pretrain.from_pairs import chosen_share, pair_rows, sft_rows, train_pairs_task, wilson
 from minictrl.pretrain.pairs import load_pairs
 from minictrl.scorers.text import encoded, written
 
@@ -284,6 +284,14 @@ def test_long_pairs_are_left_out_and_not_counted_as_trained_on(trained, tmp_path
     with pytest.raises(ValueError, match="the model's context of 256 tokens: all 36 pairs"):
         train_pairs_task(str(file), tmp_path / "no", policy=start, device="cpu")
     assert not (tmp_path / "no").exists()
+
+
+def test_pairs_beyond_the_classifiers_context_are_left_out_and_not_cut(tmp_path, capsys):
+    start = save(tmp_path / "encoder", BertModel(BertConfig(**SIZE, num_labels=1)))  # 256 tokens
+    pairs = [(f"{i}:", " good", " bad") for i in range(4)] + [("5:", " good", "b" * 300)]
+    (rows,) = pair_rows(start, [pairs], 1024)
+    assert len(rows) == 4
+    assert "1 of 5 pairs are longer than 256 tokens" in capsys.readouterr().out
 
 
 def test_pairs_that_are_all_too_long_are_refused(trained):

@@ -17,8 +17,8 @@ from minictrl.pretrain.from_pairs import train_pairs_task
 from minictrl.pretrain.ratings import cuts, load_ratings
 
 TEACHERS, STUDENTS = Path("models/teachers"), Path("models/reviews")
-OF_PAIRS = ("policy", "base", "column", "skip_bad", "epochs", "batch", "lr", "max_tokens")
-OF_PAIRS += ("device", "limit")
+OF_PAIRS = ("policy", "base", "column", "data_split", "skip_bad", "epochs", "batch", "lr")
+OF_PAIRS += ("max_tokens", "device", "limit")
 
 
 def make_prompts(reviews: list[dict]) -> dict[str, list[str]]:
@@ -63,6 +63,7 @@ def main(argv=None):
         "--base", help="pairs: what reward model and judge start from, an encoder or a causal model"
     )
     add("--column", help="pairs: of a file, where its prompts are (prompt, messages, …)")
+    add("--data-split", default="train", help="pairs: the split of a data set of your own (train)")
     text = "pairs: count rows without a prompt or a side, and leave them out"
     add("--skip-bad", action="store_true", default=None, help=text)
     add("--epochs", type=whole(), default=1, help="pairs: passes over them (1)")

@@ -55,13 +55,15 @@ def train_pairs_task(
     seed: int = 0,
     device: str = "auto",
     column: str | None = None,
+    data_split: str = "train",
     skip_bad: bool | None = None,
 ) -> dict[str, float]:
     """Train and save the three models; print and return what they do on held-out pairs.
 
     policy: what to start from (default: the task's). base: what reward model and judge start from,
     an encoder or a causal model (default: the trained policy); without a policy, they are all that
-    is made. limit: the most pairs, of training and of test. column, skip_bad: as in `load_pairs`.
+    is made. limit: the most pairs, of training and of test. column, data_split, skip_bad: as in
+    `load_pairs`.
     Pairs with more than max_tokens tokens on a side are counted and left out. The same call again
     goes on where an interrupted one stopped. Returns sft_nll (nats a token of the chosen answers;
     not of a policy that was there already), reward and judge (pair accuracies, ties half), and
@@ -79,7 +81,8 @@ def train_pairs_task(
         if not 0 < value < math.inf:
             raise ValueError(f"--{flag} {value}: use a positive number")
     place, out = resolve_device(device), Path(out)
-    train, test = read_pairs(task, limit, seed, column=column, skip_bad=skip_bad)
+    rows = dict(column=column, data_split=data_split, skip_bad=skip_bad)
+    train, test = read_pairs(task, limit, seed, **rows)
     halves = halved(task, train, test)
     options = dict(epochs=epochs, batch=batch, micro_batch=micro_batch, lr=lr, seed=seed)
     settings = dict(options, task=task, policy=policy, base=base, limit=limit, tokens=max_tokens)
@@ -233,12 +236,14 @@ def pair_rows(start: str, parts: list[list[Pair]], max_tokens: int) -> list[list
     model, tokenizer = load_start(start)
     causal, rows = hasattr(model, "score"), []
     for pairs in parts:
-        chosen, rejected = (
-            encoded(tokenizer, [written(tokenizer, x[0], x[side], causal=causal) for x in pairs])
+        texts = [
+            [written(tokenizer, pair[0], pair[side], causal=causal) for pair in pairs]
             for side in (1, 2)
-        )
+        ]
+        chosen, rejected = (encoded(tokenizer, side, truncation=False) for side in texts)
         check_ids(model, tokenizer, [row["input_ids"] for row in chosen + rejected])
-        rows.append(short(list(zip(chosen, rejected, strict=True)), max_tokens))
+        both = list(zip(chosen, rejected, strict=True))
+        rows.append(short(both, max_tokens, tokenizer.model_max_length))
     return rows
 
 

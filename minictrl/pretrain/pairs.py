@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from functools import partial
 
-from minictrl.config import TASKS
+from minictrl.config import TASKS, is_file
 from minictrl.data import (
     Prompt,
     check_split,
@@ -14,11 +14,11 @@ from minictrl.data import (
     held_out,
     key,
     message,
+    messages_in,
     parse_hh,
     prompt_of,
     read_hub,
     read_own,
-    unpacked,
 )
 
 Pair = tuple[Prompt, str, str]  # prompt, chosen, rejected
@@ -29,6 +29,7 @@ def load_pairs(
     split: str = "train",
     *,
     column: str | None = None,
+    data_split: str = "train",
     skip_bad: bool | None = None,
 ) -> list[Pair]:
     """(prompt, chosen, rejected) of a task or of a user's data, for SFT and a Bradley-Terry reward
@@ -38,14 +39,19 @@ def load_pairs(
     transcripts of HH-RLHF or lists of messages, with one prompt and an answer at the end. A row
     without one of its sides raises ValueError with its line; with skip_bad (default: of a task's
     pairs alone) such rows are counted in a warning and left out. column: where a user's
-    prompts are. split: the pairs of the prompts that `load_prompts` has of the same data; no prompt
-    is in both.
+    prompts are. data_split: what is read of a user's data set. split: the pairs of the prompts that
+    `load_prompts` has of the same data; no prompt is in both.
     """
     check_split(split)
+    if data_split != "train" and (task_or_file in TASKS or is_file(task_or_file)):
+        raise ValueError(
+            f"--data-split {data_split}: is of a data set of your own, and {task_or_file} has no "
+            "splits to choose from; leave it out"
+        )
     if task_or_file not in TASKS:
-        rows = list(read_own(task_or_file))
+        rows = list(read_own(task_or_file, data_split))
         pairs = convert(rows, partial(pair_of, column=column), skip_bad=bool(skip_bad))
-        test = held_out(prompts_of(rows, column))
+        pairs, test = prompt_once(pairs), held_out(prompts_of(rows, column))
         return [pair for pair in differing(pairs) if (key(pair[0]) in test) == (split == "test")]
     entry = TASKS[task_or_file]
     source = entry.get("pairs", entry.get("data"))
@@ -68,6 +74,21 @@ def prompts_of(rows: Iterable[tuple[str, object]], column: str | None = None) ->
             yield prompt_of(row, column)
 
 
+def prompt_once(pairs: list[Pair]) -> list[Pair]:
+    """The pairs, without the text prompts that all answers repeat; a warning says so."""
+
+    def repeats(prompt: Prompt, *answers: str) -> bool:
+        return isinstance(prompt, str) and all(answer.startswith(prompt) for answer in answers)
+
+    if not all(repeats(*pair) for pair in pairs):  # one that does may be an answer to "Hi"
+        return pairs
+    warnings.warn(
+        f"all {len(pairs)} pairs repeat their prompt in both answers: it is cut off them",
+        stacklevel=3,
+    )
+    return [(x, *(answer.removeprefix(x) for answer in answers)) for x, *answers in pairs]
+
+
 def differing(pairs: list[Pair]) -> list[Pair]:
     """The pairs of two answers; one answer given twice teaches nothing, and a warning says so."""
     kept = [pair for pair in pairs if pair[1] != pair[2]]
@@ -84,9 +105,10 @@ def pair_of(row, column: str | None = None) -> Pair:
     """(prompt, chosen, rejected) of a row."""
     prompt, sides = prompt_of(row, column), []
     for side in ("chosen", "rejected"):
-        answer = unpacked(row.get(side))
-        if isinstance(answer, str) and not (column or column_of(row)):  # HH: the whole transcript
-            answer = parse_hh(answer)
+        answer = messages_in(row.get(side))
+        if isinstance(answer, str):  # HH: the whole transcript
+            chat = isinstance(prompt, list) and answer.startswith("\n\nHuman:")
+            answer = parse_hh(answer) if chat or not (column or column_of(row)) else answer
         if isinstance(answer, list) and answer:
             *before, last = map(message, answer)
             if last["role"] != "assistant":

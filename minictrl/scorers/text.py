@@ -143,13 +143,15 @@ def written(tokenizer, prompt: Prompt, text: str, *, causal: bool) -> str | tupl
     return plain(prompt) + spaced(prompt, text) + (tokenizer.eos_token or "" if causal else "")
 
 
-def encoded(tokenizer, texts: list[str | tuple[str, str]]) -> list[dict[str, list[int]]]:
+def encoded(
+    tokenizer, texts: list[str | tuple[str, str]], *, truncation: bool = True
+) -> list[dict[str, list[int]]]:
     """A dict per text: its token ids, and where there are pairs which of the two a token is of.
 
     A text that `written` has closed has one EOS, although the tokenizer may put its own behind.
     """
     special = not tokenizer.chat_template  # a template writes BOS and the like itself
-    options = dict(add_special_tokens=special, truncation=True)
+    options = dict(add_special_tokens=special, truncation=truncation)
     kinds = {type(text) for text in texts}
     names = ["input_ids", "token_type_ids"] if tuple in kinds else ["input_ids"]
     if len(kinds) > 1:
