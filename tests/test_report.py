@@ -6,6 +6,7 @@ import re
 import shlex
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -66,6 +67,13 @@ def test_the_policys_card_has_its_table_and_the_command_that_makes_it(short_run)
     again, config = Config(**settings).resolved(), runs.load_config(short_run)
     elsewhere = {name: getattr(config, name) for name in ("out", "cache")}
     assert replace(again, **elsewhere) == config
+
+
+def test_a_run_has_its_name_from_within_too(short_run, tmp_path, monkeypatch):
+    run = shutil.copytree(short_run, tmp_path / "mine")
+    monkeypatch.chdir(run)
+    report.write_card(Path(), runs.load_config(run), results.read(run))
+    assert "# mine\n" in (run / "policy" / "README.md").read_text()
 
 
 @pytest.mark.parametrize(
