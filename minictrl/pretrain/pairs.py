@@ -78,9 +78,11 @@ def prompt_once(pairs: list[Pair]) -> list[Pair]:
     """The pairs, without the text prompts that all answers repeat; a warning says so."""
 
     def repeats(prompt: Prompt, *answers: str) -> bool:
-        return isinstance(prompt, str) and all(answer.startswith(prompt) for answer in answers)
+        text = isinstance(prompt, str)
+        return text and all(x.startswith(prompt) and x.strip() != prompt.strip() for x in answers)
 
-    if not all(repeats(*pair) for pair in pairs):  # one that does may be an answer to "Hi"
+    # one pair that does may be an answer to "Hi"
+    if not pairs or not all(repeats(*pair) for pair in pairs):
         return pairs
     warnings.warn(
         f"all {len(pairs)} pairs repeat their prompt in both answers: it is cut off them",

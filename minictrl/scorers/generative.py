@@ -81,7 +81,8 @@ def as_tokens(tokenizer, questions: list[str]) -> tuple[list[dict], tuple[int, i
     alone: SentencePiece puts a space before a text. Raises ValueError if no token parts them.
     """
     asked = [render(tokenizer, [{"role": "user", "content": question}]) for question in questions]
-    texts = [question + gap(tokenizer) + answer for question in asked for answer in ANSWERS]
+    between = gap(tokenizer)
+    texts = [question + between + answer for question in asked for answer in ANSWERS]
     special = not tokenizer.chat_template  # as in `encoded`
     ids = tokenizer(texts, add_special_tokens=special)["input_ids"]
     rows, answers = [], set()
