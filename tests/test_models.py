@@ -28,7 +28,7 @@ from transformers import (
 
 from minictrl.config import Config
 from minictrl.models import load_policy, load_scorer, save_policy
-from minictrl.scorers.text import BATCH_TOKENS, in_batches, render
+from minictrl.scorers.text import BATCH_TOKENS, encoded, in_batches, render
 from minictrl.task import read_prompts, text_of
 
 TEMPLATE = (
@@ -260,22 +260,14 @@ def test_out_of_memory_is_tried_again_in_smaller_batches():
             raise torch.OutOfMemoryError
         return inputs["attention_mask"].sum(1)
 
-    limit, texts = 3, ["a" * n for n in (5, 2, 9, 4, 7, 1, 3, 8)]
-    assert in_batches(model, tok, torch.device("cpu"), texts, read).tolist() == [
-        5,
-        2,
-        9,
-        4,
-        7,
-        1,
-        3,
-        8,
-    ]
+    lengths = [5, 2, 9, 4, 7, 1, 3, 8]
+    limit, rows = 3, encoded(tok, ["a" * n for n in lengths])
+    assert in_batches(model, tok, torch.device("cpu"), rows, read).tolist() == lengths
     # no text is read twice
     assert max(sizes) == 8 and sum(size for size in sizes if size <= 3) == 8
     limit = 0
     with pytest.raises(ValueError, match="out of memory with one text"):
-        in_batches(model, tok, torch.device("cpu"), texts, read)
+        in_batches(model, tok, torch.device("cpu"), rows, read)
 
 
 def test_the_reviews_models_score_any_text():
