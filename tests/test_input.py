@@ -278,6 +278,11 @@ def test_a_transform_for_another_procedure_is_said_to_be_so():
         Config(transform="won_fp").resolved()
 
 
+def test_the_one_optimum_that_trains_badly_is_said_to():
+    with pytest.warns(UserWarning, match="falls behind pi_ref .*; use exp10"):
+        Config(transform="optimal", procedure="rewind").resolved()
+
+
 def test_a_judge_that_fails_fails_at_the_start(tmp_path):
     (tmp_path / "judge.py").write_text("def broken(prompts, texts):\n    return [1 / 0]\n")
     flags = ["--judge", f"{tmp_path}/judge.py:broken", "--out", str(tmp_path / "run")]

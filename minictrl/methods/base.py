@@ -69,6 +69,12 @@ class Method:
                 f"the run's is {config.procedure}",
                 stacklevel=2,
             )
+        if (config.transform, config.procedure) == ("optimal", "rewind"):
+            warnings.warn(
+                "--transform optimal --procedure rewind: a policy that is trained so falls behind "
+                "pi_ref (docs/notes.md); use exp10",
+                stacklevel=2,
+            )
         if config.K < 2 and (cls.compares_reference or config.transform == "standardised"):
             raise ValueError(f"--K {config.K}: a prompt's samples are compared; use at least 2")
 
