@@ -69,7 +69,7 @@ class Method:
                 f"the run's is {config.procedure}",
                 stacklevel=2,
             )
-        if (config.transform, config.procedure) == ("optimal", "rewind"):
+        if cls.transform is None and (config.transform, config.procedure) == ("optimal", "rewind"):
             warnings.warn(
                 "--transform optimal --procedure rewind: a policy that is trained so falls behind "
                 "pi_ref (docs/notes.md); use exp10",
