@@ -85,8 +85,7 @@ def main(argv=None):
 def train(config: Config, resume: bool):
     from minictrl import runs
     from minictrl.budget import Budget
-    from minictrl.reference import Reference
-    from minictrl.rollout import check_sampler, reference_key, reference_samples
+    from minictrl.rollout import check_sampler, reference_key, reference_samples, samples_of_run
     from minictrl.track import Tracker
     from minictrl.training import Training
     from minictrl.update import freeze, make_learner
@@ -103,9 +102,8 @@ def train(config: Config, resume: bool):
 
     # 1. Calibrate: K samples per prompt from pi_ref with their rewards, shared by runs of one seed.
     seed = config.seed_for(CALIBRATION)
-    digest = reference_key(task, seed, task.cache_keys)
     if reference is None and resume:
-        reference = Reference.load(out / "reference.safetensors", digest)
+        reference = samples_of_run(out, task, config.K, seed=seed)
     if reference is None:  # no --reference FILE
         reference = reference_samples(
             task, config.K, seed=seed, cache=config.cache, name="calibrate"
@@ -117,7 +115,7 @@ def train(config: Config, resume: bool):
     budget = Budget(config.kl, partial(method.beta_at, r_ref=reference.r_ref), beta=config.beta)
     if replaced:  # only now, when nothing of the new run's input can be wrong
         runs.create(out, config, made_from)
-    reference.save(out / "reference.safetensors", digest)
+    reference.save(out / "reference.safetensors", reference_key(task, seed, task.cache_keys))
     runs.write_config(out, config, budget.beta, made_from)
 
     # 3. Maximise E[Phi(C_hat)] - beta KL(pi || pi_ref).

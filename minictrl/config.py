@@ -107,6 +107,11 @@ def is_file(name: str) -> bool:
     return Path(name).suffix in FORMATS
 
 
+def has_splits(task: str) -> bool:
+    """Whether --data-split can name what is read of it: of a user's data set, and no file."""
+    return task not in TASKS and not is_file(task)
+
+
 def is_object(text: str | None) -> bool:
     """Whether this is an object in JSON, or None."""
     try:
@@ -261,7 +266,7 @@ class Config:
             f"task {self.task} knows where its prompts are; leave it out",
         )
         self._need(
-            self.data_split == "train" or (self.own_prompts and not is_file(self.task)),
+            self.data_split == "train" or has_splits(self.task),
             "data_split",
             f"--task {self.task} has no splits to choose from; leave it out",
         )

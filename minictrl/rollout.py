@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from minictrl.batch import Batch
 from minictrl.files import digest
 from minictrl.lm.device import check_room
-from minictrl.reference import Reference, cached
+from minictrl.reference import Reference, cached, samples_of
 from minictrl.sampling import SAMPLER, Samples, sample, texts_of
 from minictrl.task import Task
 from minictrl.track import SHOWN
@@ -135,6 +135,13 @@ def reference_samples(task: Task, K: int, *, seed: int, cache: str, name: str) -
         )
 
     return cached(draw, task.cache_keys, K, Path(cache), reference_key(task, seed), name)
+
+
+def samples_of_run(run: Path, task: Task, K: int, *, seed: int) -> Reference | None:
+    """The first K reference samples of each prompt that a run's directory has, or None."""
+    key = reference_key(task, seed, task.cache_keys)
+    stored = Reference.load(run / "reference.safetensors", key)
+    return stored[:, :K] if samples_of(stored) >= K else None
 
 
 def check_sampler(task: Task, reference: Reference):

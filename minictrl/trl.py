@@ -34,8 +34,8 @@ from minictrl.lm.device import resident
 from minictrl.lm.prompts import encode_prompts, response_texts
 from minictrl.methods import get_method
 from minictrl.models import Scorer
-from minictrl.reference import CHUNK, Reference, samples_of
-from minictrl.rollout import reference_key, reference_samples, sample_and_score
+from minictrl.reference import CHUNK, Reference
+from minictrl.rollout import reference_samples, sample_and_score, samples_of_run
 from minictrl.sampling import texts_of
 from minictrl.task import Task, load_task, text_of
 
@@ -122,7 +122,7 @@ class Calibration:
         found = {}
         for name, prompt in {key(prompt): prompt for prompt in prompts}.items():
             samples, tokenizer = self.known[name], self.task.tokenizer
-            before = encode_prompts(tokenizer, [text_of(self.config, tokenizer, prompt)])
+            before = self._ids([prompt])
             (texts,) = texts_of(tokenizer, before, samples.tokens[None], samples.mask[None])
             found[name] = dict(zip(texts, samples.r_ref.tolist(), strict=True))
         return [found[key(prompt)] for prompt in prompts]
@@ -136,9 +136,12 @@ class Calibration:
         tokenizer = self.task.tokenizer
         if ids is None or tokenizer.batch_decode(ids, skip_special_tokens=True) != texts:
             return texts  # of another tokenizer
-        asked = [text_of(self.config, tokenizer, prompt) for prompt in prompts]
-        before = [row[-1] for row in encode_prompts(tokenizer, asked)]
-        return response_texts(tokenizer, before, ids)
+        return response_texts(tokenizer, [row[-1] for row in self._ids(prompts)], ids)
+
+    def _ids(self, prompts: list[Prompt]) -> list[list[int]]:
+        """The token ids of each prompt as the policy reads it."""
+        tokenizer = self.task.tokenizer
+        return encode_prompts(tokenizer, [text_of(self.config, tokenizer, x) for x in prompts])
 
     def _draw(self, prompts: list[Prompt]):
         texts = [text_of(self.config, self.task.tokenizer, prompt) for prompt in prompts]
@@ -180,10 +183,9 @@ def calibrate(task: Task, config: Config, run: Path) -> Reference:
     """
     P, K = len(task.prompts), config.K
     drawn = {"seed": config.seed_for(CALIBRATION), "cache": config.cache}  # as train.py has it
-    digest = reference_key(task, drawn["seed"], task.cache_keys)
-    stored = Reference.load(run / "reference.safetensors", digest)
-    if samples_of(stored) >= K:
-        return stored[:, :K]
+    stored = samples_of_run(run, task, K, seed=drawn["seed"])
+    if stored is not None:
+        return stored
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world > 1:
         from accelerate import PartialState

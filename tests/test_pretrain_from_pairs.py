@@ -289,7 +289,7 @@ def test_long_pairs_are_left_out_and_not_counted_as_trained_on(trained, tmp_path
 def test_pairs_beyond_the_classifiers_context_are_left_out_and_not_cut(tmp_path, capsys):
     start = save(tmp_path / "encoder", BertModel(BertConfig(**SIZE, num_labels=1)))  # 256 tokens
     pairs = [(f"{i}:", " good", " bad") for i in range(4)] + [("5:", " good", "b" * 300)]
-    (rows,) = pair_rows(start, [pairs], 1024)
+    (rows,) = pair_rows(*load_start(start), [pairs], 1024)
     assert len(rows) == 4
     assert "1 of 5 pairs are longer than 256 tokens" in capsys.readouterr().out
 

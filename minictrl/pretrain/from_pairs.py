@@ -81,8 +81,8 @@ def train_pairs_task(
         if not 0 < value < math.inf:
             raise ValueError(f"--{flag} {value}: use a positive number")
     place, out = resolve_device(device), Path(out)
-    rows = dict(column=column, data_split=data_split, skip_bad=skip_bad)
-    train, test = read_pairs(task, limit, seed, **rows)
+    rules = dict(column=column, data_split=data_split, skip_bad=skip_bad)
+    train, test = read_pairs(task, limit, seed, **rules)
     halves = halved(task, train, test)
     options = dict(epochs=epochs, batch=batch, micro_batch=micro_batch, lr=lr, seed=seed)
     settings = dict(options, task=task, policy=policy, base=base, limit=limit, tokens=max_tokens)
@@ -92,8 +92,9 @@ def train_pairs_task(
         settings["weights"] = digest(model)  # as are other weights
         rows = policy_rows(model, tokenizer, [train, test], max_tokens)
     if base is not None:
-        settings["base_weights"] = digest(load_start(base)[0])
-        sides = pair_rows(base, [*halves, test], max_tokens)
+        classifier = load_start(base)
+        settings["base_weights"] = digest(classifier[0])
+        sides = pair_rows(*classifier, [*halves, test], max_tokens)
     claim(out, settings)
     result = {}
     if name is not None and not (out / "policy" / "config.json").is_file():
@@ -101,7 +102,7 @@ def train_pairs_task(
         save_fitted(model.cpu(), tokenizer, out / "policy")
     start = base or str(out / "policy")
     if base is None:
-        sides = pair_rows(start, [*halves, test], max_tokens)
+        sides = pair_rows(*load_start(start), [*halves, test], max_tokens)
     return result | train_scorers(start, out, sides, test, place, **options)
 
 
@@ -229,11 +230,10 @@ def sft(model: nn.Module, tokenizer, train: list, held_out: list, out: Path, **o
     return after
 
 
-def pair_rows(start: str, parts: list[list[Pair]], max_tokens: int) -> list[list]:
-    """Of each part the (chosen, rejected) rows as the classifier `start` reads them, without the
-    long ones.
+def pair_rows(model, tokenizer, parts: list[list[Pair]], max_tokens: int) -> list[list]:
+    """Of each part the (chosen, rejected) rows as a classifier reads them, without the long
+    ones.
     """
-    model, tokenizer = load_start(start)
     causal, rows = hasattr(model, "score"), []
     for pairs in parts:
         texts = [

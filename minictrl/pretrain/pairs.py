@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from functools import partial
 
-from minictrl.config import TASKS, is_file
+from minictrl.config import TASKS, has_splits
 from minictrl.data import (
     Prompt,
     check_split,
@@ -43,7 +43,7 @@ def load_pairs(
     `load_prompts` has of the same data; no prompt is in both.
     """
     check_split(split)
-    if data_split != "train" and (task_or_file in TASKS or is_file(task_or_file)):
+    if data_split != "train" and not has_splits(task_or_file):
         raise ValueError(
             f"--data-split {data_split}: is of a data set of your own, and {task_or_file} has no "
             "splits to choose from; leave it out"
@@ -51,8 +51,9 @@ def load_pairs(
     if task_or_file not in TASKS:
         rows = list(read_own(task_or_file, data_split))
         pairs = convert(rows, partial(pair_of, column=column), skip_bad=bool(skip_bad))
-        pairs, test = prompt_once(pairs), held_out(prompts_of(rows, column))
-        return [pair for pair in differing(pairs) if (key(pair[0]) in test) == (split == "test")]
+        test = held_out(prompts_of(rows, column))
+        kept = differing(prompt_once(pairs))
+        return [pair for pair in kept if (key(pair[0]) in test) == (split == "test")]
     entry = TASKS[task_or_file]
     source = entry.get("pairs", entry.get("data"))
     if source is None:

@@ -59,7 +59,8 @@ def load_function(
             return list(islice(scores, len(texts) + 1))  # it may never end
 
     def evaluate(prompts: list[Prompt], texts: list[str]) -> Tensor:
-        rows.check_needed([key(prompt) for prompt in prompts])
+        if rows.needed:
+            rows.check_needed([key(prompt) for prompt in prompts])
         return as_float32(scores_of(call, prompts, texts, name), name)
 
     return [function_name, *texts.values(), rows.read()], evaluate, rows.add
