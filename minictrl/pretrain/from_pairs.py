@@ -63,20 +63,14 @@ def train_pairs_task(
     policy: what to start from (default: the task's). base: what reward model and judge start from,
     an encoder or a causal model (default: the trained policy); without a policy, they are all that
     is made. limit: the most pairs, of training and of test. column, data_split, skip_bad: as in
-    `load_pairs`.
-    Pairs with more than max_tokens tokens on a side are counted and left out. The same call again
-    goes on where an interrupted one stopped. Returns sft_nll (nats a token of the chosen answers;
-    not of a policy that was there already), reward and judge (pair accuracies, ties half), and
-    their 95 % intervals (`wilson`).
+    `load_pairs`. Pairs with more than max_tokens tokens on a side are counted and left out. The
+    same call again goes on where an interrupted one stopped. Returns sft_nll (nats a token of the
+    chosen answers; not of a policy that was there already), reward and judge (pair accuracies, ties
+    half), and their 95 % intervals (`wilson`).
     Raises ValueError as `load_pairs` and `load_policy` do, on a base that is no model, on too few
     pairs, and if `out` holds anything else.
     """
-    name = policy or TASKS.get(task, {}).get("policy")
-    if name is None and base is None:
-        raise ValueError(
-            f"--task {task}: has no policy of its own; name one to start from with --policy, or "
-            "with --base what a reward model starts from"
-        )
+    name = policy_of(task, policy, base)
     for flag, value in {"epochs": epochs, "batch": batch, "lr": lr}.items():
         if not 0 < value < math.inf:
             raise ValueError(f"--{flag} {value}: use a positive number")
@@ -104,6 +98,17 @@ def train_pairs_task(
     if base is None:
         sides = pair_rows(*load_start(start), [*halves, test], max_tokens)
     return result | train_scorers(start, out, sides, test, place, **options)
+
+
+def policy_of(task: str, policy: str | None, base: str | None) -> str | None:
+    """The policy to start from; None where a base is all there is. Raises ValueError on neither."""
+    name = policy or TASKS.get(task, {}).get("policy")
+    if name is None and base is None:
+        raise ValueError(
+            f"--task {task}: has no policy of its own; name one to start from with --policy, or "
+            "with --base what a reward model starts from"
+        )
+    return name
 
 
 def read_pairs(task: str, limit: int | None, seed: int, **rules) -> list[list[Pair]]:
