@@ -13,7 +13,8 @@ Where it departs from the paper:
 2. beta is not tuned by hand. It starts at the theory's for the KL that is asked for, and follows
    the KL that is measured (`minictrl/budget.py`); bon_fp, won_fp and optimal follow beta.
 3. R has a floor of log Z - 10 nats, where Z normalises pi_ref e^R / Z. At the floor a response
-   keeps e^-10 of pi_ref's probability, and a lower R would change nothing.
+   keeps e^-10 of pi_ref's probability, so a lower R hardly changes the optimum; it does change how
+   well a policy learns (docs/notes.md).
    `log` is not finite at C_hat = 0, and takes 1/(2K) for C_hat there
    (`minictrl/transforms.py`).
 4. There is no value network by default. On the embedded task a token's baseline is a cubic in the
@@ -36,6 +37,7 @@ Where it departs from the paper:
 
 import copy
 import time
+import warnings
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -43,6 +45,7 @@ from pathlib import Path
 from minictrl.cli import Parser, run_script
 from minictrl.config import CALIBRATION, Config
 from minictrl.messages import command
+from minictrl.methods import get_method
 
 # What imports torch is imported inside functions: --help and a mistyped flag answer at once.
 
@@ -71,6 +74,7 @@ def main(argv=None):
     out = settings.get("out")
     if not (resume and out):  # what is given to --resume is compared with the run's own settings
         config = Config(**settings).resolved()
+        warn_of_unread(settings, config.method)
         out = config.out
     from minictrl import runs
 
@@ -80,6 +84,14 @@ def main(argv=None):
         else:
             runs.check_out(config, overwrite=overwrite)
         return train(config, resume)
+
+
+def warn_of_unread(settings: dict, method: str):
+    """Of flags that the method does not read."""
+    unread = () if get_method(method).uses_baseline else ("baseline", "lam")
+    for name in settings.keys() & unread:
+        rule = f"--method {method} has no baseline"
+        warnings.warn(f"--{name} {settings[name]} has no effect: {rule}", stacklevel=2)
 
 
 def train(config: Config, resume: bool):

@@ -90,8 +90,8 @@ class Transform:
     def in_nats(self, Phi_C: Tensor, beta: float, r_ref: Tensor) -> Tensor:
         """R = Phi(C_hat) / beta in nats, raised to log Z - FLOOR where it is lower.
 
-        At that floor the optimum pi_ref e^R / Z keeps e^-FLOOR of pi_ref's probability; less would
-        change nothing. Without a floor exp-10 at 1 nat has R = -1,043 at C_hat = 0, and a few such
+        At that floor the optimum pi_ref e^R / Z keeps e^-FLOOR of pi_ref's probability; less hardly
+        changes it. Without a floor exp-10 at 1 nat has R = -1,043 at C_hat = 0, and a few such
         samples make up the whole gradient. Phi_C: (P, G). r_ref: (P, K) rewards of pi_ref's
         samples, whose mean e^R is the prompt's Z. Returns (P, G).
         """

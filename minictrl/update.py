@@ -68,8 +68,8 @@ def freeze(policy: nn.Module, layers: int | None) -> None:
     """Leaves the top `layers` transformer blocks (None: all) to be trained, and what follows them.
 
     Embeddings never are: what a word means and how a text is read stay as they are. Their
-    gradients are mostly noise, which the optimizer turns into KL that wins nothing: the same steps
-    with all parameters end no nearer to the theory (docs/notes.md), and cost more time.
+    gradients are mostly noise, which the optimizer turns into KL that wins nothing: training
+    all of the blocks ends no nearer to the theory either (docs/notes.md), and costs more time.
     """
     count = getattr(policy.config, "num_hidden_layers", None)
     lists = [module for module in policy.modules() if isinstance(module, nn.ModuleList)]

@@ -283,6 +283,13 @@ def test_the_one_optimum_that_trains_badly_is_said_to():
         Config(transform="optimal", procedure="rewind").resolved()
 
 
+@pytest.mark.parametrize("method, warned", [("qrpo", True), ("a2po", True), ("grpo", False)])
+def test_a_flag_that_the_method_does_not_read_is_said_to_be_so(method, warned, recwarn):
+    train.warn_of_unread({"baseline": "value", "clip": 0.1}, method)
+    said = [str(each.message) for each in recwarn]
+    assert said == [f"--baseline value has no effect: --method {method} has no baseline"] * warned
+
+
 def test_a_judge_that_fails_fails_at_the_start(tmp_path):
     (tmp_path / "judge.py").write_text("def broken(prompts, texts):\n    return [1 / 0]\n")
     flags = ["--judge", f"{tmp_path}/judge.py:broken", "--out", str(tmp_path / "run")]

@@ -82,7 +82,7 @@ class Method:
         """beta for a KL in nats, by the theory of what the method converges to (Theorem 3).
 
         Calibrated rewards without ties: the theory of infinitely many samples. With K = 100 the
-        optimum at that beta is a little farther than asked (exp10 6 %, bon_fp 27 % at 1 nat).
+        optimum at that beta is a little farther than asked (exp10 5 %, bon_fp 26 % at 1 nat).
         Offline methods and TRL see this; online the controller corrects it.
         Raw rewards, or ties: the beta that puts pi_ref's own samples, r_ref (P, K), at that KL
         (`budget.empirical_beta`); without r_ref None for raw rewards. Raises OutOfReach on a KL

@@ -57,7 +57,7 @@ def main(argv=None):
     add("--only", choices=teachers.STEPS, help=text)
     text = "of the teacher's text, some 17,000 tokens each (default 24)"
     add("--shards", type=whole(), default=24, help=text)
-    add("--task", help="instead, models from preference pairs: a task or a .jsonl file")
+    add("--task", help="instead, models from preference pairs: a task, a file or a data set")
     add("--policy", help="pairs: what to start from (default: the task's policy)")
     add(
         "--base", help="pairs: what reward model and judge start from, an encoder or a causal model"

@@ -1,5 +1,5 @@
-"""SFT policy, reward model and judge from the preference pairs of a task or a .jsonl file, with
-transformers' models.
+"""SFT policy, reward model and judge, transformers' models, from the preference pairs of a task, a
+file or a data set.
 
 For whoever has no reward model: the policy learns the chosen answers, then two Bradley-Terry
 classifiers, each on the pairs of half the prompts, so that the judge has seen other pairs than the

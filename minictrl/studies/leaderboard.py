@@ -63,7 +63,8 @@ prompts with {samples} responses each. Runs are brought to each KL, in nats (`ta
   both have. The order is that of the means over all seeds, so it may be below 0.
 - *Below the optimum*: the points by reward that are left to the best policy there is, at KL {kl:g}.
 - *Seeds*: how many at KL {kl:g}.
-- *Reward calls* are all of a run's, with the calibration's; *minutes* those of its updates.
+- *Reward calls* are all of a run's, with the calibration's; *minutes* those of its steps:
+  sampling, scoring and updates, without the calibration.
 - Runs were made at commit {commits}.
 
 A row is made by its command with `--kl` {budgets} and `--seed` 0, 1, …, and
