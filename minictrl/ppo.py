@@ -27,9 +27,10 @@ from torch import Tensor
 from minictrl.checks import at_least_float32, number, positive, same_shape
 
 
-def _check(mask: Tensor, **tensors: Tensor) -> Tensor:
-    """The mask as booleans, or a ValueError: one shape for all, 0 and 1, right-padded, no empty
-    response.
+def _checked(mask: Tensor, **tensors: Tensor) -> list[Tensor]:
+    """The mask as booleans, and the tensors as float32 at least, 0 behind it: 0 times a NaN would
+    be one, in a gradient too. ValueError unless all have one shape, and the mask is 0 and 1,
+    right-padded, without an empty response.
     """
     same_shape(", (B, T)", 2, mask=mask, **tensors)
     if not ((mask == 0) | (mask == 1)).all():
@@ -42,7 +43,7 @@ def _check(mask: Tensor, **tensors: Tensor) -> Tensor:
             "mask must be 1 on every response's first tokens, 0 after (right-padded, none empty): "
             "keep the EOS in the mask, and pad on the right"
         )
-    return mask
+    return [mask, *(at_least_float32(x).masked_fill(~mask, 0) for x in tensors.values())]
 
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
@@ -59,14 +60,13 @@ def token_rewards(R: Tensor, logprobs: Tensor, ref_logprobs: Tensor, mask: Tenso
     sampled, and pi_ref. Returns (B, T), 0 behind the mask. Its sum over tokens is the response's
     return R - sum_t k1.
     """
-    mask = _check(mask, logprobs=logprobs, ref_logprobs=ref_logprobs)
+    mask, logprobs, ref_logprobs = _checked(mask, logprobs=logprobs, ref_logprobs=ref_logprobs)
     if R.shape != mask.shape[:1]:
         raise ValueError(
             f"R is {tuple(R.shape)}: must be ({len(mask)},), one Phi(C_hat) / beta for each "
             "response"
         )
-    ref_logprobs, logprobs = at_least_float32(ref_logprobs), at_least_float32(logprobs)
-    rewards = (ref_logprobs - logprobs).masked_fill(~mask, 0)
+    rewards = ref_logprobs - logprobs
     last = mask.sum(1, keepdim=True) - 1
     return rewards.scatter_add(1, last, R[:, None].to(rewards))
 
@@ -84,10 +84,7 @@ def gae(
     for name, value in (("gamma", gamma), ("lam", lam)):
         if not 0 <= number(name, value) <= 1:
             raise ValueError(f"{name} is {value}: must be between 0 and 1")
-    mask = _check(mask, token_rewards=token_rewards, values=values)
-    token_rewards, values = (
-        at_least_float32(x).masked_fill(~mask, 0) for x in (token_rewards, values)
-    )
+    _, token_rewards, values = _checked(mask, token_rewards=token_rewards, values=values)
     advantages, next_value, next_advantage = [], 0, 0
     # behind the mask all terms are 0, so each response starts from 0
     for t in reversed(range(values.shape[1])):
@@ -109,10 +106,10 @@ def prefix_values(to_go: Tensor, C_hat_prefix: Tensor, mask: Tensor) -> Tensor:
     response is the only one left, it keeps its value of one token earlier. Returns (B, T), 0
     behind the mask.
     """
-    mask = _check(mask, to_go=to_go, C_hat_prefix=C_hat_prefix)
+    mask, to_go, C_hat_prefix = _checked(mask, to_go=to_go, C_hat_prefix=C_hat_prefix)
     cubic = [C_hat_prefix, C_hat_prefix**2, C_hat_prefix**3]
     features = torch.stack(cubic, -1).double()  # (B, T, 3)
-    values = torch.zeros_like(at_least_float32(to_go))
+    values = torch.zeros_like(to_go)
     for t in range(mask.shape[1]):
         alive = mask[:, t]
         count = int(alive.sum())
@@ -171,16 +168,13 @@ def policy_loss(
     nats a token, by k3), clipfrac (share of ratios outside 1 +- clip).
     """
     clip = positive("clip", clip)
-    mask = _check(mask, logprobs=logprobs, old_logprobs=old_logprobs)
+    mask, logprobs, old_logprobs = _checked(mask, logprobs=logprobs, old_logprobs=old_logprobs)
     if advantages.shape not in (mask.shape, (len(mask), 1)):
         raise ValueError(
             f"advantages is {tuple(advantages.shape)}, mask is {tuple(mask.shape)}: must be "
             "(B, T), or (B, 1) for all tokens of a response"
         )
-    logprobs, old_logprobs = at_least_float32(logprobs), at_least_float32(old_logprobs)
-    # before exp: a NaN there would reach the gradient
-    logratio = (logprobs - old_logprobs).masked_fill(~mask, 0)
-    ratio = logratio.exp()
+    ratio = (logprobs - old_logprobs).exp()
     advantages = at_least_float32(advantages).expand_as(ratio).masked_fill(~mask, 0)
     surrogate = torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
     with torch.no_grad():
@@ -195,10 +189,8 @@ def value_loss(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
     """Half the mean squared error over tokens, on returns of objective / beta as they are. All (B,
     T). No clipping.
     """
-    # before the square: 0 times a NaN is one, in the gradient
-    mask = _check(mask, values=values, returns=returns)
-    error = (at_least_float32(values) - at_least_float32(returns)).masked_fill(~mask, 0)
-    return masked_mean(error.square(), mask) / 2
+    mask, values, returns = _checked(mask, values=values, returns=returns)
+    return masked_mean((values - returns).square(), mask) / 2
 
 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
@@ -207,8 +199,7 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
 
     0 where the returns differ by no more than rounding.
     """
-    mask = _check(mask, values=values, returns=returns)
-    returns, values = at_least_float32(returns)[mask], at_least_float32(values)[mask]
-    error = returns - values
+    mask, values, returns = _checked(mask, values=values, returns=returns)
+    returns, error = returns[mask], (returns - values)[mask]
     variance, rounding = returns.var(correction=0), 1e-6 * returns.abs().amax()
     return torch.where(variance > rounding**2, 1 - error.var(correction=0) / variance, 0.0)
