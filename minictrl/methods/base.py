@@ -8,7 +8,7 @@ from torch import Tensor
 
 from minictrl import budget, ppo, theory
 from minictrl.batch import Batch
-from minictrl.checks import OutOfReach, same_shape
+from minictrl.checks import OutOfReach, at_least_float32, same_shape
 from minictrl.config import Config
 from minictrl.procedures import get_procedure
 from minictrl.procedures.masses import mass_win_rate
@@ -274,11 +274,14 @@ def best_and_worst(
 # --- shapes ---
 
 
-def check_responses(dim: int = 1, **tensors: Tensor) -> None:
-    """Raises ValueError unless all tensors have one shape, (B,), or (B, n) with `dim` 2."""
+def checked(dim: int = 1, **tensors: Tensor) -> list[Tensor]:
+    """The tensors as float32 at least. Raises ValueError unless all have one shape, (B,), or (B, n)
+    with `dim` 2.
+    """
     shape = "(B,)" if dim == 1 else "(B, n)"
     rule = f", {shape}: one number per response, log-probabilities summed over its tokens"
     same_shape(rule, dim, **tensors)
+    return [at_least_float32(x) for x in tensors.values()]
 
 
 def check_samples(name: str, x: Tensor, n: int, least: int = 1) -> None:

@@ -6,8 +6,8 @@ Departure: the samples of a prompt are paired once per run, not anew for every e
 from torch import Tensor
 
 from minictrl.batch import Batch
-from minictrl.checks import at_least_float32, positive
-from minictrl.methods.base import Offline, check_responses, pairs
+from minictrl.checks import positive
+from minictrl.methods.base import Offline, checked, pairs
 from minictrl.reference import Reference
 
 
@@ -39,13 +39,12 @@ def ipo_loss(
     All (B,), sums over the response's tokens in nats. Mean over pairs. On pairs drawn from pi_ref
     the optimum is pi_ref e^{C / tau} / Z: tau is beta. Raises ValueError on shapes or a tau <= 0.
     """
-    check_responses(
+    chosen, rejected, ref_chosen, ref_rejected = checked(
         chosen_logprobs=chosen_logprobs,
         rejected_logprobs=rejected_logprobs,
         ref_chosen_logprobs=ref_chosen_logprobs,
         ref_rejected_logprobs=ref_rejected_logprobs,
     )
     positive("tau", tau)
-    chosen, rejected = at_least_float32(chosen_logprobs), at_least_float32(rejected_logprobs)
-    h = (chosen - ref_chosen_logprobs) - (rejected - ref_rejected_logprobs)
+    h = (chosen - ref_chosen) - (rejected - ref_rejected)
     return (h - 1 / (2 * tau)).square().mean()

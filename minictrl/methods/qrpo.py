@@ -10,9 +10,8 @@ from torch import Tensor
 
 from minictrl.batch import Batch
 from minictrl.calibration import leave_one_out_calibration
-from minictrl.checks import at_least_float32
 from minictrl.methods.base import Method as Base
-from minictrl.methods.base import Offline, check_responses
+from minictrl.methods.base import Offline, checked
 from minictrl.reference import Reference
 from minictrl.transforms import log_partition
 
@@ -42,8 +41,7 @@ def qrpo_loss(logprobs: Tensor, ref_logprobs: Tensor, R: Tensor, log_Z: float | 
     All (B,), log-probabilities summed over the response's tokens; R = Phi(C_hat) / beta, log_Z that
     of the response's prompt. Offline: nothing is drawn from pi. Raises ValueError on shapes.
     """
-    check_responses(logprobs=logprobs, ref_logprobs=ref_logprobs, R=R)
+    logprobs, ref_logprobs, R = checked(logprobs=logprobs, ref_logprobs=ref_logprobs, R=R)
     if isinstance(log_Z, Tensor) and log_Z.numel() > 1:
-        check_responses(R=R, log_Z=log_Z)
-    logprobs, ref_logprobs, R = map(at_least_float32, (logprobs, ref_logprobs, R))
+        checked(R=R, log_Z=log_Z)
     return (R - log_Z - (logprobs - ref_logprobs)).square().mean()

@@ -18,9 +18,8 @@ import torch
 from torch import Tensor
 
 from minictrl.batch import Batch
-from minictrl.checks import at_least_float32
 from minictrl.config import Config
-from minictrl.methods.base import check_responses, partition, side_by_side
+from minictrl.methods.base import checked, partition, side_by_side
 from minictrl.methods.qrpo import Method as Qrpo
 from minictrl.methods.qrpo import reference_R
 from minictrl.reference import Reference
@@ -60,7 +59,6 @@ def tpo_loss(logprobs: Tensor, ref_logprobs: Tensor, R: Tensor) -> Tensor:
     its smallest value. 0 just for the tilt pi ~ pi_ref e^R on the samples of a group. Raises
     ValueError on shapes.
     """
-    check_responses(2, logprobs=logprobs, ref_logprobs=ref_logprobs, R=R)
-    logprobs, ref_logprobs, R = map(at_least_float32, (logprobs, ref_logprobs, R))
+    logprobs, ref_logprobs, R = checked(2, logprobs=logprobs, ref_logprobs=ref_logprobs, R=R)
     log_q, log_p = R.log_softmax(1), (logprobs - ref_logprobs).log_softmax(1)
     return (log_q.exp() * (log_q - log_p)).sum(1).mean()
