@@ -26,7 +26,6 @@ class Optimum(NamedTuple):
     log_ratio: Tensor  # (G,) log pi/pi_ref of each cell
     Phi: Tensor  # (G,) derivative of the win rate in the density there, Phi(1) = 0
     beta: float
-    kl: float  # nats
     win_rate: float
     residual: float  # standard deviation of log pi/pi_ref - Phi/beta, nats: 0 at the fixed point
 
@@ -112,8 +111,7 @@ def ascend(
             f"{at}, n {n}: no fixed point found, the best is {residual:.0e} nats off "
             f"(at most {CONVERGED:g} is); use a larger beta or a smaller KL"
         )
-    KL = cells.kl(state.log_ratio, ref)
-    return Optimum(state.log_ratio, state.Phi, 1 / state.scale, KL, state.win_rate, residual)
+    return Optimum(state.log_ratio, state.Phi, 1 / state.scale, state.win_rate, residual)
 
 
 def _evaluate(T: MassMap, n: int, ref: Tensor, log_ratio: Tensor, scale: float) -> _State:
