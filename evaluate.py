@@ -57,17 +57,16 @@ def main(argv=None):
     from minictrl import evaluation, figures, report, results, runs
 
     # all are checked before anything is drawn
-    configs = [runs.load_finished(run) for run in args.runs]
+    jobs = [(run, runs.load_finished(run)) for run in args.runs]
     given = {"reward": args.reward, "judge": args.judge}
     other_models = {role: model for role, model in given.items() if model}
     suffix = results.file_suffix(args.split, other_models)
-    for run, config in zip(args.runs, configs, strict=True):
-        evaluation.check(run, config, args.split, other_models)
-    devices = [args.device or config.device for config in configs]
-    if len(args.runs) > 1:  # one run's are loaded right before it is drawn
-        for run, config, device in zip(args.runs, configs, devices, strict=True):
-            evaluation.load_models(run, config, args.split, args.prompts, device, other_models)
-    for run, config, device in zip(args.runs, configs, devices, strict=True):
+    for job in jobs:
+        evaluation.check(*job, args.split, other_models)
+    if len(jobs) > 1:  # one run's are loaded right before it is drawn
+        for job in jobs:
+            evaluation.load_models(*job, args.split, args.prompts, args.device, other_models)
+    for run, config in jobs:
         table = evaluation.evaluate(
             run,
             config,
@@ -75,7 +74,7 @@ def main(argv=None):
             prompts=args.prompts,
             M=args.samples,
             sizes=SIZES,
-            device=device,
+            device=args.device,
             other_models=other_models,
         )
         print(f"\n{run}: {results.headline(config, args.split, table[0])}")

@@ -49,7 +49,7 @@ def evaluate(
     prompts: int,
     M: int,
     sizes: tuple[int, ...],
-    device: str,
+    device: str | None,
     other_models: dict[str, str],
 ) -> list[dict]:
     """The table of a run, from M responses per prompt of pi and of pi_ref.
@@ -89,14 +89,19 @@ def evaluate(
 
 
 def load_models(
-    run: Path, config: Config, split: str, prompts: int, device: str, other_models: dict[str, str]
+    run: Path,
+    config: Config,
+    split: str,
+    prompts: int,
+    device: str | None,
+    other_models: dict[str, str],
 ) -> tuple[Config, Task, Callable | None]:
-    """(settings, task, judge) of an evaluation. Raises ValueError on a model that is not the run's
-    any more, or can't be used.
+    """(settings, task, judge) of an evaluation. device: another than the run's. Raises ValueError
+    on a model that is not the run's any more, or can't be used.
     """
     if split == "train":
         prompts = min(prompts, config.prompts or prompts)  # those it was trained on
-    config = replace(config, prompts=prompts, device=device, **other_models)
+    config = replace(config, prompts=prompts, device=device or config.device, **other_models)
     task = load_task(config, split)
     judge = scorer_of(config, "judge")
     runs.check_made_from(run, config, runs.digests_of(config, task, judge), but=other_models)
