@@ -43,7 +43,7 @@ class Reference:
         return cls(r, tokens, samples.logprobs.cpu(), mask)
 
     def rows(self, index: Tensor | slice = slice(None)) -> Batch:
-        """All P K samples, a row each, or those of the index."""
+        """All P K samples, a row each, or those of the index; (B, n) of them, side by side."""
         P, K = self.r_ref.shape
         return Batch(
             prompt_index=torch.arange(P).repeat_interleave(K)[index],

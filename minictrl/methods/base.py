@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -233,14 +234,10 @@ def side_by_side(reference: Reference, index: Tensor) -> Batch:
 
     index: (P, groups, n) which of a prompt's K samples.
     """
-    prompt = torch.arange(len(index)).repeat_interleave(index.shape[1])
-    index = index.flatten(0, 1)  # (B, n)
-    return Batch(
-        prompt_index=prompt,
-        tokens=reference.tokens[prompt[:, None], index].long(),
-        mask=reference.mask[prompt[:, None], index].float(),
-        ref_logprobs=reference.logprobs[prompt[:, None], index],
-    )
+    P, K = reference.r_ref.shape
+    of_all = K * torch.arange(P)[:, None, None] + index  # which of the P K
+    rows = reference.rows(of_all.flatten(0, 1))
+    return replace(rows, prompt_index=rows.prompt_index[:, 0])
 
 
 def partition(P: int, K: int, n: int, generator: torch.Generator | None = None) -> Tensor:
