@@ -13,8 +13,6 @@ from minictrl.reference import Reference
 class Method(BestOf, Ipo):
     """n is the one whose Best-of-n has the budget's KL."""
 
-    transform = "log"
-
     def rows(self, reference: Reference, beta: float) -> Batch:
         self.n = self.best_of(beta)
         return pairs(reference, self.n, self.config.seed)
