@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from minictrl.bench import __main__ as bench
-from minictrl.bench import calibration, engine, growth, presets, roofline, sampling, step, timing
-from minictrl.bench.timing import random_model
+from minictrl.bench import calibration, engine, random_weights, sampling, step, timing
+from minictrl.bench.random_weights import random_model
 from minictrl.models import load_policy
 from minictrl.sampling import sample
 
@@ -157,23 +157,27 @@ def test_bytes_per_second_of_a_decode_step(monkeypatch):
     """
     config = SimpleNamespace(num_hidden_layers=2, hidden_size=8)
     model = SimpleNamespace(config=config, dtype=torch.float32, num_parameters=lambda: 1000)
-    monkeypatch.setattr(roofline, "K", 3)
-    monkeypatch.setattr(roofline, "encode_prompts", lambda *_: [[1] * 5, [1] * 4])
+    monkeypatch.setattr(random_weights, "K", 3)
+    monkeypatch.setattr(random_weights, "encode_prompts", lambda *_: [[1] * 5, [1] * 4])
     spent = {64: 20.0, 128: 148.0}
-    monkeypatch.setattr(roofline, "seconds", lambda work: spent[work.keywords["max_new_tokens"]])
-    rate = roofline.decode_rate(model, None, ["a", "b"])
+    monkeypatch.setattr(
+        random_weights, "seconds", lambda work: spent[work.keywords["max_new_tokens"]]
+    )
+    rate = random_weights.decode_rate(model, None, ["a", "b"])
     assert rate == pytest.approx(4 * (1000 + (9 + 6 * 96) * 2 * 2 * 8) / 2)
 
 
 def test_growth_is_the_exponent_of_the_time(monkeypatch):
-    monkeypatch.setattr(growth, "VARIED", {"K": (10, 30, 100), "layers": (1, 2)})
-    monkeypatch.setattr(growth, "sampling_time", lambda device, K, layers, **_: K**2 * layers)
-    by_K, by_layers = growth.growth("reviews", CPU, quick=False)
+    monkeypatch.setattr(random_weights, "VARIED", {"K": (10, 30, 100), "layers": (1, 2)})
+    monkeypatch.setattr(
+        random_weights, "sampling_time", lambda device, K, layers, **_: K**2 * layers
+    )
+    by_K, by_layers = random_weights.growth("reviews", CPU, quick=False)
     assert by_K["ours"] == pytest.approx(2) and by_layers["ours"] == pytest.approx(1)
 
 
 def test_sampling_from_a_random_model_is_timed():
-    assert growth.sampling_time(CPU, K=2, prompts=1, length=2, layers=1) > 0
+    assert random_weights.sampling_time(CPU, K=2, prompts=1, length=2, layers=1) > 0
 
 
 def test_every_preset_is_sampled_from_at_its_shape(monkeypatch):
@@ -181,7 +185,7 @@ def test_every_preset_is_sampled_from_at_its_shape(monkeypatch):
     monkeypatch.setattr(sampling, "K", 2)
     _, tokenizer = load_policy("reviews")
     vocabulary = len(tokenizer)
-    for family, *_, T in presets.SHAPES.values():
+    for family, *_, T in random_weights.SHAPES.values():
         others = {"intermediate_size": 8, "num_key_value_heads": 3}
         model = random_model(family, 24, 1, 3, vocabulary, **others)
         row = sampling.against_generate("tiny", model, tokenizer, ["a film"], T, ["dynamic"], 1)

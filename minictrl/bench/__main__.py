@@ -15,9 +15,7 @@ from pathlib import Path
 
 from minictrl.bench.calibration import calibration_share
 from minictrl.bench.engine import sample_vs_ctranslate2
-from minictrl.bench.growth import growth
-from minictrl.bench.presets import presets
-from minictrl.bench.roofline import decode_roofline
+from minictrl.bench.random_weights import decode_roofline, growth, presets
 from minictrl.bench.sampling import sample_vs_generate
 from minictrl.bench.step import ppo_step_vs_trl
 from minictrl.bench.timing import LeftOut

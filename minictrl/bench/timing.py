@@ -1,11 +1,10 @@
-"""What the rows share: random models, how a row is timed and told."""
+"""What the rows share: how a row is timed and told."""
 
 import time
 from collections.abc import Callable
 from statistics import median
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 
 
 class LeftOut(Exception):
@@ -48,19 +47,3 @@ def describe(policy: str, model) -> str:
     if model.device.type == "cuda":
         machine = torch.cuda.get_device_name(model.device)
     return f"{name}, {millions:.3g} M parameters, {machine}"
-
-
-def random_model(family: str, width: int, layers: int, heads: int, vocabulary: int, **others):
-    """A causal LM in eval mode. It almost never draws EOS: responses have the full length."""
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(
-        family,
-        hidden_size=width,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        vocab_size=vocabulary,
-        **others,
-    )
-    model = AutoModelForCausalLM.from_config(config).eval()
-    model.generation_config.eos_token_id = None
-    return model
