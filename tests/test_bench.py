@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from minictrl.bench import __main__ as bench
-from minictrl.bench import calibration, engine, random_weights, sampling, step, timing
+from minictrl.bench import random_weights, sampling, step, timing
 from minictrl.bench.random_weights import random_model
 from minictrl.models import load_policy
 from minictrl.sampling import sample
@@ -56,9 +56,9 @@ def test_ctranslate2_draws_from_the_same_distribution(monkeypatch):
     ctranslate2 = pytest.importorskip("ctranslate2")
     monkeypatch.setattr(sampling, "K", 150)
     model, tokenizer = load_policy("reviews")
-    generator, texts, T = engine.converted(model, tokenizer), ["this film is a"], sampling.T
+    generator, texts, T = sampling.converted(model, tokenizer), ["this film is a"], sampling.T
     ctranslate2.set_random_seed(0)
-    theirs = engine.generate(generator, model, tokenizer, texts, T, 1)
+    theirs = sampling.ctranslate2_generate(generator, model, tokenizer, texts, T, 1)
     eos = tokenizer.eos_token_id
     assert len(theirs) == 150 and all(eos not in tokens[:-1] for tokens in theirs)
     assert all(len(tokens) == T or tokens[-1] == eos for tokens in theirs)
@@ -95,7 +95,7 @@ def test_a_row_is_written_as_soon_as_it_is_there(monkeypatch, tmp_path):
 
 def test_a_row_that_cannot_be_measured_is_left_out_with_what_it_needs(monkeypatch, capsys):
     monkeypatch.setattr(step, "find_spec", lambda name: None)
-    monkeypatch.setattr(engine, "find_spec", lambda name: None)
+    monkeypatch.setattr(sampling, "find_spec", lambda name: None)
     names = ["ppo_step_vs_trl", "sample_vs_ctranslate2", "decode_roofline", "presets"]
     bench.main(["--device", "cpu", "--rows", *names])
     captured = capsys.readouterr()
@@ -141,11 +141,11 @@ def test_the_share_of_calibration_is_of_calibration_and_steps(monkeypatch):
     """128 prompts in 128 s: 1 s per prompt. (4 - 2) / 2 s per step of 512 responses, the first
     left out: 80 responses take 80 / 512 s.
     """
-    monkeypatch.setattr(calibration, "seconds", lambda work: 128.0)
-    monkeypatch.setattr(calibration, "sample_and_score", lambda *_, **__: None)
+    monkeypatch.setattr(step, "seconds", lambda work: 128.0)
+    monkeypatch.setattr(step, "sample_and_score", lambda *_, **__: None)
     metrics = [{"seconds": s} for s in (2.0, 2.7, 4.0)]
-    monkeypatch.setattr(calibration, "train", lambda *_: metrics)
-    (row,) = calibration.calibration_share("reviews", CPU, quick=False)
+    monkeypatch.setattr(step, "train", lambda *_: metrics)
+    (row,) = step.calibration_share("reviews", CPU, quick=False)
     assert row["ours"] == pytest.approx(100 / (1 + 80 / 512))
 
 

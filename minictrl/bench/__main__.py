@@ -13,11 +13,9 @@ better (but for calibration_share).
 import sys
 from pathlib import Path
 
-from minictrl.bench.calibration import calibration_share
-from minictrl.bench.engine import sample_vs_ctranslate2
 from minictrl.bench.random_weights import decode_roofline, growth, presets
-from minictrl.bench.sampling import sample_vs_generate
-from minictrl.bench.step import ppo_step_vs_trl
+from minictrl.bench.sampling import sample_vs_ctranslate2, sample_vs_generate
+from minictrl.bench.step import calibration_share, ppo_step_vs_trl
 from minictrl.bench.timing import LeftOut
 from minictrl.cli import Parser, check_file, run_script
 from minictrl.files import write_json

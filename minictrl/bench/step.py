@@ -1,4 +1,5 @@
-"""A whole PPO step, with rollout, scoring and update: train.py against TRL's PPOTrainer.
+"""A whole PPO step, with rollout, scoring and update: train.py against TRL's PPOTrainer; and what
+share of a run calibration takes.
 
 Both sides have the same policy, prompts and reward model, a classifier of the policy's size with
 random weights. They make the same optimizer steps: one epoch over minibatches, in float32, without
@@ -11,6 +12,7 @@ import contextlib
 import copy
 import io
 from collections.abc import Iterator
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,16 +20,19 @@ from tempfile import TemporaryDirectory
 import torch
 from transformers import AutoModelForSequenceClassification
 
+from minictrl.bench.sampling import K, T
 from minictrl.bench.timing import LeftOut, compare, describe, seconds
+from minictrl.config import Config
 from minictrl.data import load_prompts
 from minictrl.lm.prompts import encode_prompts
 from minictrl.models import load_policy
+from minictrl.rollout import sample_and_score
 from minictrl.runs import read_metrics
 from minictrl.studies.sweep import script
+from minictrl.task import load_task
 from minictrl.update import freeze
 
 PROMPTS, G, MINIBATCH = 64, 8, 256  # G responses per prompt
-T = 24  # tokens of the longest response
 LR = 1e-6  # so small that both sides go on sampling from the policy they start with
 
 
@@ -129,3 +134,36 @@ def ppo_trainer(model, tokenizer, scorer, steps: int, folder: str):
     return PPOTrainer(
         args, tokenizer, model, reference, scorer, data, value_model, eval_dataset=data
     )
+
+
+# --- what calibration costs ---
+
+EPOCHS = 80  # the paper's passes over the prompts (App. F), a response per prompt in each
+PAPER = 29  # % of its time were calibration
+
+
+def calibration_share(policy: str, device: torch.device, quick: bool) -> Iterator[dict]:
+    """In %. Per prompt: K responses sampled and scored, against EPOCHS responses trained on.
+
+    Nothing is cached. A response that is trained on costs its part of a step of train.py.
+    """
+    prompts = 32 if quick else 128
+    config = Config(policy=policy, prompts=prompts, device=str(device), max_new_tokens=T)
+    task = load_task(config.resolved(), "train")
+    calibrate = partial(sample_and_score, task, task.policy, range(prompts), seed=0)
+    calibrate(num_samples=2)  # a warm-up
+    calibration = seconds(partial(calibrate, num_samples=K)) / prompts
+    with TemporaryDirectory() as folder:
+        shape = {"batch": PROMPTS, "G": G}
+        metrics = train(folder, policy, device, 2 if quick else 6, shape)
+    spent = [row["seconds"] for row in metrics]
+    step = (spent[-1] - spent[0]) / (len(spent) - 1)  # without the first step, a warm-up
+    training = EPOCHS * step / (PROMPTS * G)
+    share = 100 * calibration / (calibration + training)
+    setting = (
+        f"{describe(policy, task.policy)}; per prompt {calibration:.3g} s to sample and score "
+        f"K = {K} responses, {training:.3g} s to train on {EPOCHS}, at {step:.3g} s per "
+        f"{PROMPTS * G}"
+    )
+    unit = "% of a run, less is better"
+    yield dict(ours=share, theirs=PAPER, ratio=share / PAPER, unit=unit, setting=setting)
