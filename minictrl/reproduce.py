@@ -14,11 +14,11 @@ from pathlib import Path
 from minictrl import figures
 from minictrl.cli import Parser, run_script
 from minictrl.files import check_writable, write_csv
-from minictrl.studies import beyond, curves, hedge, reward, sweep, trained
+from minictrl.studies import beyond, curves, reward, sweep, trained
 
 STUDIES = {
     study.__name__: study
-    for module in (curves, reward, trained, beyond, hedge)
+    for module in (curves, reward, trained, beyond)
     for study in module.STUDIES
 }
 

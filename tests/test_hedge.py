@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from minictrl.studies import hedge
+from minictrl.studies import beyond
 
 TURN = 0.95  # of the reward's uniform law: above it the judge finds every response the worst
 
@@ -22,8 +22,8 @@ def win_rate(n: int) -> float:
 def test_the_judges_peak_is_found_where_it_is_and_the_rewards_is_at_the_end():
     u = torch.rand(2000, 128, generator=torch.Generator().manual_seed(0))
     both = {"reward": u, "judge": torch.where(u < TURN, u, -u)}
-    pi, pi_ref = hedge.split_samples(both)
-    rows = hedge.best_of_curve("pi_ref", pi, pi_ref, 32)
+    pi, pi_ref = beyond.split_samples(both)
+    rows = beyond.best_of_curve("pi_ref", pi, pi_ref, 32)
     assert [row["n"] for row in rows] == 2 * [1, 2, 4, 8, 16, 32]
     for row in rows:  # 4 standard errors over prompts
         n = row["n"]
@@ -36,7 +36,7 @@ def test_the_judges_peak_is_found_where_it_is_and_the_rewards_is_at_the_end():
 
 def test_a_peak_that_the_prompts_do_not_agree_on_is_shared_out():
     wins = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0]])
-    shares = hedge.peak_shares(wins)
+    shares = beyond.peak_shares(wins)
     # the second of two columns wins where at least two of three resampled prompts prefer it
     assert shares[1] == pytest.approx(20 / 27, abs=4 * (20 / 27 * 7 / 27 / 1000) ** 0.5)
     assert sum(shares) == pytest.approx(1)
