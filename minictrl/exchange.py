@@ -23,7 +23,7 @@ from minictrl.data import convert, key, read_own, row_of
 from minictrl.files import in_one_step, write_rows
 from minictrl.lm.prompts import encode_prompts, eos_ids
 from minictrl.reference import Reference
-from minictrl.rollout import reference_key, score, with_prompts
+from minictrl.rollout import samples_of_run, score, with_prompts
 from minictrl.sampling import Samples, sample, texts_of
 from minictrl.scorers.text import as_text
 from minictrl.task import Task, load_task
@@ -218,8 +218,7 @@ def write_reference(run: Path, file: Path) -> str:
     """A run's reference samples as rows of prompt, completions and rewards; says how many."""
     config = runs.load_config(run)
     task = load_task(config, "train")
-    made_of = reference_key(task, config.seed_for(CALIBRATION), task.cache_keys)
-    reference = Reference.load(run / "reference.safetensors", made_of)
+    reference = samples_of_run(run, task, config.K, seed=config.seed_for(CALIBRATION))
     if reference is None:
         raise ValueError(f"{run}: has no reference samples of its models; train it anew")
     texts = texts_of(task.tokenizer, task.ids.tolist(), reference.tokens, reference.mask)
