@@ -88,8 +88,7 @@ def beats_best_of(r: Tensor, r_ref: Tensor, n: int) -> Tensor:
     r, r_ref = finite("rewards", r=r, r_ref=r_ref)
     K = r_ref.shape[1]
     lower, up_to = ranks(r, r_ref)
-    shares = [math.comb(count, n) / math.comb(K, n) for count in range(K + 1)]
-    shares = torch.tensor(shares, dtype=torch.promote_types(r.dtype, torch.float32))
+    shares = r.new_tensor([math.comb(count, n) / math.comb(K, n) for count in range(K + 1)])
     return (shares[lower] + shares[up_to]) / 2
 
 
