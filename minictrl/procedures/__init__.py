@@ -42,8 +42,12 @@ def parse_procedure(name: str) -> tuple[str, list[float]]:
     return ("soft", [float(soft[1])]) if soft else (name, [])
 
 
-@lru_cache
 def get_procedure(name: str):
     """The `base.Procedure` of a name, always the same object. Raises ValueError on a bad name."""
     file, arguments = parse_procedure(name)
+    return procedure_of(file, *arguments)
+
+
+@lru_cache
+def procedure_of(file: str, *arguments: float):
     return import_module(f"minictrl.procedures.{file}").Procedure(*arguments)
