@@ -50,7 +50,6 @@ from minictrl.methods import get_method
 # What imports torch is imported inside functions: --help and a mistyped flag answer at once.
 
 WARMUP = 5  # steps
-LARGEST = 1e12  # nats
 
 
 def read_arguments(argv=None) -> tuple[dict, bool, bool]:
@@ -214,6 +213,7 @@ def summary(last: dict, config: Config) -> str:
 def online(training, config, task, method, reference, pi_ref):
     """Online methods: G responses per prompt from the current policy, then an update on them."""
     from minictrl.baselines import BASELINES
+    from minictrl.methods.base import check_R
     from minictrl.ppo import explained_variance
     from minictrl.rollout import indices_of_step, shown_responses
     from minictrl.track import EVERY
@@ -230,11 +230,7 @@ def online(training, config, task, method, reference, pi_ref):
         Phi_C = method.Phi.of_rewards(r, r_ref)  # (P, G) Phi(C_hat)
         stats["Phi"] = Phi_C.mean().item()
         R = method.reward(r, r_ref, Phi_C, beta)  # Phi(C_hat) / beta
-        if not R.abs().max() < LARGEST:
-            raise ValueError(
-                f"rewards of up to {r.abs().max():.2g} make R = Phi / beta {R.abs().max():.2g} "
-                "nats, whose gradients are no float32; return smaller ones"
-            )
+        check_R(R, r, config.method)
         batch.R = R.flatten().to(batch.mask)
         if method.uses_baseline:
             batch = BASELINES[config.baseline](batch, task, r_ref, learner, config)

@@ -33,6 +33,12 @@ class Batch:
     returns: Tensor | None = None  # (B, T) what a value head learns
     advantages: Tensor | None = None  # (B, T), or (B,) for all tokens of a response
 
+    def __post_init__(self):
+        for f in fields(self):
+            x = getattr(self, f.name)
+            if x is not None and len(x) != len(self):
+                raise ValueError(f"{f.name} {tuple(x.shape)}: give it {len(self)} rows, as tokens")
+
     def __len__(self) -> int:
         return len(self.tokens)
 

@@ -108,8 +108,9 @@ def is_file(name: str) -> bool:
 
 
 def has_splits(task: str) -> bool:
-    """Whether --data-split can name what is read of it: of a user's data set, and no file."""
-    return task not in TASKS and not is_file(task)
+    """Whether --data-split can name what is read of it: a user's data set with splits."""
+    one = is_file(task) or Path(task, "state.json").is_file()  # saved by `datasets` without splits
+    return task not in TASKS and not one
 
 
 def is_object(text: str | None) -> bool:

@@ -217,8 +217,8 @@ def convert(
 
 def row_of(row, column: str | None = None) -> tuple[Prompt, dict]:
     """(prompt, the other columns) of a row."""
-    prompt = prompt_of(row, column)
-    return prompt, {name: value for name, value in row.items() if name not in (*NAMES, column)}
+    prompt, column = prompt_of(row, column), column or column_of(row)
+    return prompt, {name: value for name, value in row.items() if name != column}
 
 
 def prompt_of(row, column: str | None = None) -> Prompt:

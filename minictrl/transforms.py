@@ -164,8 +164,11 @@ def check_ends(name: str, ends: tuple[float, ...]) -> None:
     """Raises ValueError on a closed form that is no finite tensor at an end of [0, 1]."""
     for u in ends:
         Phi_u = CLOSED_FORMS[name](torch.tensor([u]))
-        if not isinstance(Phi_u, Tensor) or Phi_u.shape != (1,):
-            raise ValueError(f"transform {name!r}: Phi gives {Phi_u!r}, no tensor of u's shape")
+        floats = isinstance(Phi_u, Tensor) and Phi_u.is_floating_point()
+        if not floats or Phi_u.shape != (1,):
+            raise ValueError(
+                f"transform {name!r}: Phi gives {Phi_u!r}, no float tensor of u's shape"
+            )
         if not Phi_u.isfinite():
             raise ValueError(
                 f"transform {name!r}: Phi({u:g}) is {Phi_u.item()}, and of K samples the best has "

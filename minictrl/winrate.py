@@ -55,11 +55,12 @@ def weights(select: Tensor, select_ref: Tensor, procedure: str, n: int) -> tuple
     """
     weigh = get_procedure(procedure).weights
     both = weigh(select, n, select_ref), weigh(select_ref, n)
-    for each in both:
-        if each.min() < -1e-9 or (each.sum(1) - 1).abs().max() > 1e-6:
+    for each, (P, M) in zip(both, (select.shape, select_ref.shape)):
+        right = isinstance(each, Tensor) and each.shape == (P, M)
+        if not (right and each.min() >= -1e-9 and (each.sum(1) - 1).abs().max() <= 1e-6):
             raise ValueError(
-                f"procedure {procedure}: its weights of {each.shape[1]} samples are no "
-                "probabilities; they are nowhere negative and sum to 1 per prompt"
+                f"procedure {procedure}: its weights of {M} samples are no probabilities; return a "
+                f"tensor {P, M}, nowhere negative, that sums to 1 per prompt"
             )
     return both
 

@@ -7,8 +7,8 @@ import socket
 
 import pytest
 
-from minictrl.config import TASKS
-from minictrl.data import load_prompts, load_rows, parse_hh, prompt_of
+from minictrl.config import TASKS, Config
+from minictrl.data import load_prompts, load_rows, parse_hh, prompt_of, row_of
 from minictrl.pretrain.pairs import load_pairs
 
 
@@ -129,6 +129,9 @@ def test_prompts_come_from_every_kind_of_data(kind, hub):
         path = "org/name"
     else:
         getattr(rows, f"to_{kind}")(path)
+    if kind == "disk":  # which has no splits
+        with pytest.raises(ValueError, match="--data-split dev: .* has no splits"):
+            Config(task=path, data_split="dev")
     found = load_rows(path, "test", column="question", data_split=split)
     answers = ("9", "19") if kind == "csv" else (9, 19)
     assert found == [(f"Tell me {x}", {"answer": x_}) for x, x_ in zip((9, 19), answers)]
@@ -452,3 +455,9 @@ def test_a_hub_that_cannot_be_reached_is_one_line_that_names_the_local_way(hub, 
     ) as error:
         load_prompts("harmless")
     assert "\n" not in str(error.value)
+
+
+def test_what_is_not_the_prompt_is_a_column_whatever_its_name():
+    row = {"prompt": "a", "messages": ["b"], "question": "c"}
+    assert row_of(row) == ("a", {"messages": ["b"], "question": "c"})
+    assert row_of(row, "question") == ("c", {"prompt": "a", "messages": ["b"]})

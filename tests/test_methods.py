@@ -10,6 +10,7 @@ from minictrl.batch import Batch
 from minictrl.calibration import calibrated_reward
 from minictrl.config import Config
 from minictrl.methods import get_method
+from minictrl.methods.base import check_R
 from minictrl.methods.bonbon import bonbon_loss
 from minictrl.methods.grpo import grpo_advantages
 from minictrl.methods.ipo import ipo_loss
@@ -190,6 +191,28 @@ def test_an_online_reward_is_phi_over_the_steps_beta_with_its_floor():
     assert (
         torch.equal(found, online.Phi.in_nats(Phi_C, beta, r_ref)) and (found > Phi_C / beta).any()
     )
+
+
+@pytest.mark.parametrize(
+    "change, told",
+    [
+        (lambda R: R.T, r"its R is \(3, 2\); return a tensor \(2, 3\)"),
+        (lambda R: R.tolist(), "its R is list"),
+        (lambda R: R.log(), "its R is nan where rewards are numbers"),
+        (lambda R: R * 1e13, "rewards of up to 1 make R"),
+    ],
+)
+def test_R_is_a_number_to_learn_from_for_each_reward(change, told):
+    r = torch.tensor([[-1.0, 0.5, 1], [1, 1, 1]])
+    check_R(r, r, "mine")
+    with pytest.raises(ValueError, match=told):
+        check_R(change(r), r, "mine")
+
+
+def test_rows_of_a_batch_are_as_many_as_its_responses():
+    tokens, mask = torch.zeros(4, 3, dtype=torch.long), torch.ones(4, 3)
+    with pytest.raises(ValueError, match=r"R \(2, 2\): give it 4 rows"):
+        Batch(torch.arange(4), tokens, mask, R=torch.zeros(2, 2))
 
 
 def test_an_online_loss_is_the_surrogate_at_the_runs_clip_plus_the_value_heads():

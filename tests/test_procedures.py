@@ -8,9 +8,11 @@ from itertools import combinations, product
 
 import pytest
 import torch
+from torch import Tensor
 
 from minictrl import theory
 from minictrl.calibration import calibrated_reward
+from minictrl.config import Config
 from minictrl.procedures import cells, get_procedure
 from minictrl.procedures.base import ByRank
 from minictrl.procedures.masses import mass_win_rate
@@ -230,11 +232,35 @@ def test_rank_weights_that_are_none_are_told(weights):
         Mine().weights(torch.rand(2, 8).double(), 4)
 
 
-def test_weights_that_are_no_probabilities_are_told(monkeypatch):
-    monkeypatch.setattr(get_procedure("bon"), "weights", lambda select, *_: select.abs() + 1)
+@pytest.mark.parametrize(
+    "weights",
+    [
+        lambda select: select.abs() + 1,
+        lambda select: torch.full_like(select, math.nan),
+        lambda select: torch.where(select > 0.5, torch.nan, 1 / select.shape[1]),
+        lambda select: torch.full_like(select, 1 / select.shape[1])[0],
+        lambda select: [1.0],
+    ],
+)
+def test_weights_that_are_no_probabilities_are_told_before_a_run_and_after(weights, monkeypatch):
+    monkeypatch.setattr(get_procedure("bon"), "weights", lambda select, *_: weights(select))
     r = torch.rand(4, 3, 8)
     with pytest.raises(ValueError, match="procedure bon: its weights of 8 samples"):
         win_rates(*r, "bon", 2)
+    with pytest.raises(ValueError, match="procedure bon: its weights of 4 samples"):
+        Config(transform="identity").resolved()
+
+
+@pytest.mark.parametrize(
+    "change, told", [(Tensor.detach, "make it differentiable"), (Tensor.float, "sum to 1, in torch.float64")]
+)
+def test_masses_that_no_optimum_could_be_solved_for_are_told_before_a_run(
+    change, told, monkeypatch
+):
+    bon = get_procedure("bon").mass_after
+    monkeypatch.setattr(get_procedure("bon"), "mass_after", lambda *given: change(bon(*given)))
+    with pytest.raises(ValueError, match=told):
+        Config(transform="identity").resolved()
 
 
 def test_best_of_500_of_1000_weighs_the_largest_by_a_half():

@@ -166,9 +166,10 @@ def test_a_transform_that_is_infinite_at_an_end_is_refused_before_it_trains(monk
         monkeypatch.setitem(transforms.CLOSED_FORMS, "mine", Phi)
         with pytest.raises(ValueError, match=rf"'mine': Phi\({u}\) is -?inf"):
             get_transform("mine")
-    monkeypatch.setitem(transforms.CLOSED_FORMS, "mine", lambda u: u.tolist())
-    with pytest.raises(ValueError, match="no tensor of u's shape"):
-        get_transform("mine")
+    for Phi in (lambda u: u.tolist(), lambda u: u > 0.5, lambda u: (9 * u).long()):
+        monkeypatch.setitem(transforms.CLOSED_FORMS, "mine", Phi)
+        with pytest.raises(ValueError, match="no float tensor of u's shape"):
+            get_transform("mine")
     with pytest.raises(ValueError, match="unknown transform"):
         get_transform("exp٣")
 

@@ -7,17 +7,18 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from minictrl import budget, ppo, theory
+from minictrl import budget, ppo, theory, winrate
 from minictrl.batch import Batch
 from minictrl.checks import OutOfReach, at_least_float32, same_shape
 from minictrl.config import Config
 from minictrl.procedures import get_procedure
 from minictrl.procedures.masses import mass_win_rate
-from minictrl.procedures.optimum import FIXED_POINTS
+from minictrl.procedures.optimum import DETACHED, FIXED_POINTS
 from minictrl.reference import Reference
 from minictrl.transforms import RAW, Transform, get_transform
 
-HUGE = 1e6  # nats
+HUGE = 1e6  # nats, of R with a --beta that was given
+LARGEST = 1e12  # nats, of any R
 
 
 class Method:
@@ -60,9 +61,7 @@ class Method:
                 f"--n {config.n}: too many draws for {config.procedure}; use at most "
                 f"{procedure.largest_n}"
             )
-        halves = torch.tensor([0.5, 0.5], dtype=torch.float64)
-        mass_win_rate(halves, halves, config.procedure, config.n)
-        procedure.weights(torch.zeros(1, procedure.samples(config.n)), config.n)
+        check_procedure(config.procedure, config.n)
         solved_for = FIXED_POINTS.get(config.transform) or config.procedure
         if solved_for != config.procedure:
             warnings.warn(
@@ -268,7 +267,34 @@ def best_and_worst(
     return order.gather(2, best)[..., 0], order.gather(2, worst)[..., 0]
 
 
-# --- shapes ---
+# --- what a procedure, a method and a loss give and take ---
+
+
+def check_procedure(name: str, n: int) -> None:
+    """Raises ValueError on a procedure whose masses or weights can't be used."""
+    halves = torch.tensor([0.5, 0.5], dtype=torch.float64, requires_grad=True)
+    if not mass_win_rate(halves, halves.detach(), name, n).requires_grad:
+        raise ValueError(f"--procedure {name}: {DETACHED}")
+    scores = torch.arange(2.0 * get_procedure(name).samples(n)).view(2, -1)
+    winrate.weights(scores, scores, name, n)
+
+
+def check_R(R: Tensor, r: Tensor, method: str) -> None:
+    """Raises ValueError unless R has a number to learn from for each of the rewards r (P, G)."""
+    shape = tuple(r.shape)
+    if not isinstance(R, Tensor) or R.shape != shape:
+        got = tuple(R.shape) if isinstance(R, Tensor) else type(R).__name__
+        raise ValueError(
+            f"--method {method}: its R is {got}; return a tensor {shape}, one a reward"
+        )
+    if R.isnan().any():
+        raise ValueError(f"--method {method}: its R is nan where rewards are numbers; mend it")
+    largest = R.abs().max()
+    if not largest < LARGEST:
+        raise ValueError(
+            f"rewards of up to {r.abs().max():.2g} make R = Phi / beta {largest:.2g} nats, whose "
+            "gradients are no float32; return smaller ones"
+        )
 
 
 def checked(dim: int = 1, **tensors: Tensor) -> list[Tensor]:

@@ -39,11 +39,11 @@ def masses_after(T: MassMap, mass: Tensor, edges: Tensor, n: int) -> Tensor:
     """T(mass, edges, n). Raises ValueError unless that is a mass for each cell, of 1 in all."""
     after = T(mass, edges, n)
     shape = tuple(getattr(after, "shape", ()))
-    if shape[-1:] == mass.shape[-1:]:
+    if shape[-1:] == mass.shape[-1:] and after.dtype == mass.dtype:
         known = after.detach()
         if known.min() >= -1e-6 and (known.sum(-1) - 1).abs().max() <= 1e-3:
             return after
     raise ValueError(
         f"a procedure gave {shape or type(after).__name__} for masses {tuple(mass.shape)}: return "
-        "as many, nowhere negative, that sum to 1"
+        f"as many, nowhere negative, that sum to 1, in {mass.dtype}"
     )
