@@ -223,10 +223,13 @@ def write_config(out: Path, config: Config, beta: float, made_from: dict[str, st
 
 
 def commit_of(folder: Path) -> str | None:
-    """The git commit of a folder that is a repository itself, not of one around it."""
+    """The git commit of a folder that is a repository itself, not of one around it; "+changes"
+    behind it where files have changed since.
+    """
     if not shutil.which("git") or not (folder / ".git").exists():
         return None
-    command = ["git", "-C", str(folder), "rev-parse", "HEAD"]
+    name = ["describe", "--always", "--exclude=*", "--abbrev=40", "--dirty=+changes"]
+    command = ["git", "-C", str(folder), *name]
     return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
 
 

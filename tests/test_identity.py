@@ -1,7 +1,9 @@
 """What a cached or finished result depends on is known, and a change of it is seen."""
 
 import json
+import re
 import shutil
+import subprocess
 
 import pytest
 import torch
@@ -136,3 +138,15 @@ def test_one_run_holds_one_directory(tmp_path):
         with pytest.raises(ValueError, match="another run is at work there"):
             train.main(["--out", str(tmp_path / "run")])
     runs.hold(tmp_path / "run").close()
+
+
+def test_a_run_names_its_commit_and_whether_files_have_changed_since(tmp_path):
+    (tmp_path / "code").write_text("1")
+    assert runs.commit_of(tmp_path) is None
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    for command in (["init", "-q"], ["add", "code"], ["commit", "-qm", "one"], ["tag", "v1"]):
+        subprocess.run([*git, *command], check=True)
+    commit = runs.commit_of(tmp_path)
+    assert re.fullmatch("[0-9a-f]{40}", commit)
+    (tmp_path / "code").write_text("2")
+    assert runs.commit_of(tmp_path) == f"{commit}+changes"

@@ -252,7 +252,8 @@ def test_weights_that_are_no_probabilities_are_told_before_a_run_and_after(weigh
 
 
 @pytest.mark.parametrize(
-    "change, told", [(Tensor.detach, "make it differentiable"), (Tensor.float, "sum to 1, in torch.float64")]
+    "change, told",
+    [(Tensor.detach, "make it differentiable"), (Tensor.float, "sum to 1, in torch.float64")],
 )
 def test_masses_that_no_optimum_could_be_solved_for_are_told_before_a_run(
     change, told, monkeypatch

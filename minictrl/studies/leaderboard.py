@@ -177,7 +177,7 @@ def commits(rows: Rows) -> str:
     """The commits of the runs, each with how many it made."""
     made = Counter(group[0]["commit"] for group in grouped(rows, "run").values())
     each = ((name or "unknown", count) for name, count in made.most_common())
-    return ", ".join(f"{name[:7]} ({count} runs)" for name, count in each)
+    return ", ".join(f"{name[:7]}{name[40:]} ({count} runs)" for name, count in each)
 
 
 class Board:
