@@ -60,7 +60,8 @@ prompts with {samples} responses each. Runs are brought to each KL, in nats (`ta
 - ± is one standard error, of what new prompts and new seeds would do (`errors.py`); with one seed
   it is over prompts alone, with few it is itself uncertain: the claims' intervals count that in.
 - *Behind the first*: a paired difference at KL {kl:g}, prompt by prompt and over the seeds that
-  both have. The order is that of the means over all seeds, so it may be below 0.
+  both have. The order is that of the means over all seeds, so a method may be level with the
+  first although its mean is lower, or ahead of it.
 - *Below the optimum*: the points by reward that are left to the best policy there is, at KL {kl:g}.
 - *Seeds*: how many at KL {kl:g}.
 - *Reward calls* are all of a run's, with the calibration's; *minutes* those of its steps:
