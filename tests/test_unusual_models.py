@@ -42,7 +42,7 @@ import train
 from minictrl.exchange import continuations
 from minictrl.lm.prompts import encode_prompts, response_texts
 from minictrl.models import load_policy, load_scorer
-from minictrl.sampling import sample
+from minictrl.sampling import sample, sample_plainly
 from minictrl.scorers.generative import QUESTION
 from minictrl.scorers.text import render
 from minictrl.update import freeze, make_learner
@@ -463,3 +463,17 @@ def test_a_projection_below_the_blocks_is_not_trained_and_a_value_head_fits_behi
     freeze(policy, 1)
     assert not policy.model.decoder.project_in.weight.requires_grad
     assert make_learner(policy, value_head=True).value_head.in_features == 16
+
+
+def test_a_policy_whose_layers_differ_in_width_is_sampled(tmp_path):
+    """Gemma 4: its config has no one head_dim."""
+    gemma4 = pytest.importorskip("transformers.models.gemma4")
+    config = gemma4.Gemma4TextConfig(
+        **SIZE, head_dim=8, global_head_dim=16, layer_types=["sliding_attention", "full_attention"],
+        sliding_window=6, hidden_size_per_layer_input=4, vocab_size_per_layer_input=300,
+    )  # fmt: skip
+    model, fast = load_policy(save(tmp_path, gemma4.Gemma4ForCausalLM(config)))
+    options = dict(num_samples=2, max_new_tokens=12, seed=0)
+    both = [draw(model, fast, ["The film"], **options) for draw in (sample, sample_plainly)]
+    assert torch.equal(both[0].tokens, both[1].tokens)
+    torch.testing.assert_close(both[0].logprobs, both[1].logprobs, atol=1e-4, rtol=0)

@@ -279,9 +279,13 @@ def fitting_rows(model, L: int, T: int) -> int:
     most. L, T: tokens of the prompt, which the plain path repeats, and of the response.
     """
     c, weight = model.config, model.get_input_embeddings().weight
-    heads = getattr(c, "num_key_value_heads", None) or c.num_attention_heads
-    width = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+
+    def width(c) -> int:  # of a layer's keys
+        heads = getattr(c, "num_key_value_heads", None) or c.num_attention_heads
+        return heads * (getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads)
+
+    layers = getattr(c, "per_layer_config", [c] * c.num_hidden_layers)  # Gemma 4's differ
     tokens = L + T if is_plain(model) else columns(T)
-    row = 2 * c.num_hidden_layers * heads * width * tokens * weight.element_size()
+    row = 2 * sum(map(width, layers)) * tokens * weight.element_size()
     memory = free_memory(weight.device) // 3 if weight.is_cuda else 2**29
     return min(2048, max(32, memory // row))
