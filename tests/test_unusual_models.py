@@ -17,6 +17,8 @@ from transformers import (
     BertForSequenceClassification,
     BloomConfig,
     BloomForCausalLM,
+    CodeGenConfig,
+    CodeGenForCausalLM,
     FNetConfig,
     FNetForSequenceClassification,
     Gemma3Config,
@@ -477,3 +479,14 @@ def test_a_policy_whose_layers_differ_in_width_is_sampled(tmp_path):
     both = [draw(model, fast, ["The film"], **options) for draw in (sample, sample_plainly)]
     assert torch.equal(both[0].tokens, both[1].tokens)
     torch.testing.assert_close(both[0].logprobs, both[1].logprobs, atol=1e-4, rtol=0)
+
+
+def test_a_judge_whose_config_knows_no_padding_is_read(tmp_path):
+    config = CodeGenConfig(
+        vocab_size=300, n_embd=32, n_layer=1, n_head=4, rotary_dim=8, n_positions=1024
+    )
+    path = save(tmp_path, CodeGenForCausalLM(config))
+    assert not hasattr(AutoModelForCausalLM.from_pretrained(path).config, "pad_token_id")
+    score = load_scorer(path, "judge", device="cpu")
+    together = score(["a", "a"], ["b", "b" * 50])
+    assert together[0].item() == pytest.approx(score(["a"], ["b"]).item(), abs=1e-5)

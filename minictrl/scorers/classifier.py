@@ -37,7 +37,7 @@ def load_classifier(name: str, role: str, label: str, device: torch.device):
     """
     model = from_hub(AutoModelForSequenceClassification, f"{role} model", name, dtype="auto").eval()
     head = getattr(model, "score", None)  # of a causal model, read at the last token
-    named = model.config.get_text_config().pad_token_id
+    named = getattr(model.config.get_text_config(), "pad_token_id", None)
     tokenizer = scorer_tokenizer(model, name, role)
     # where the config names no padding token of the tokenizer's, transformers can't find the end
     at_end = head is not None and tokenizer.pad_token_id != named

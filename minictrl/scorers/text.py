@@ -214,7 +214,7 @@ def scorer_tokenizer(model: nn.Module, name: str, role: str):
 
 def padding_of(model: nn.Module, tokenizer) -> str | None:
     """The token that a model's config pads with; None if it names none that a text can have."""
-    given = model.config.get_text_config().pad_token_id
+    given = getattr(model.config.get_text_config(), "pad_token_id", None)
     known = min(len(tokenizer), model.get_input_embeddings().num_embeddings)
     in_text = given is not None and 0 <= given < known
     return tokenizer.convert_ids_to_tokens(given) if in_text else None
