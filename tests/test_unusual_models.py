@@ -292,6 +292,18 @@ def test_an_encoder_reads_chats_as_pairs_and_texts_as_one(tmp_path):
     assert abs(pair - text) > 1e-3
 
 
+def test_an_encoder_reads_an_empty_answer_as_a_pair_whatever_is_beside_it(tmp_path):
+    path = save(tmp_path, BertForSequenceClassification(BertConfig(**SIZE, num_labels=1)))
+    fast = tokenizer(eos_token="</s>", pad_token="<pad>")
+    fast._tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", fast.eos_token_id)]
+    )
+    fast.save_pretrained(path)
+    score, chat = load_scorer(path, "reward", device="cpu"), [{"role": "user", "content": "Good?"}]
+    alone = score([chat], [""]).item()
+    assert score([chat, "Good?"], ["", " Yes"])[0].item() == pytest.approx(alone, abs=1e-5)
+
+
 def test_a_chat_reward_on_texts_is_reported(tmp_path):
     path = save(tmp_path, GPT2ForSequenceClassification(GPT2), template=TEMPLATE)
     with pytest.warns(UserWarning, match="reads chats, and these prompts are texts"):

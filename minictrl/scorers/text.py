@@ -155,8 +155,8 @@ def encoded(
     kinds = {type(text) for text in texts}
     names = ["input_ids", "token_type_ids"] if tuple in kinds else ["input_ids"]
     if len(kinds) > 1:
-        rows = [tokenizer(*([x] if isinstance(x, str) else x), **options) for x in texts]
-        return [{name: row[name] for name in names if name in row} for row in rows]
+        rows = [tokenizer([x], **options) for x in texts]  # a list, which pairs "" as well
+        return [{name: row[name][0] for name in names if name in row} for row in rows]
     columns = tokenizer(texts, **options) if texts else {}
     columns = {name: columns[name] for name in names if name in columns}
     if kinds == {str} and special:
