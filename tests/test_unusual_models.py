@@ -17,6 +17,8 @@ from transformers import (
     BertForSequenceClassification,
     BloomConfig,
     BloomForCausalLM,
+    CanineConfig,
+    CanineForSequenceClassification,
     CodeGenConfig,
     CodeGenForCausalLM,
     FNetConfig,
@@ -26,6 +28,8 @@ from transformers import (
     GPT2Config,
     GPT2ForSequenceClassification,
     GPT2LMHeadModel,
+    IBertConfig,
+    IBertForSequenceClassification,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
@@ -502,3 +506,19 @@ def test_a_judge_whose_config_knows_no_padding_is_read(tmp_path):
     score = load_scorer(path, "judge", device="cpu")
     together = score(["a", "a"], ["b", "b" * 50])
     assert together[0].item() == pytest.approx(score(["a"], ["b"]).item(), abs=1e-5)
+
+
+def test_an_encoder_whose_embeddings_are_its_own_class_is_read(tmp_path):
+    path = save(tmp_path, IBertForSequenceClassification(IBertConfig(**SIZE, num_labels=1)))
+    model = IBertForSequenceClassification.from_pretrained(path).eval()
+    with torch.no_grad():
+        exact = model(**tokenizer()("It was bad", return_tensors="pt")).logits.item()
+    score = load_scorer(path, "reward", device="cpu")
+    assert score(["It was"], [" bad"]).item() == pytest.approx(exact, abs=1e-5)
+
+
+def test_a_reward_of_characters_is_refused_by_name(tmp_path):
+    config = CanineConfig(**SIZE, num_labels=1, num_hash_buckets=50)
+    path = save(tmp_path, CanineForSequenceClassification(config))
+    with pytest.raises(ValueError, match="CanineForSequenceClassification has no row for each"):
+        load_scorer(path, "reward", device="cpu")

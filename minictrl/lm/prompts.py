@@ -110,7 +110,7 @@ def eos_ids(model, tokenizer) -> Tensor:
 
 def check_ids(model, tokenizer, ids: list[list[int]]) -> None:
     """Raise ValueError on a token that the model's embedding lacks."""
-    known = model.get_input_embeddings().num_embeddings
+    known = len(model.get_input_embeddings().weight)
     largest = max((i for row in ids for i in row), default=0)
     if largest >= known:
         token = tokenizer.convert_ids_to_tokens(largest)

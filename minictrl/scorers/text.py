@@ -192,6 +192,12 @@ def scorer_tokenizer(model: nn.Module, name: str, role: str):
         padding_side="right",
         truncation_side="left",
     )
+    try:
+        model.get_input_embeddings()
+    except NotImplementedError:  # CANINE reads characters
+        raise ValueError(
+            f"{role} model {name}: a {type(model).__name__} has no row for each token; give another"
+        ) from None
     tokenizer.model_max_length = longest_text(model, tokenizer)
     if "attention_mask" not in tokenizer.model_input_names:
         tokenizer.model_input_names = [*tokenizer.model_input_names, "attention_mask"]
@@ -201,7 +207,7 @@ def scorer_tokenizer(model: nn.Module, name: str, role: str):
         or tokenizer.unk_token
         or tokenizer.eos_token
     )
-    known = model.get_input_embeddings().num_embeddings
+    known = len(model.get_input_embeddings().weight)
     if tokenizer.pad_token is None or tokenizer.pad_token_id >= known:
         raise ValueError(
             f"{role} model {name}: its tokenizer has no pad, UNK or EOS token that the model "
@@ -215,7 +221,7 @@ def scorer_tokenizer(model: nn.Module, name: str, role: str):
 def padding_of(model: nn.Module, tokenizer) -> str | None:
     """The token that a model's config pads with; None if it names none that a text can have."""
     given = getattr(model.config.get_text_config(), "pad_token_id", None)
-    known = min(len(tokenizer), model.get_input_embeddings().num_embeddings)
+    known = min(len(tokenizer), len(model.get_input_embeddings().weight))
     in_text = given is not None and 0 <= given < known
     return tokenizer.convert_ids_to_tokens(given) if in_text else None
 
