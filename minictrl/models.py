@@ -24,7 +24,7 @@ from minictrl.lm.identity import identity
 from minictrl.lm.kvcache import arguments
 from minictrl.lm.logprobs import response_logits
 from minictrl.lm.prompts import check_ids, check_text, known_ends, left_pad
-from minictrl.messages import command
+from minictrl.messages import command, first_line
 from minictrl.scorers.classifier import load_classifier
 from minictrl.scorers.function import load_function
 from minictrl.scorers.generative import QUESTION, as_tokens, load_generative
@@ -100,9 +100,10 @@ def check_family(model: nn.Module, name: str) -> None:
     without padding.
     """
     kind = f"policy {name}: a {type(model).__name__}"
-    if model.config.get_text_config() is not model.config:
+    config = model.config
+    if config.get_text_config() is not config or getattr(config, "vision_config", None):
         raise ValueError(f"{kind} reads more than text; give its text model, or another")
-    kinds = set(getattr(model.config, "layer_types", None) or ()) - ATTENTION
+    kinds = set(getattr(config, "layer_types", None) or ()) - ATTENTION
     if kinds or getattr(model, "_is_stateful", False):
         raise ValueError(
             f"{kind} has layers with a state of their own "
@@ -111,7 +112,12 @@ def check_family(model: nn.Module, name: str) -> None:
         )
     last = model.get_input_embeddings().num_embeddings - 1
     ids = torch.tensor([[0, 0], [0, last]])
-    logits = model(ids, attention_mask=torch.ones_like(ids)).logits.float()
+    try:
+        logits = model(ids, attention_mask=torch.ones_like(ids)).logits.float()
+    except Exception as error:  # the model's own
+        raise ValueError(
+            f"{kind} can't read two tokens ({first_line(error)}); give another model"
+        ) from None
     if differ(*logits[:, 0]):
         raise ValueError(
             f"{kind} with this config is an encoder, which sees the tokens that follow; give a "

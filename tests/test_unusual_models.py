@@ -25,6 +25,8 @@ from transformers import (
     FNetForSequenceClassification,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
+    GitConfig,
+    GitForCausalLM,
     GPT2Config,
     GPT2ForSequenceClassification,
     GPT2LMHeadModel,
@@ -434,6 +436,16 @@ def test_a_policy_whose_padding_moves_its_positions_is_refused(tmp_path):
         load_policy(str(tmp_path))
 
 
+def test_a_policy_whose_own_forward_fails_is_refused_in_one_line(tmp_path):
+    config = BartConfig(
+        vocab_size=300, d_model=32, decoder_layers=2, decoder_attention_heads=2,
+        decoder_ffn_dim=32, max_position_embeddings=64, encoder_layers=1,
+    )  # fmt: skip
+    save(tmp_path, BartForCausalLM(config))
+    with pytest.raises(ValueError, match="BartForCausalLM can't read two tokens .list index"):
+        load_policy(str(tmp_path))
+
+
 def test_a_policy_without_a_cache_is_refused(tmp_path):
     config = OpenAIGPTConfig(vocab_size=300, n_embd=32, n_layer=1, n_head=2, n_positions=64)
     save(tmp_path, OpenAIGPTLMHeadModel(config))
@@ -467,9 +479,13 @@ def test_a_model_of_text_and_images_is_refused_by_name(tmp_path):
                 num_key_value_heads=1, head_dim=16, intermediate_size=32)  # fmt: skip
     sight = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
     config = Gemma3Config(text_config=text, vision_config=sight)
-    save(tmp_path, Gemma3ForConditionalGeneration(config))
-    with pytest.raises(ValueError, match="reads more than text; give its text model"):
-        load_policy(str(tmp_path))
+    save(tmp_path / "gemma3", Gemma3ForConditionalGeneration(config))
+    image = dict(sight, image_size=8, patch_size=4)
+    git = GitConfig(vision_config=image, **SIZE)
+    save(tmp_path / "git", GitForCausalLM(git))
+    for name in ("gemma3", "git"):
+        with pytest.raises(ValueError, match="reads more than text; give its text model"):
+            load_policy(str(tmp_path / name))
 
 
 def test_a_projection_below_the_blocks_is_not_trained_and_a_value_head_fits_behind_one():
