@@ -49,7 +49,7 @@ from transformers import (
 import train
 from minictrl.exchange import continuations
 from minictrl.lm.prompts import encode_prompts, response_texts
-from minictrl.models import load_policy, load_scorer
+from minictrl.models import load_policy, load_scorer, save_policy
 from minictrl.sampling import sample, sample_plainly
 from minictrl.scorers.generative import QUESTION
 from minictrl.scorers.text import render
@@ -343,12 +343,10 @@ def test_an_adapter_without_peft_or_base_is_named(tmp_path):
         load_policy(str(tmp_path))
 
 
-def adapted(path, base: str, loader, task_type: str):
+def adapted(path, base: str, loader, task_type: str, target: str = "q_proj"):
     """A LoRA with random weights on a saved base, whose model is returned."""
     peft = pytest.importorskip("peft")
-    config = peft.LoraConfig(
-        task_type=task_type, target_modules=["q_proj"], init_lora_weights=False
-    )
+    config = peft.LoraConfig(task_type=task_type, target_modules=[target], init_lora_weights=False)
     options = {"num_labels": 1} if task_type == "SEQ_CLS" else {}
     model = peft.get_peft_model(loader.from_pretrained(base, **options), config)
     model.save_pretrained(path)
@@ -366,6 +364,19 @@ def test_an_adapter_is_merged_into_its_base(tmp_path):
     score = load_scorer(str(tmp_path / "reward"), "reward", device="cpu")
     ids = torch.tensor([fast("ab cd", add_special_tokens=False)["input_ids"] + [fast.eos_token_id]])
     torch.testing.assert_close(score(["ab"], [" cd"]), whole(ids).logits[0].float())
+
+
+@pytest.mark.parametrize("target", ["lm_head", "embed_tokens", "q_proj"])
+def test_an_adapter_on_one_of_two_tied_weights_leaves_the_other(target, tmp_path):
+    config = LlamaConfig(**SIZE, tie_word_embeddings=True)
+    base, x = save(tmp_path / "base", LlamaForCausalLM(config)), torch.arange(20)[None] + 40
+    whole = adapted(tmp_path / "a", base, AutoModelForCausalLM, "CAUSAL_LM", target)
+    merged, fast = load_policy(str(tmp_path / "a"))
+    torch.testing.assert_close(merged(x).logits, whole(x).logits)
+    assert merged.config.tie_word_embeddings == (target == "q_proj")
+    save_policy(merged, fast, tmp_path / "saved")
+    again, _ = load_policy(str(tmp_path / "saved"))
+    assert torch.equal(again(x).logits, merged(x).logits)
 
 
 @pytest.mark.parametrize("kind", ["lfm2", "mamba", "qwen3_next"])

@@ -15,6 +15,7 @@ import sys
 import urllib.request
 import warnings
 from contextlib import nullcontext, redirect_stderr
+from copy import deepcopy
 from itertools import product
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -220,12 +221,26 @@ def from_adapter(loader, kind: str, name: str, **options):
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message="Found missing adapter keys")
-            return PeftModel.from_pretrained(model, name).merge_and_unload()
+            adapted = PeftModel.from_pretrained(model, name)
+            untie(model)
+            return adapted.merge_and_unload()
     except Exception as error:  # peft's, of whatever its files hold
         raise ValueError(
             f"{kind} {name}: is no adapter of its base {base} ({first_line(error)}); give one that "
             "was trained on it"
         ) from None
+
+
+def untie(model):
+    """Gives a head that shares the embeddings' weights its own, where an adapter is on either: what
+    is merged into one would change the other."""
+    table, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if head is None or head.weight is not table.weight:
+        return
+    if hasattr(table, "base_layer") or hasattr(head, "base_layer"):  # peft's
+        own = getattr(head, "base_layer", head)
+        own.weight = deepcopy(own.weight)
+        model.config.tie_word_embeddings = False
 
 
 def check_weights(model: str, wanted: str, info: dict):
