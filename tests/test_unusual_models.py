@@ -343,11 +343,11 @@ def test_an_adapter_without_peft_or_base_is_named(tmp_path):
         load_policy(str(tmp_path))
 
 
-def adapted(path, base: str, loader, task_type: str, target: str = "q_proj"):
+def adapted(path, base: str, loader, task_type: str, target: str = "q_proj", labels: int = 1):
     """A LoRA with random weights on a saved base, whose model is returned."""
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(task_type=task_type, target_modules=[target], init_lora_weights=False)
-    options = {"num_labels": 1} if task_type == "SEQ_CLS" else {}
+    options = {"num_labels": labels} if task_type == "SEQ_CLS" else {}
     model = peft.get_peft_model(loader.from_pretrained(base, **options), config)
     model.save_pretrained(path)
     return model.eval()
@@ -364,6 +364,19 @@ def test_an_adapter_is_merged_into_its_base(tmp_path):
     score = load_scorer(str(tmp_path / "reward"), "reward", device="cpu")
     ids = torch.tensor([fast("ab cd", add_special_tokens=False)["input_ids"] + [fast.eos_token_id]])
     torch.testing.assert_close(score(["ab"], [" cd"]), whole(ids).logits[0].float())
+
+
+def test_an_adapter_of_a_classifier_has_its_labels(tmp_path):
+    base = save(tmp_path / "base", LlamaForCausalLM(LlamaConfig(**SIZE)))
+    loader, path = AutoModelForSequenceClassification, tmp_path / "a"
+    whole = adapted(path, base, loader, "SEQ_CLS", labels=2)
+    fast = tokenizer(eos_token="</s>")
+    with torch.no_grad():
+        logits = whole(torch.tensor([fast("ab cd</s>")["input_ids"]])).logits[0]
+    score = load_scorer(f"{path}#LABEL_1", "reward", device="cpu")
+    assert score(["ab"], [" cd"]).item() == pytest.approx((logits[1] - logits[0]).item(), abs=1e-5)
+    with pytest.raises(ValueError, match="has 2 labels .LABEL_0, LABEL_1., not one score"):
+        load_scorer(str(path), "reward", device="cpu")
 
 
 @pytest.mark.parametrize("target", ["lm_head", "embed_tokens", "q_proj"])

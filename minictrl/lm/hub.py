@@ -20,9 +20,11 @@ from itertools import product
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from safetensors import SafetensorError, safe_open
+
 from minictrl.messages import first_line
 
-ADAPTER = "adapter_config.json"  # peft's
+ADAPTER, ADAPTED = "adapter_config.json", "adapter_model.safetensors"  # peft's
 KERNEL = r'(attn|experts)_implementation\w*": [^,}]*/'  # in a config.json: of the hub
 WEIGHTS = "model.safetensors"
 # Bounds on the numbers in a config.json. A size is at most the bytes of the weights; a count at
@@ -33,6 +35,7 @@ SIZES += ("num_attention_heads", "n_head", "num_key_value_heads", "type_vocab_si
 SIZES += ("dim", "hidden_dim", "d_ff", "n_heads", "num_heads", "embedding_size")
 COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_labels", "num_experts")
 LEAST, MOST = 16, 1_000_000
+LABELS = r"\.(score|classifier)(\.out_proj)?\.weight$"  # of a head: a row each
 HEADS = ("score", "classifier", "v_head", "qa_outputs")  # what a language model has no place for
 
 
@@ -201,9 +204,9 @@ def from_adapter(loader, kind: str, name: str, **options):
     base, head = settings.get("base_model_name_or_path"), settings.get("task_type") == "SEQ_CLS"
     if importlib.util.find_spec("peft") is None or not (base and isinstance(base, str)):
         raise ValueError(adapter_refused(kind, name))
-    if not (Path(name) / "adapter_model.safetensors").is_file():
+    if not (Path(name) / ADAPTED).is_file():
         raise ValueError(
-            f"{kind} {name}: has no adapter_model.safetensors, and nothing else is read, because a "
+            f"{kind} {name}: has no {ADAPTED}, and nothing else is read, because a "
             "pickle could run code; save it again with model.save_pretrained"
         )
     if (Path(hub_name(base)) / ADAPTER).is_file():
@@ -216,7 +219,7 @@ def from_adapter(loader, kind: str, name: str, **options):
     from peft import PeftModel
 
     if head:
-        options |= {"new_head": True, "num_labels": 1}
+        options |= {"new_head": True, "num_labels": labels_of(Path(name) / ADAPTED)}
     model = from_hub(loader, f"base of {kind}", base, **options)
     try:
         with warnings.catch_warnings():
@@ -229,6 +232,16 @@ def from_adapter(loader, kind: str, name: str, **options):
             f"{kind} {name}: is no adapter of its base {base} ({first_line(error)}); give one that "
             "was trained on it"
         ) from None
+
+
+def labels_of(adapted: Path) -> int:
+    """How many labels the head in an adapter's weights has; 1 where there is none to be read."""
+    try:
+        with safe_open(adapted, "pt") as file:
+            heads = [key for key in file.keys() if re.search(LABELS, key)]
+            return file.get_slice(heads[0]).get_shape()[0] if heads else 1
+    except (SafetensorError, IndexError):  # peft will say
+        return 1
 
 
 def untie(model):
