@@ -15,6 +15,7 @@ from minictrl import ppo
 from minictrl.batch import Batch
 from minictrl.calibration import calibrated_reward
 from minictrl.config import Config
+from minictrl.messages import first_line
 from minictrl.rollout import score
 from minictrl.sampling import texts_of
 from minictrl.task import Task
@@ -100,8 +101,9 @@ def prefix_rewards(task: Task, batch: Batch, P: int) -> Tensor:
 
 
 def check_prefix_rewards(task: Task):
-    """Raises ValueError if `prefix_rewards` can't ask the reward model. It reads one response of
-    the greatest length to the longest prompt, to see.
+    """Raises ValueError if `prefix_rewards` can't ask the reward model. It reads responses of the
+    greatest length to the longest and the shortest prompt, to see: whether it heeds a mask and
+    positions that are given, its config doesn't say.
     """
     reward = task.reward
     if reward.tokenizer is None:
@@ -111,11 +113,20 @@ def check_prefix_rewards(task: Task):
         why = "is no causal classifier, which reads every prefix of a response in one pass"
     elif reward.tokenizer.get_vocab() != task.tokenizer.get_vocab():
         why = "cuts text into other tokens than the policy"
+    else:
+        lengths = task.mask.sum(1)
+        prompts = [task.prompts[i] for i in (lengths.argmax(), lengths.argmin())]
+        tokens = task.ids[task.mask > 0].cpu()  # the prompts', one behind the other
+        tokens = tokens[tokens != reward.tokenizer.pad_token_id]
+        tokens = tokens[torch.arange(task.max_new_tokens) % len(tokens)].expand(2, -1)
+        try:
+            reward.of_prefixes(prompts, tokens, torch.ones(tokens.shape), trial=True)
+        except Exception as error:  # the model's own, too
+            if "--baseline loo" in str(error):
+                raise
+            why = f"can't read every prefix in one pass ({first_line(error)})"
     if why:
         raise ValueError(
             f"--baseline prefix: the reward model {reward.tokenizer.name_or_path} {why}; use "
             "--baseline loo"
         )
-    longest = max(range(len(task.texts)), key=lambda i: len(task.texts[i]))
-    tokens = torch.full((1, task.max_new_tokens), task.tokenizer.eos_token_id)
-    reward.of_prefixes([task.prompts[longest]], tokens, torch.ones(tokens.shape))

@@ -198,11 +198,15 @@ class Scorer:
         check_pairs(self.role, prompts, texts)
         return check_finite(self.evaluate(prompts, texts), self.name, self.role, prompts, texts)
 
-    def of_prefixes(self, prompts: list[Prompt], tokens: Tensor, mask: Tensor) -> Tensor:
+    def of_prefixes(
+        self, prompts: list[Prompt], tokens: Tensor, mask: Tensor, *, trial: bool = False
+    ) -> Tensor:
         """The rewards (B, T) of all prefixes of responses in the tokenizer's tokens
-        (`classifier.prefix_scores`), where `prefixes` isn't None.
+        (`classifier.prefix_scores`), where `prefixes` isn't None. trial: the whole responses are
+        also read alone, and ValueError is raised if that gives other rewards.
         """
-        return check_finite(self.prefixes(prompts, tokens, mask), self.name, self.role, prompts)
+        scores = self.prefixes(prompts, tokens, mask, trial=trial)
+        return check_finite(scores, self.name, self.role, prompts)
 
 
 def load_scorer(

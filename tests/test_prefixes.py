@@ -1,20 +1,30 @@
 """--baseline prefix: the reward of every prefix of a response, in one pass."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from test_models import GPT2, SIZE, TEMPLATE, save, tokenizer
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
+    FalconConfig,
+    FalconForSequenceClassification,
     GPT2ForSequenceClassification,
     GPT2LMHeadModel,
+    GPTNeoConfig,
+    GPTNeoForSequenceClassification,
     LlamaConfig,
     LlamaForSequenceClassification,
     MistralConfig,
     MistralForSequenceClassification,
+    Qwen3NextConfig,
+    Qwen3NextForSequenceClassification,
 )
 
 import train
+from minictrl.baselines import check_prefix_rewards
+from minictrl.lm.prompts import left_pad
 from minictrl.models import load_scorer
 from minictrl.scorers import classifier
 from minictrl.scorers.text import BATCH_TOKENS
@@ -117,3 +127,40 @@ def test_a_reward_that_cant_read_prefixes_is_refused_at_the_start(model, why, tm
     with pytest.raises(ValueError, match=f"--baseline prefix: .*{why}.*; use --baseline loo"):
         train.main([*flags, "--baseline", "prefix"])
     assert not (tmp_path / "run" / "config.json").exists()
+
+
+LOCAL = GPTNeoConfig(
+    vocab_size=300, hidden_size=16, num_layers=2, num_heads=2, max_position_embeddings=256,
+    attention_types=[[["global", "local"], 1]], window_size=16, num_labels=1,
+)  # fmt: skip
+ALIBI = FalconConfig(**SIZE, alibi=True, multi_query=False, num_labels=1)
+RECURRENT = Qwen3NextConfig(
+    **SIZE, layer_types=["linear_attention", "full_attention"], head_dim=8, num_experts=2,
+    moe_intermediate_size=8, shared_expert_intermediate_size=8, num_experts_per_tok=1,
+    linear_num_value_heads=2, linear_num_key_heads=2, linear_key_head_dim=8,
+    linear_value_head_dim=8, num_labels=1,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("model", [GPTNeoForSequenceClassification(LOCAL),
+                                   FalconForSequenceClassification(ALIBI),
+                                   Qwen3NextForSequenceClassification(RECURRENT)],
+                         ids=["local", "alibi", "recurrent"])  # fmt: skip
+def test_a_reward_that_doesnt_heed_a_mask_is_refused_at_the_start(model, tmp_path):
+    policy = save(tmp_path / "policy", GPT2LMHeadModel(GPT2))
+    flags = ["--policy", policy, "--reward", save(tmp_path / "reward", model), "--prompts", "4"]
+    why = "--baseline prefix: the reward model .* can't read every prefix .*; use --baseline loo"
+    with pytest.raises(ValueError, match=why):
+        train.main([*flags, "--out", str(tmp_path / "run"), "--baseline", "prefix"])
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+@pytest.mark.parametrize("special", [{}, {"template": TEMPLATE}, {"pad_token": "</s>"}],
+                         ids=["EOS", "template", "EOS pads"])  # fmt: skip
+def test_a_reward_that_can_read_prefixes_passes_the_trial(special, tmp_path):
+    path = save(tmp_path, LlamaForSequenceClassification(LLAMA), **special)
+    reward = load_scorer(path, "reward", device="cpu")
+    ids, mask = left_pad([reward.tokenizer(str(text))["input_ids"] for text in PROMPTS], 258)
+    task = SimpleNamespace(reward=reward, tokenizer=reward.tokenizer, max_new_tokens=20,
+                           prompts=PROMPTS, ids=ids, mask=mask)  # fmt: skip
+    check_prefix_rewards(task)

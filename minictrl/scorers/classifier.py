@@ -13,7 +13,6 @@ from transformers import AutoModelForSequenceClassification
 
 from minictrl.data import Prompt
 from minictrl.lm.hub import from_hub
-from minictrl.lm.kvcache import arguments
 from minictrl.lm.prompts import left_pad
 from minictrl.scorers.text import (
     by_length,
@@ -32,8 +31,7 @@ APART = ("multi_label_classification", "regression")
 def load_classifier(name: str, role: str, label: str, device: torch.device):
     """(model, tokenizer, evaluate, prefixes): evaluate(prompts, texts) gives (B,) scores.
 
-    prefixes(prompts, tokens, mask) is that of `prefix_scores`, None where the model isn't causal
-    or can't be told positions.
+    prefixes(prompts, tokens, mask) is that of `prefix_scores`, None where the model isn't causal.
     """
     model = from_hub(AutoModelForSequenceClassification, f"{role} model", name, dtype="auto").eval()
     head = getattr(model, "score", None)  # of a causal model, read at the last token
@@ -71,17 +69,36 @@ def load_classifier(name: str, role: str, label: str, device: torch.device):
         whole = [written(tokenizer, x, y, causal=causal) for x, y in pairs]
         return in_batches(model, tokenizer, device, encoded(tokenizer, whole), read)
 
-    def prefixes(prompts: list[Prompt], tokens: Tensor, mask: Tensor) -> Tensor:
+    def prefixes(
+        prompts: list[Prompt], tokens: Tensor, mask: Tensor, *, trial: bool = False
+    ) -> Tensor:
         around = surroundings(tokenizer, prompts, padding)
         # a policy's embeddings may have rows beyond its tokens, which read as nothing
         tokens = tokens.where(tokens < len(tokenizer), tokenizer.pad_token_id)
-        return prefix_scores(model, tokenizer, device, of_logits, around, tokens, mask)
+        scores = prefix_scores(model, tokenizer, device, of_logits, around, tokens, mask)
+        if trial:
+            ids = [a + y + b for (a, b), y in zip(around, tokens[:, :-1].tolist(), strict=True)]
+            rows = [{"input_ids": row[-tokenizer.model_max_length :]} for row in ids]
+            alone = in_batches(model, tokenizer, device, rows, read)
+            check_alone(scores, alone, model.dtype)
+        return scores
 
-    readable = head is not None and "position_ids" in arguments(type(model.base_model))
-    return model, tokenizer, evaluate, prefixes if readable else None
+    return model, tokenizer, evaluate, None if head is None else prefixes
 
 
 # --- every prefix of a response at once ---
+
+
+def check_alone(scores: Tensor, alone: Tensor, dtype: torch.dtype) -> None:
+    """Raises ValueError if the last of a response's scores (B, T) isn't that of its tokens read
+    alone (B,), to the rounding of the model's dtype.
+    """
+    off = (scores[:, -1] - alone).abs()
+    if off.max() > torch.finfo(dtype).eps ** 0.5 * max(1, scores.abs().max()):
+        i = off.argmax()
+        raise ValueError(
+            f"a response scores {scores[i, -1]:.4g} among its prefixes and {alone[i]:.4g} alone"
+        )
 
 
 def prefix_scores(
