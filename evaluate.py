@@ -84,7 +84,7 @@ def main(argv=None):
         if not suffix:
             report.write_card(run, config, table)
     if args.report:
-        report.write_page(args.runs, suffix, args.report)
+        report.write_page(args.runs, args.report, split=args.split, other_models=other_models)
         print(f"report: {args.report}")
 
 

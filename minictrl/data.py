@@ -91,7 +91,7 @@ def read_own(name: str, data_split: str = "train") -> Iterable[tuple[str, object
 def read_json(path: Path) -> Iterable[tuple[str, object]]:
     """The rows of a file, one JSON value a line, blank lines skipped; a .json may be one list."""
     if not path.is_file():
-        raise ValueError(f'{path} is no file: give one with a "prompt" in each row')
+        raise ValueError(f'{path} is no file in {Path.cwd()}: give one with a "prompt" in each row')
     text, empty = path.read_bytes(), True
     if path.suffix == ".json" and text.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
         rows = parse_json(text, str(path), "give a list of objects")

@@ -68,13 +68,16 @@ def write_card(run: Path, config: Config, table: list[dict]):
     save_text(run / "policy" / "README.md", text)
 
 
-def write_page(folders: list[Path], suffix: str, file: Path):
-    """The page of evaluated runs. suffix: of their evaluation's files. Needs matplotlib."""
+def write_page(folders: list[Path], file: Path, *, split: str, other_models: dict[str, str]):
+    """The page of runs that were evaluated on a split, by their own models or others (role ->
+    model). Needs matplotlib.
+    """
     import matplotlib
 
-    names = [folder.name for folder in folders]
+    suffix = results.file_suffix(split, other_models)
+    names = [folder.resolve().name for folder in folders]
     unique = len(set(names)) == len(names)
-    named = {folder.name if unique else str(folder): folder for folder in folders}
+    named = dict(zip(names if unique else map(str, folders), folders))
     tables = {name: results.read(folder, suffix) for name, folder in named.items()}
     samples = {name: results.read_samples(folder, suffix) for name, folder in named.items()}
     levels = {
@@ -98,10 +101,13 @@ def write_page(folders: list[Path], suffix: str, file: Path):
     drawn = "".join(
         f"<h2>{title}</h2><figure>{''.join(each)}</figure>" for title, each in images.items()
     )
-    body = "".join(
-        f"<h2>{escape(name)}</h2>{settings(folder)}{html_table(tables[name])}"
-        for name, folder in named.items()
-    )
+    body = ""
+    for name, folder in named.items():
+        config = runs.load_config(folder)
+        said = results.headline(config, split, tables[name][0])
+        said += f"; {results.models_line(config, other_models)}"
+        body += f"<h2>{escape(name)}</h2><p>{escape(said)}</p>{html_table(tables[name])}"
+        body += f"<p><small>{escape(settings(config))}</small></p>"
     page = f"""<!doctype html><html lang="en"><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1"><title>minictrl</title>
 <style>{STYLE}</style><h1>{escape(", ".join(named))}</h1>
@@ -155,11 +161,10 @@ def picture(draw: Callable, **options) -> str:
     return f'<img alt="" src="data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}">'
 
 
-def settings(folder: Path) -> str:
-    """The run's settings, as one line."""
-    config = runs.load_config(folder)
+def settings(config: Config) -> str:
+    """A run's settings, as one line."""
     given = ((name, value) for name, value in vars(config).items() if value is not None)
-    return f"<p><small>{escape(', '.join(f'{name} {value}' for name, value in given))}</small></p>"
+    return "trained with " + ", ".join(f"{name} {value}" for name, value in given)
 
 
 def html_table(table: list[dict]) -> str:

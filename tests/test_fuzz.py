@@ -356,7 +356,7 @@ def test_a_run_that_was_evaluated_on_one_prompt_has_a_page(short_run, tmp_path):
     run = shutil.copytree(short_run, tmp_path / "run")
     assert not evaluate.main([str(run), "--prompts", "1", "--samples", "8"])
     assert results.read(run)[0]["stderr"] is None  # one prompt has none
-    report.write_page([run], "", tmp_path / "page.html")
+    report.write_page([run], tmp_path / "page.html", split="test", other_models={})
     assert "<img" in (tmp_path / "page.html").read_text()
 
 

@@ -28,6 +28,8 @@ def test_a_page_has_every_run_and_fetches_nothing(short_run, tmp_path, capsys):
     asked, printed = load_config(short_run).kl, capsys.readouterr().out
     assert len(re.findall(rf"KL \S+ ± \S+ nats \(--kl {asked:g}\)\n", printed)) == 2
     text = page.read_text()
+    assert text.count(" nats (--kl ") == text.count("6 test prompts, 8 responses each") == 2
+    assert text.count("reward model: reviews, judge: reviews") == 2
     assert "a&amp;b" in text and "<h2>c</h2>" in text and "a&b" not in text
     assert text.count("<article>") == 6
     assert len(re.findall(r'src="data:image/png;base64,', text)) == text.count("<img") == 3 + 3 + 4
@@ -44,7 +46,7 @@ def test_runs_of_one_name_and_odd_ends_of_lines_are_kept_apart(short_run, tmp_pa
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
         (run / "samples.jsonl").write_text("".join(lines))
         write_json(run / "eval.json", {"rows": results.read(short_run)})  # no check sums
-    report.write_page(runs, "", tmp_path / "page.html")
+    report.write_page(runs, tmp_path / "page.html", split="test", other_models={})
     text = (tmp_path / "page.html").read_text()
     assert all(f"<h2>{run}</h2>" in text for run in runs)
     prompts = [row["prompt"] for row in read_rows(runs[1] / "samples.jsonl")]
@@ -121,3 +123,12 @@ def test_the_cards_command_names_a_judge_that_is_no_default():
         again = dict(zip(words[2::2], words[3::2]))
         assert again.get("--judge") == judge and again["--reward"] == brief
     assert Config().resolved().command() == "python train.py --transform identity"
+
+
+def test_a_page_names_the_judge_that_the_run_was_evaluated_with(short_run, tmp_path):
+    pytest.importorskip("matplotlib")
+    shutil.copytree(short_run, tmp_path / "run")
+    (tmp_path / "judge.py").write_text("def f(prompts, texts):\n    return [len(x) for x in texts]")
+    flags = ["--prompts", "4", "--samples", "8", "--judge", f"{tmp_path}/judge.py:f"]
+    evaluate.main([str(tmp_path / "run"), *flags, "--report", str(tmp_path / "page.html")])
+    assert f"judge: {tmp_path}/judge.py:f</p>" in (tmp_path / "page.html").read_text()

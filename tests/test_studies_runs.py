@@ -334,6 +334,7 @@ def test_the_leaderboard_is_sorted_and_a_new_method_enters_alone(tmp_path, scrip
     assert first.startswith("Best-of-4") and worst.startswith("Worst-of-4")
     rows = [line.split(" | ") for line in first.splitlines() if line.startswith("| ")][3:]
     assert "KL 1 |" in first and "KL 0.5" not in first  # which no method has
+    assert "nothing says what more KL is worth" in page
     assert rows[0][0] == "| qrpo exp10" and rows[0][2] == "–" and rows[1][0] != "| qrpo exp10"
     assert rows[0][1] == "61.0 ± 0.4 / 61.0 ± 0.4"
     assert rows[1][2] == "1.0 ± 0.0 / 1.0 ± 0.0"  # paired
@@ -378,8 +379,11 @@ def test_a_method_is_level_where_it_is_at_most_a_point_behind_and_open_where_tha
         for name, each in wins.items()
         for seed in (0, 1)
     ]
-    claim = leaderboard.Board(rows).claim(("identity",), "standard", 1, True, "reward")
+    asked = ("identity",), "standard", 1, True, "reward"
+    claim = leaderboard.Board(rows).claim(*asked)
     assert claim.startswith(f"**{verdict}**: identity over none")
+    claim = leaderboard.Board([row for row in rows if row["seed"] == 0]).claim(*asked)
+    assert claim.startswith("**one seed**: identity over none")
 
 
 def test_fig3_on_the_command_line(tmp_path):

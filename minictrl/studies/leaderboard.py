@@ -37,6 +37,7 @@ from minictrl.studies.tables import (
     ahead,
     below_optimum,
     column,
+    common_slope,
     grouped,
     plain,
     where,
@@ -72,6 +73,10 @@ A row is made by its command with `--kl` {budgets} and `--seed` 0, 1, …, and
 `python evaluate.py RUN --prompts {prompts} --samples {samples}`; all of them by
 `python -m minictrl.studies.leaderboard DIR{quick}`.
 """
+NO_SLOPE = """
+No method here has runs at two KLs, so nothing says what more KL is worth: a run that ended short of
+the KL, or beyond it, stands here as if its share of the optimum's gain were the same there.
+"""
 
 
 def main(argv: list[str] | None = None):
@@ -80,7 +85,12 @@ def main(argv: list[str] | None = None):
     add("folder", type=Path, metavar="DIR", help="the --out of minictrl.reproduce")
     add("methods", nargs="*", metavar="METHOD", help="train these alone (default: all)")
     sweep.add_scale(parser)
-    add("--beside", type=Path, metavar="FILE", help="another DIR's leaderboard.safetensors")
+    add(
+        "--beside",
+        type=Path,
+        metavar="FILE",
+        help="another DIR's leaderboard.safetensors, of methods that DIR has no runs of",
+    )
     args = parser.parse_args(argv)
     for name in args.methods:
         if name not in VARIANTS:
@@ -94,8 +104,8 @@ def main(argv: list[str] | None = None):
     sweep.sweep(args.folder, args.quick, chosen)
     scale["done"] = True  # the other methods have the runs that are there
     rows = of_the_page(sweep.sweep(args.folder, args.quick, VARIANTS))
-    mine = set(column(rows, "run"))
-    rows += [row for row in beside if row["run"] not in mine]
+    mine = set(column(rows, "method"))
+    rows += [row for row in beside if row["method"] not in mine]
     sweep.same_models(rows)
     save_runs(rows, args.folder / "leaderboard.safetensors")
     page = args.folder / "leaderboard.md"
@@ -168,6 +178,8 @@ def page_of(rows: Rows, folder: Path, quick: bool) -> str:
         commits=commits(rows),
         quick=" --quick" if quick else "",
     )
+    if not common_slope(rows, board.kl, procedure="bon", n=4, scorer="reward"):
+        head += NO_SLOPE
     common = sweep.SCALES[quick]["train"]
     parts = [head, *(board.section(*case, common) for case in CASES), board.claims()]
     done = [name for name in STUDIES if (folder / f"{name}.csv").is_file()]
@@ -281,12 +293,16 @@ class Board:
         others = [name for name in order if name in PAPERS and name not in names]
         if not mine or not others:
             return "not run"
-        found = self.ahead(mine[0], others[0], procedure, n, scorer)
-        if math.isnan(found.mean):
+        case = (self.kl, procedure, n, scorer)
+        seeds = self.wins(mine[0], *case).keys() & self.wins(others[0], *case).keys()
+        if not seeds:
             return "not run"
+        found = self.ahead(mine[0], others[0], procedure, n, scorer)
         low, high = found.interval
         least = -MARGIN if level else 0
         verdict = "yes" if low > least else "no" if high < least else "open"
+        if len(seeds) == 1:
+            verdict = "one seed"  # of what another would do its interval knows nothing
         points = f"{100 * found.mean:.1f} ({100 * low:.1f} to {100 * high:.1f})"
         return f"**{verdict}**: {mine[0]} over {others[0]} {points}"
 
