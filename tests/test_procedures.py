@@ -222,6 +222,13 @@ def test_a_procedure_without_a_gradient_is_told():
         theory.optimal_win_rate(1.0, lambda mass, edges, n: mass.detach(), 4)
 
 
+@torch.no_grad()
+def test_a_run_is_checked_and_an_optimum_solved_where_the_caller_asks_for_no_gradients():
+    Config(transform="identity").resolved()
+    of_two, of_three, of_four = (theory.optimal_win_rate(0.937, "bon", n) for n in (2, 3, 4))
+    assert of_two < of_three < of_four
+
+
 @pytest.mark.parametrize("weights", [[0, 1, 0], [0, 0, 0, 0], [1, -1, 1, 1], [1, 1, 1, math.nan]])
 def test_rank_weights_that_are_none_are_told(weights):
     class Mine(ByRank):

@@ -6,6 +6,7 @@ problem one for each distinct reward. Within a cell all responses tie.
 
 from collections.abc import Callable, Hashable
 
+import torch
 from torch import Tensor
 
 from minictrl.procedures import get_procedure
@@ -36,9 +37,14 @@ def mass_win_rate(mass: Tensor, ref: Tensor, procedure: str | MassMap, n: int) -
 
 
 def masses_after(T: MassMap, mass: Tensor, edges: Tensor, n: int) -> Tensor:
-    """T(mass, edges, n). Raises ValueError unless that is a mass for each cell, of 1 in all."""
+    """T(mass, edges, n). Raises ValueError unless that is a mass for each cell, of 1 in all, and
+    depends on a `mass` whose gradient is asked for.
+    """
     after = T(mass, edges, n)
     shape = tuple(getattr(after, "shape", ()))
+    asked = mass.requires_grad and torch.is_grad_enabled()
+    if asked and not getattr(after, "requires_grad", True):
+        raise ValueError("a procedure's result does not depend on `mass`: make it differentiable")
     if shape[-1:] == mass.shape[-1:] and after.dtype == mass.dtype:
         known = after.detach()
         if known.min() >= -1e-6 and (known.sum(-1) - 1).abs().max() <= 1e-3:

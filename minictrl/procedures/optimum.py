@@ -20,7 +20,6 @@ MAX_STEPS = 1000  # up to N = 256 and down to beta = .005 it takes at most 150
 CONVERGED = 1e-5  # nats; the solver stops at 1e-8, or where rounding stops it, and fails above this
 # -> what it is for; None: the procedure at hand
 FIXED_POINTS = {"bon_fp": "bon", "won_fp": "won", "optimal": None}
-DETACHED = "a procedure's result does not depend on `mass`: make it differentiable"
 
 
 class Optimum(NamedTuple):
@@ -115,11 +114,10 @@ def ascend(
     return Optimum(state.log_ratio, state.Phi, 1 / state.scale, state.win_rate, residual)
 
 
+@torch.enable_grad()
 def _evaluate(T: MassMap, n: int, ref: Tensor, log_ratio: Tensor, scale: float) -> _State:
     mass = (ref * log_ratio.exp()).requires_grad_()
     win = mass_win_rate(mass, ref, T, n)
-    if not win.requires_grad:
-        raise ValueError(DETACHED)
     (Phi,) = torch.autograd.grad(win, mass)
     return _State(log_ratio, scale, mass.detach(), Phi - Phi[-1], win.item())
 
