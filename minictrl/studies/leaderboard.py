@@ -293,11 +293,11 @@ class Board:
         others = [name for name in order if name in PAPERS and name not in names]
         if not mine or not others:
             return "not run"
-        case = (self.kl, procedure, n, scorer)
-        seeds = self.wins(mine[0], *case).keys() & self.wins(others[0], *case).keys()
+        pair = [self.wins(name, self.kl, procedure, n, scorer) for name in (mine[0], others[0])]
+        seeds = pair[0].keys() & pair[1].keys()
         if not seeds:
             return "not run"
-        found = self.ahead(mine[0], others[0], procedure, n, scorer)
+        found = ahead(*pair)
         low, high = found.interval
         least = -MARGIN if level else 0
         verdict = "yes" if low > least else "no" if high < least else "open"
