@@ -21,7 +21,7 @@ from minictrl.cli import Parser, check_file, run_script
 from minictrl.config import CALIBRATION, Config
 from minictrl.data import convert, key, read_own, row_of
 from minictrl.files import in_one_step, write_rows
-from minictrl.lm.prompts import encode_prompts, eos_ids
+from minictrl.lm.prompts import encode_prompts, eos_ids, known_ids
 from minictrl.reference import Reference
 from minictrl.rollout import samples_of_run, score, with_prompts
 from minictrl.sampling import Samples, sample, texts_of
@@ -129,7 +129,7 @@ def likeliest(task: Task, r_ref: Tensor, tokens: Tensor, mask: Tensor, size: int
     text doesn't say which one ended it.
     """
     ended = (tokens == task.tokenizer.eos_token_id) & mask
-    known = task.policy.get_input_embeddings().num_embeddings
+    known = known_ids(task.policy)
     ends = [end for end in eos_ids(task.policy, task.tokenizer).tolist() if end < known]
     tried = (with_logprobs(task, r_ref, tokens.masked_fill(ended, end), mask, size) for end in ends)
     return max(tried, key=lambda reference: float(reference.logprobs.double().sum()))

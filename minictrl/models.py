@@ -23,7 +23,7 @@ from minictrl.lm.hub import from_hub
 from minictrl.lm.identity import identity
 from minictrl.lm.kvcache import arguments
 from minictrl.lm.logprobs import response_logits
-from minictrl.lm.prompts import check_ids, check_text, known_ends, left_pad
+from minictrl.lm.prompts import check_ids, check_text, known_ends, known_ids, left_pad
 from minictrl.messages import command, first_line
 from minictrl.scorers.classifier import load_classifier
 from minictrl.scorers.function import load_function
@@ -85,7 +85,7 @@ def load_policy(
         )
     check_ids(model, tokenizer, [ends[:1]])
     tokenizer.eos_token = eos
-    known = model.get_input_embeddings().num_embeddings
+    known = known_ids(model)
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= known:
         tokenizer.pad_token = tokenizer.eos_token
     return model, tokenizer
@@ -110,7 +110,7 @@ def check_family(model: nn.Module, name: str) -> None:
             f"({', '.join(sorted(kinds)) or 'recurrent'}), which the samples of a prompt can't "
             "share; use a model with attention alone"
         )
-    last = model.get_input_embeddings().num_embeddings - 1
+    last = known_ids(model) - 1
     ids = torch.tensor([[0, 0], [0, last]])
     try:
         logits = model(ids, attention_mask=torch.ones_like(ids)).logits.float()

@@ -108,9 +108,14 @@ def eos_ids(model, tokenizer) -> Tensor:
     return torch.tensor(sorted(set(ids)))
 
 
+def known_ids(model) -> int:
+    """How many token ids a model's embedding has a row for."""
+    return len(model.get_input_embeddings().weight)
+
+
 def check_ids(model, tokenizer, ids: list[list[int]]) -> None:
     """Raise ValueError on a token that the model's embedding lacks."""
-    known = len(model.get_input_embeddings().weight)
+    known = known_ids(model)
     largest = max((i for row in ids for i in row), default=0)
     if largest >= known:
         token = tokenizer.convert_ids_to_tokens(largest)

@@ -17,7 +17,7 @@ from transformers.utils import logging
 from minictrl.data import Prompt
 from minictrl.lm.device import halving, resident
 from minictrl.lm.hub import from_hub
-from minictrl.lm.prompts import Rendered, check_ids, without_eos
+from minictrl.lm.prompts import Rendered, check_ids, known_ids, without_eos
 from minictrl.messages import first_line
 
 logging.set_verbosity_error()
@@ -207,7 +207,7 @@ def scorer_tokenizer(model: nn.Module, name: str, role: str):
         or tokenizer.unk_token
         or tokenizer.eos_token
     )
-    known = len(model.get_input_embeddings().weight)
+    known = known_ids(model)
     if tokenizer.pad_token is None or tokenizer.pad_token_id >= known:
         raise ValueError(
             f"{role} model {name}: its tokenizer has no pad, UNK or EOS token that the model "
@@ -221,7 +221,7 @@ def scorer_tokenizer(model: nn.Module, name: str, role: str):
 def padding_of(model: nn.Module, tokenizer) -> str | None:
     """The token that a model's config pads with; None if it names none that a text can have."""
     given = getattr(model.config.get_text_config(), "pad_token_id", None)
-    known = min(len(tokenizer), len(model.get_input_embeddings().weight))
+    known = min(len(tokenizer), known_ids(model))
     in_text = given is not None and 0 <= given < known
     return tokenizer.convert_ids_to_tokens(given) if in_text else None
 
