@@ -8,8 +8,8 @@
 Draws M responses per prompt from pi and from pi_ref. The reward model selects (Best-of-N,
 Worst-of-N, …), reward model and judge score; every N <= M comes from one draw by the exact
 U-statistic of `winrate.py`. Writes into the run eval.json, win rates by prompt, samples.jsonl,
-tradeoff.png, training.png and its policy's model card (docs/metrics.md). With --split, --reward or
---judge the files have names of their own, and there is no new card.
+tradeoff.png, training.png and its policy's model card (docs/metrics.md). With --split train,
+--reward or --judge all but training.png have other names, and there is no new card.
 """
 
 import argparse

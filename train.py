@@ -18,16 +18,16 @@ Where it departs from the paper:
    `log` is not finite at C_hat = 0, and takes 1/(2K) for C_hat there
    (`minictrl/transforms.py`).
 4. There is no value network by default. On the embedded task a token's baseline is a cubic in the
-   calibrated reward of the response so far. Elsewhere it is the mean return of the step's other
-   responses, or of the same prompt's if rewards are raw (`minictrl/baselines.py`). GAE's lambda is
-   0.9: that halves the noise of the gradient, and moves the optimum a little, as another beta
-   would. With a value head lambda is 1, because a head that has learned nothing would hide the
-   reward from early tokens.
+   calibrated reward of the response so far, and GAE's lambda is 0.9: that halves the noise of the
+   gradient, and moves the optimum a little, as another beta would. Elsewhere the baseline is the
+   mean return of the step's other responses, or of the same prompt's if rewards are raw, without
+   GAE (`minictrl/baselines.py`). With a value head lambda is 1, because a head that has learned
+   nothing would hide the reward from early tokens.
 5. Only the top --layers transformer blocks are trained, and never the embeddings
    (`minictrl/update.py`).
 6. One pass over each rollout, in minibatches: the ratio differs from 1, and can be clipped, from
-   the second minibatch on. The learning rate warms up over 5 steps and falls to 0; Adam has betas
-   0.9 and 0.95, an eps that keeps small gradients small, and clipped gradients
+   the second minibatch on. The learning rate falls linearly to 0, after a warm-up of 5 steps; Adam
+   has betas 0.9 and 0.95, an eps that keeps small gradients small, and clipped gradients
    (`minictrl/update.py`).
 7. Best-of-N is not sampled N at a time: every N up to M comes from one draw of M
    (`minictrl/winrate.py`). bon_fp, won_fp and optimal come from mirror ascent, because the paper's
@@ -49,7 +49,7 @@ from minictrl.methods import get_method
 
 # What imports torch is imported inside functions: --help and a mistyped flag answer at once.
 
-WARMUP = 5  # steps
+WARMUP = 5  # steps in which the learning rate rises, and beta stays the theory's
 
 
 def read_arguments(argv=None) -> tuple[dict, bool, bool]:
@@ -73,7 +73,7 @@ def main(argv=None):
     out = settings.get("out")
     if not (resume and out):  # what is given to --resume is compared with the run's own settings
         config = Config(**settings).resolved()
-        warn_of_unread(settings, config.method)
+        warn_of_unread(settings, config)
         out = config.out
     from minictrl import runs
 
@@ -85,12 +85,15 @@ def main(argv=None):
         return train(config, resume)
 
 
-def warn_of_unread(settings: dict, method: str):
-    """Of flags that the method does not read."""
-    unread = () if get_method(method).uses_baseline else ("baseline", "lam")
-    for name in settings.keys() & unread:
-        rule = f"--method {method} has no baseline"
-        warnings.warn(f"--{name} {settings[name]} has no effect: {rule}", stacklevel=2)
+def warn_of_unread(settings: dict, config: Config):
+    """Of flags that neither the method nor its baseline reads."""
+    why = {}
+    if not get_method(config.method).uses_baseline:
+        why = dict.fromkeys(("baseline", "lam"), f"--method {config.method} has no baseline")
+    elif config.baseline == "loo":
+        why = {"lam": "--baseline loo has no GAE"}
+    for name in settings.keys() & why:
+        warnings.warn(f"--{name} {settings[name]} has no effect: {why[name]}", stacklevel=2)
 
 
 def train(config: Config, resume: bool):
@@ -151,7 +154,7 @@ def train(config: Config, resume: bool):
 
 
 def save(task, config: Config):
-    """RUN/policy. Raises ValueError on one that the last update has ruined: no later step tells."""
+    """RUN/policy. Raises ValueError if the last update ruined it: no later step would notice."""
     from minictrl.checks import NotFinite
     from minictrl.models import save_policy
     from minictrl.sampling import sample
@@ -227,7 +230,7 @@ def online(training, config, task, method, reference, pi_ref):
         if training.tracker and step % EVERY == 0:
             training.tracker.table(shown_responses(task, batch, r), step + 1)
         beta = budget.follow(stats["kl_ref"]) if step >= WARMUP else budget.beta
-        Phi_C = method.Phi.of_rewards(r, r_ref)  # (P, G) Phi(C_hat)
+        Phi_C = method.Phi.of_rewards(r, r_ref)  # (P, G) Phi(C_hat); a fixed point's is follow's
         stats["Phi"] = Phi_C.mean().item()
         R = method.reward(r, r_ref, Phi_C, beta)  # Phi(C_hat) / beta
         check_R(R, r, config.method)
@@ -238,7 +241,8 @@ def online(training, config, task, method, reference, pi_ref):
             explained = explained_variance(batch.values, batch.returns, batch.mask)
             stats["explained_variance"] = explained.item()
         inputs = method.with_loss_inputs(batch, drawn, beta)
-        training.log(batch, stats | run_update(learner, inputs, method, step, config))
+        stats |= run_update(learner, inputs, method, step, config)
+        training.log(batch, stats)
 
 
 def draw_rollout(task, pi_ref, index, reference, step: int, config: Config):
@@ -256,7 +260,7 @@ def draw_rollout(task, pi_ref, index, reference, step: int, config: Config):
     )
     batch = batch_of(task, index, samples)
     batch.ref_logprobs = all_logprobs(pi_ref, batch, config.micro_batch)
-    C_hat = calibrated_reward(r, reference.r_ref)  # (P, G), Eq. 12
+    C_hat = calibrated_reward(r, reference.r_ref)  # (P, G), Eq. 12, to be reported
     return batch, r, rollout_stats(batch, r, C_hat)
 
 
@@ -297,8 +301,8 @@ def run_update(learner, batch, method, step: int, config: Config) -> dict[str, f
 
 
 def schedule(step: int, steps: int) -> float:
-    """Share of the learning rate: up in WARMUP steps, then linearly down to 0, so that the noise of
-    the gradient fades.
+    """Share of the learning rate: linearly down from 1 to 0, so that the noise of the gradient
+    fades, times a rise over WARMUP steps. Of 45 steps the largest is 0.91.
     """
     return min(1, (step + 1) / WARMUP) * (1 - step / steps)
 

@@ -31,7 +31,7 @@ class Batch:
     log_Z: Tensor | None = None  # (B,) nats, of the row's prompt
     values: Tensor | None = None  # (B, T) expected reward to go, before each token
     returns: Tensor | None = None  # (B, T) what a value head learns
-    advantages: Tensor | None = None  # (B, T), or (B,) for all tokens of a response
+    advantages: Tensor | None = None  # (B, T), or (B,) where a method takes one per response
 
     def __post_init__(self):
         for f in fields(self):

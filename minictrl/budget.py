@@ -12,30 +12,9 @@ from minictrl.procedures import cells
 
 # of the controller
 DRIFT = 0.2  # share of the error that the target takes over at each step
-ERROR_BOUNDS = (-0.5, 1.5)  # log(kl_ref / kl) is kept between these
-TARGET_BOUNDS = (1 / 20, 4)  # target / kl is kept between these
+ERROR_BOUNDS = (-0.5, 1.5)  # of log(kl_ref / kl): a step asks for 0.22 to 1.65 times the target
+TARGET_BOUNDS = (1 / 20, 4)  # of target / kl
 TRIES = 6  # of a KL that is in reach
-
-
-def empirical_beta(r_ref: Tensor, kl: float) -> float:
-    """beta at which pi_ref e^{r / beta} / Z is `kl` nats from pi_ref, on average over prompts.
-
-    The KL is that of pi_ref's own K samples with weights e^{r / beta} / Z from equal weights.
-    r_ref: (P, K) rewards, raw or Phi(C_hat). Raises OutOfReach on a KL that K samples don't reach.
-    """
-    positive("kl", kl)
-    r = samples_rewards(r_ref)
-    r = r - r.amax(1, keepdim=True)  # so that the best keep their digits
-    size = r.abs().max().item() or 1.0  # so that nothing over- or underflows
-    r = r / size
-    ref = torch.full_like(r, 1 / r.shape[1])
-    largest = abs(cells.largest_kl(r, ref))  # of a policy on the best samples alone
-    if kl > (1 - 1e-6) * largest:
-        raise OutOfReach(
-            f"--kl {kl}: these rewards reach {largest:.2f} nats with {r.shape[1]} samples; use a "
-            "smaller KL, more samples (--K), or rewards that differ more"
-        )
-    return size / cells.tilt_to_kl(r, kl, ref)[1]
 
 
 class Budget:
@@ -83,3 +62,24 @@ class Budget:
                 self.target = asked * math.exp(error)
         self.target, self.beta = self.kl, self.beta_at(self.kl)
         return self.beta
+
+
+def empirical_beta(r_ref: Tensor, kl: float) -> float:
+    """beta at which pi_ref e^{r / beta} / Z is `kl` nats from pi_ref, on average over prompts.
+
+    The KL is that of pi_ref's own K samples with weights e^{r / beta} / Z from equal weights.
+    r_ref: (P, K) rewards, raw or Phi(C_hat). Raises OutOfReach on a KL that K samples don't reach.
+    """
+    positive("kl", kl)
+    r = samples_rewards(r_ref)
+    r = r - r.amax(1, keepdim=True)  # so that the best keep their digits
+    size = r.abs().max().item() or 1.0  # so that nothing over- or underflows
+    r = r / size
+    ref = torch.full_like(r, 1 / r.shape[1])
+    largest = abs(cells.largest_kl(r, ref))  # of a policy on the best samples alone
+    if kl > (1 - 1e-6) * largest:
+        raise OutOfReach(
+            f"--kl {kl}: these rewards reach {largest:.2f} nats with {r.shape[1]} samples; use a "
+            "smaller KL, more samples (--K), or rewards that differ more"
+        )
+    return size / cells.tilt_to_kl(r, kl, ref)[1]

@@ -11,8 +11,8 @@ def calibrated_reward(r: Tensor, r_ref: Tensor) -> Tensor:
 
     r: (B,) or (B, M) rewards, any monotone scale. r_ref: (B, K) rewards of y ~ pi_ref(.|x), never
     pooled over prompts. Returns r's shape, in [0, 1], a multiple of 1/(2K), in float32 at least.
-    The cost is M log K per prompt, not M K. Raises ValueError on shapes that do not match or a
-    reward that is not finite.
+    The cost is (K + M) log K per prompt, not M K. Raises ValueError on shapes that do not match or
+    a reward that is not finite.
     """
     r, r_ref = alike(r=r, r_ref=r_ref)
     if r_ref.ndim != 2 or r.ndim not in (1, 2) or len(r) != len(r_ref) or not r_ref.numel():
@@ -28,8 +28,9 @@ def calibrated_reward(r: Tensor, r_ref: Tensor) -> Tensor:
 def leave_one_out_calibration(r_ref: Tensor) -> Tensor:
     """C_hat of each calibration sample against the prompt's other K - 1 samples (Eq. 12).
 
-    r_ref: (P, K) rewards of y ~ pi_ref(.|x). Returns (P, K) in [0, 1], a tie counting one half. So
-    the calibration's samples are a training set. Raises ValueError as `calibrated_reward` does.
+    r_ref: (P, K) rewards of y ~ pi_ref(.|x). Returns (P, K) in [0, 1], a tie counting one half.
+    With it the calibration's samples can be trained on (qrpo). Raises ValueError as
+    `calibrated_reward` does.
     """
     r_ref = real("r_ref", r_ref)
     if r_ref.ndim != 2 or r_ref.shape[1] < 2:

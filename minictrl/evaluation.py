@@ -62,7 +62,7 @@ def evaluate(
     without a judge has no such rows. Returns the rows of eval.json.
     """
     config, task, judge = load_models(run, config, split, prompts, device, other_models)
-    cases = procedures(config, sizes, M)
+    cases = cases_of(config, sizes, M)
     suffix = file_suffix(split, other_models)
     check_replaced(eval_path(run, suffix), other_models, len(task.prompts), M)
     drawn_from = policy_sums(run)
@@ -73,8 +73,8 @@ def evaluate(
 
     # there is no theory of a raw reward, and the policy is no optimum of another reward model's
     has_theory = config.transform not in RAW and "reward" not in other_models
-    curve = curve_of(config) if has_theory else None
-    table, wins = table_of(config, pi, pi_ref, kls, curve, cases)
+    Phi = Phi_of(config) if has_theory else None
+    table, wins = table_of(config, pi, pi_ref, kls, Phi, cases)
     C_hat = C_hats(pi, pi_ref)
     if policy_sums(run) != drawn_from:
         raise ValueError(f"{run}: was trained anew while it was evaluated; evaluate it again")
@@ -156,7 +156,7 @@ def table_of(
     pi: Scored,
     pi_ref: Scored,
     kls: Tensor,
-    curve: Transform | None,
+    Phi: Transform | None,
     cases: list[tuple[str, int]],
 ) -> tuple[list[dict], dict[str, Tensor]]:
     """(table, wins): the rows of eval.json, and for each, under PROCEDURE-N-SCORER, its win rate on
@@ -185,7 +185,7 @@ def table_of(
         shared = {
             "kl": kl,
             "kl_stderr": kl_stderr,
-            "theory": theory.at_kl(curve, *at, **of_reward) if curve else None,
+            "theory": theory.at_kl(Phi, *at, **of_reward) if Phi else None,
             "optimal": None if tied else theory.optimal_win_rate(*at),
             "prompts": P,
             "samples": M,
@@ -234,7 +234,7 @@ def C_hats(pi: Scored, pi_ref: Scored) -> dict[str, Tensor]:
     return {"C_hat": calibrated_reward(pi.scores["reward"], r_ref), "C_hat_reference": own}
 
 
-def curve_of(config: Config) -> Transform:
+def Phi_of(config: Config) -> Transform:
     """The transform whose theory a run is held against: the Phi of its budget or beta.
 
     A Phi that is solved for a procedure stays that procedure's in every row.
@@ -247,7 +247,7 @@ def aligned_for(config: Config) -> tuple[str, int]:
     return config.procedure, 1 if config.procedure == "standard" else config.n
 
 
-def procedures(config: Config, sizes: tuple[int, ...], M: int) -> list[tuple[str, int]]:
+def cases_of(config: Config, sizes: tuple[int, ...], M: int) -> list[tuple[str, int]]:
     """(procedure, N) of the table: what the run is aligned for comes first."""
     own, N = aligned_for(config)
     least = get_procedure(own).samples(N)

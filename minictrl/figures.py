@@ -62,7 +62,7 @@ def draw_win_rates(run: Path, suffix: str, table: list[dict]):
     """
     config = runs.load_config(run)
     n = config.n if config.procedure in ("bon", "won") else 4
-    curve = evaluation.curve_of(config)
+    Phi = evaluation.Phi_of(config)
     drawn = {(row["procedure"], row["n"]) for row in table}
     cases = [("standard", 1), ("bon", n), ("won", n), evaluation.aligned_for(config)]
     cases = [case for case in dict.fromkeys(cases) if case in drawn]
@@ -79,7 +79,7 @@ def draw_win_rates(run: Path, suffix: str, table: list[dict]):
             procedure,
             n,
             by="scorer",
-            expected={} if table[0]["theory"] is None else {"theory": curve},
+            expected={} if table[0]["theory"] is None else {"theory": Phi},
             K=config.K,
         )
         axis.legend(loc="lower right")

@@ -26,10 +26,12 @@ from torch import Tensor
 
 from minictrl.checks import at_least_float32, number, positive, same_shape
 
+RIDGE = 0.02  # of prefix_values, per response, on standardised features
+
 
 def _checked(mask: Tensor, **tensors: Tensor) -> list[Tensor]:
-    """The mask as booleans, and the tensors as float32 at least, 0 behind it: 0 times a NaN would
-    be one, in a gradient too. ValueError unless all have one shape, and the mask is 0 and 1,
+    """The mask as booleans, and the tensors as float32 at least, 0 behind it: 0 times NaN
+    would be NaN, in a gradient too. ValueError unless all have one shape, and the mask is 0 and 1,
     right-padded, without an empty response.
     """
     same_shape(", (B, T)", 2, mask=mask, **tensors)
@@ -121,7 +123,7 @@ def prefix_values(to_go: Tensor, C_hat_prefix: Tensor, mask: Tensor) -> Tensor:
         x, y = features[alive, t], to_go[alive, t].double()
         # all 0 where nothing tells the prefixes apart
         x = (x - x.mean(0)) / x.std(0, correction=0).clamp_min(1e-6)
-        ridge = 0.02 * count * torch.eye(3, dtype=x.dtype, device=x.device)
+        ridge = RIDGE * count * torch.eye(3, dtype=x.dtype, device=x.device)
         inverse = torch.linalg.inv(x.T @ x + ridge)
         fitted = y.mean() + x @ (inverse @ (x.T @ (y - y.mean())))
         h = 1 / count + ((x @ inverse) * x).sum(1)  # (count,) share of its own y in each
@@ -141,16 +143,16 @@ def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
 
 
 def loo_advantages(returns: Tensor) -> Tensor:
-    """Leave-one-out advantages (RLOO, Kool et al. 2019): a return minus the mean return of the
-    prompt's other samples.
+    """Leave-one-out advantages (RLOO, Kool et al. 2019): a return minus the mean of the
+    others in its row.
 
-    returns: (P, G), the KL inside: `token_rewards(...).sum(1).view(P, G)`. Returns (P, G), the same
-    for all tokens of a response. The baseline doesn't contain the sample itself, so the gradient is
-    unbiased and its scale right for any G >= 2.
+    returns: (P, G), the G responses of each prompt, or (1, P G), those of all prompts together.
+    Returns that shape, the same for all tokens of a response. The baseline doesn't contain the
+    sample itself, so the gradient is unbiased and its scale right for any row of two or more.
     """
     if returns.dim() != 2 or returns.shape[1] < 2:
         raise ValueError(
-            f"returns is {tuple(returns.shape)}: must be (P, G) with G >= 2 samples of each prompt"
+            f"returns is {tuple(returns.shape)}: must be (P, G), with rows of two returns or more"
         )
     returns, G = at_least_float32(returns), returns.shape[1]
     return (returns - returns.mean(1, keepdim=True)) * (G / (G - 1))
@@ -160,7 +162,7 @@ def policy_loss(
     logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, clip: float = 0.2
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The clipped surrogate (PPO, Schulman et al. 2017, Eq. 7), to be minimised. All (B, T);
-    gradient by logprobs.
+    differentiable in logprobs.
 
     Summed over tokens, averaged over the B responses: the policy gradient of the objective per
     response, whatever the lengths, and micro-batches of one size can be averaged. Advantages (B, 1)
@@ -194,8 +196,8 @@ def value_loss(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
 
 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
-    """1 - Var(returns - values) / Var(returns) over tokens: 1 perfect values, 0 a constant, <
-    0 worse than one.
+    """1 - Var(returns - values) / Var(returns) over tokens: 1 if the values are perfect, 0 if no
+    better than a constant, negative if worse.
 
     0 where the returns differ by no more than rounding.
     """

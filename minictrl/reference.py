@@ -119,12 +119,12 @@ def cached(
         made_of = digest(key, chunk)
         path = cache / f"{made_of}.safetensors"
         have = Reference.load(path, made_of)
-        if samples_of(have) < K:
+        if count_of(have) < K:
             with lock(path, wait=True):
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # damage has been said
                     have = Reference.load(path, made_of) or have  # another run may have drawn it
-                missing = K - samples_of(have)
+                missing = K - count_of(have)
                 if missing > 0:
                     delete_leftovers(path)
                     new = draw(list(range(first, first + len(chunk))), K - missing, missing)
@@ -138,7 +138,7 @@ def cached(
     return join(parts)
 
 
-def samples_of(reference: Reference | None) -> int:
+def count_of(reference: Reference | None) -> int:
     """K, 0 without samples."""
     return 0 if reference is None else reference.r_ref.shape[1]
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from minictrl.batch import Batch
 from minictrl.files import digest
 from minictrl.lm.device import check_room
-from minictrl.reference import Reference, cached, samples_of
+from minictrl.reference import Reference, cached, count_of
 from minictrl.sampling import SAMPLER, Samples, sample, texts_of
 from minictrl.task import Task
 from minictrl.track import SHOWN
@@ -103,7 +103,7 @@ def rollout_stats(batch: Batch, r: Tensor, C_hat: Tensor) -> dict[str, float]:
     """Means over a rollout: rewards, KL(pi || pi_ref) in nats per response, entropy per token.
 
     r, C_hat: (P, G). Responses to one prompt are not independent, so the KL's standard
-    error is that over prompts; of one response alone it is NaN.
+    error is that over prompts; of one prompt that over its responses, of one response NaN.
     """
     kl = batch.kl()  # (B,)
     independent = kl.view(r.shape).mean(1) if len(r) > 1 else kl
@@ -141,7 +141,7 @@ def samples_of_run(run: Path, task: Task, K: int, *, seed: int) -> Reference | N
     """The first K reference samples of each prompt that a run's directory has, or None."""
     key = reference_key(task, seed, task.cache_keys)
     stored = Reference.load(run / "reference.safetensors", key)
-    return stored[:, :K] if samples_of(stored) >= K else None
+    return stored[:, :K] if count_of(stored) >= K else None
 
 
 def check_sampler(task: Task, reference: Reference):

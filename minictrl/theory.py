@@ -245,9 +245,8 @@ def optimal_transform(procedure: str | MassMap, n: int, beta: float) -> tuple[Te
 
 
 def _masses(log_ratio: Tensor, ref: Tensor, K: int | None, n: int) -> tuple[Tensor, Tensor]:
-    """(mass, ref) of a `_policy`. With K samples a cell is wide, and draws that meet in it would
-    tie. They don't, because the true C spreads over it uniformly: so it is cut into parts, the more
-    of them the more draws fall into it.
+    """(mass, ref) of a `_policy`. With K samples a cell is wide, and the true C spreads over it
+    uniformly, so draws that meet in it don't tie: it is cut into parts, more where more draws fall.
     """
     mass = ref * log_ratio.exp()
     if K is None:

@@ -90,9 +90,9 @@ class Transform:
     def in_nats(self, Phi_C: Tensor, beta: float, r_ref: Tensor) -> Tensor:
         """R = Phi(C_hat) / beta in nats, raised to log Z - FLOOR where it is lower.
 
-        At that floor the optimum pi_ref e^R / Z keeps e^-FLOOR of pi_ref's probability; less hardly
-        changes it. Without a floor exp-10 at 1 nat has R = -1,043 at C_hat = 0, and a few such
-        samples make up the whole gradient. Phi_C: (P, G). r_ref: (P, K) rewards of pi_ref's
+        At that floor the optimum pi_ref e^R / Z keeps e^-FLOOR of pi_ref's probability; a lower R
+        hardly changes it. Without a floor exp-10 at 1 nat has R = -1,043 at C_hat = 0, and a few
+        such samples make up the whole gradient. Phi_C: (P, G). r_ref: (P, K) rewards of pi_ref's
         samples, whose mean e^R is the prompt's Z. Returns (P, G).
         """
         log_Z = log_partition(self.of_rewards(r_ref, r_ref) / beta)  # (P, 1)
@@ -123,7 +123,7 @@ def get_transform(
     beta: float | None = None,
     K: int | None = 100,
 ) -> Transform:
-    """The transform of a name, an increasing function on tensors in [0, 1].
+    """The transform of a name: Phi on tensors in [0, 1], or a reward of RAW, which has no such Phi.
 
     bon_fp, won_fp and optimal are the fixed points of Corollary 2 and Theorem 1, solved at this n
     and beta. procedure: what optimal is solved for, a name of `procedures/` or a function that maps

@@ -65,9 +65,9 @@ class Learner:
 
 
 def freeze(policy: nn.Module, layers: int | None) -> None:
-    """Leaves the top `layers` transformer blocks (None: all) to be trained, and what follows them.
+    """Leaves the top `layers` transformer blocks (None: all) and the final norm to be trained.
 
-    Embeddings never are: what a word means and how a text is read stay as they are. Their
+    Embeddings, the output's too, never are: what a word means stays as it is. Their
     gradients are mostly noise, which the optimizer turns into KL that wins nothing: training
     all of the blocks ends no nearer to the theory either (docs/notes.md), and costs more time.
     """
@@ -98,9 +98,10 @@ def make_learner(policy: nn.Module, *, value_head: bool, lr: float = HEAD_LR) ->
 
     lr: the policy's. `update` sets the rates; here lr only fixes how much faster the head learns:
     its rate is at least HEAD_LR, because at 1e-6 it would learn nothing in a run. The head starts
-    at 0, because R comes without its mean. Gradients are clipped to a norm of 1, so a typical one
-    of n parameters is 1 / sqrt(n). Adam's eps is 0.23 of that: a much smaller gradient, which is
-    noise, makes a small step instead of a full one.
+    at 0, because R comes without its mean.
+
+    Adam's eps: gradients are clipped to a norm of 1, so a typical component of n is 1 / sqrt(n).
+    One much below 0.23 of that is noise, and makes a small step instead of a full one.
     """
     trained = [p for p in policy.parameters() if p.requires_grad]
     groups, head = [{"params": trained, "scale": 1.0}], None
@@ -137,16 +138,18 @@ def forward(
 
 @torch.no_grad()
 def in_pieces(batch: Batch, size: int, read: Callable[[Batch], Tensor]) -> Tensor:
-    """read(rows) of all rows, (B, T), `size` at a time, without gradients."""
+    """read(rows) of all rows, (B, T), `size` at a time, without gradients; 0 where it gives
+    less.
+    """
 
-    def whole(size: int) -> Tensor:
+    def all_rows(size: int) -> Tensor:
         found = torch.zeros_like(batch.mask)
         for piece in batch.pieces(torch.arange(len(batch), device=found.device), size):
             x = read(batch[piece].cut())
             found[piece, : x.shape[1]] = x
         return found
 
-    return halving(size, whole)[0]
+    return halving(size, all_rows)[0]
 
 
 def all_logprobs(model: nn.Module, batch: Batch, size: int) -> Tensor:

@@ -8,7 +8,7 @@ from minictrl import theory
 from minictrl.budget import Budget, empirical_beta
 from minictrl.checks import OutOfReach
 from minictrl.config import Config
-from minictrl.evaluation import curve_of
+from minictrl.evaluation import Phi_of
 from minictrl.methods import get_method
 
 
@@ -71,6 +71,14 @@ def test_a_step_of_a_fixed_point_has_the_Phi_of_its_own_beta(transform, procedur
     Phi = method.Phi
     method.beta_at(0.4, r_ref.round())
     assert method.Phi is Phi
+
+
+@pytest.mark.parametrize("name", ["bond", "bonbon"])
+def test_the_n_of_best_of_n_is_that_of_the_samples_where_they_tie(name):
+    r_ref = torch.randint(4, (40, 100), generator=torch.Generator().manual_seed(0)).float()
+    method = get_method(name)(Config(method=name).resolved())
+    ppo = get_method("ppo")(Config(transform="log").resolved())
+    assert method.beta_at(1.0, r_ref) == ppo.beta_at(1.0, r_ref) < 0.9 * method.beta
 
 
 def test_a_step_may_ask_for_more_than_the_samples_reach_so_that_a_policy_that_lags_is_pulled():
@@ -214,7 +222,7 @@ def test_the_theory_beside_a_run_with_ties_is_of_the_Phi_it_was_trained_with():
     r_ref = torch.randint(3, (20, 32), generator=torch.Generator().manual_seed(0)).float()
     assert method.beta_for(0.6, r_ref) != pytest.approx(method.beta, rel=0.5)
     u = torch.linspace(0, 1, 11, dtype=torch.float64)
-    assert torch.equal(curve_of(config)(u), method.Phi(u))
+    assert torch.equal(Phi_of(config)(u), method.Phi(u))
 
 
 def test_numbers_that_are_no_budget_are_refused():

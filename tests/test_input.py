@@ -283,11 +283,20 @@ def test_the_one_optimum_that_trains_badly_is_said_to():
         Config(transform="optimal", procedure="rewind").resolved()
 
 
-@pytest.mark.parametrize("method, warned", [("qrpo", True), ("a2po", True), ("grpo", False)])
-def test_a_flag_that_the_method_does_not_read_is_said_to_be_so(method, warned, recwarn):
-    train.warn_of_unread({"baseline": "value", "clip": 0.1}, method)
+@pytest.mark.parametrize(
+    "flags, why",
+    [
+        ({"method": "qrpo", "lam": 0.5}, "--lam 0.5 .* --method qrpo has no baseline"),
+        ({"method": "a2po", "baseline": "loo"}, "--baseline loo .* --method a2po has no baseline"),
+        ({"baseline": "loo", "lam": 0.5}, "--lam 0.5 .* --baseline loo has no GAE"),
+        ({"method": "grpo", "baseline": "value", "lam": 0.5}, None),
+    ],
+)
+def test_a_flag_that_the_run_does_not_read_is_said_to_be_so(flags, why, recwarn):
+    train.warn_of_unread(flags, Config(**flags).resolved())
     said = [str(each.message) for each in recwarn]
-    assert said == [f"--baseline value has no effect: --method {method} has no baseline"] * warned
+    assert len(said) == (why is not None)
+    assert all(re.fullmatch(why.replace(".*", "has no effect:"), each) for each in said)
 
 
 def test_a_judge_that_fails_fails_at_the_start(tmp_path):

@@ -47,8 +47,8 @@ def test_a_prompts_kl_is_the_mean_of_its_first_16_responses(monkeypatch):
 def test_a_row_is_the_win_rate_by_its_scorer_of_what_the_reward_selects():
     pi, pi_ref = scored(5, 8, 0), scored(5, 8, 1)
     kls, cases = torch.tensor([0.5, 0.75, 1, 1.25, 1.5]), [("standard", 1), ("bon", 4)]
-    curve = get_transform("exp10")
-    table, wins = evaluation.table_of(Config(K=20).resolved(), pi, pi_ref, kls, curve, cases)
+    Phi = get_transform("exp10")
+    table, wins = evaluation.table_of(Config(K=20).resolved(), pi, pi_ref, kls, Phi, cases)
     assert [(row["procedure"], row["n"]) for row in table[::2]] == cases
     for row in table:
         case, name = (row["procedure"], row["n"]), row["scorer"]
@@ -57,16 +57,16 @@ def test_a_row_is_the_win_rate_by_its_scorer_of_what_the_reward_selects():
         assert torch.equal(wins[f"{case[0]}-{case[1]}-{name}"], each)
         assert (row["win_rate"], row["stderr"]) == winrate.mean_stderr(each)
         assert (row["kl"], row["kl_stderr"]) == winrate.mean_stderr(kls)
-        assert row["theory"] == theory.at_kl(curve, row["kl"], *case, K=20)
+        assert row["theory"] == theory.at_kl(Phi, row["kl"], *case, K=20)
         assert row["optimal"] == theory.optimal_win_rate(row["kl"], *case)
 
 
 def test_where_rewards_tie_the_theory_is_that_of_pi_refs_levels():
     pi, pi_ref = scored(6, 20, 0, levels=3), scored(6, 20, 1, levels=3)
-    curve, kls = get_transform("exp10"), torch.full((6,), 0.3)
-    [row, _], _ = evaluation.table_of(Config().resolved(), pi, pi_ref, kls, curve, [("bon", 2)])
+    Phi, kls = get_transform("exp10"), torch.full((6,), 0.3)
+    [row, _], _ = evaluation.table_of(Config().resolved(), pi, pi_ref, kls, Phi, [("bon", 2)])
     levels = theory.levels_of(pi_ref.scores["reward"])
-    assert row["theory"] == theory.at_kl(curve, row["kl"], "bon", 2, levels=levels)
+    assert row["theory"] == theory.at_kl(Phi, row["kl"], "bon", 2, levels=levels)
     assert row["optimal"] is None and "pass" not in row
 
 

@@ -17,7 +17,7 @@ def draw(logits: Iterable[Tensor], u: Tensor) -> tuple[Tensor, Tensor]:
     vocabulary, a token in it.
 
     logits: (r, V) each, R rows together. u: (R, 2) float64 in [0, 1), a number for each level: with
-    one for both, an error of rounding in a block's boundary would move every token's. Sums are
+    one for both, a rounding error in a block's boundary would shift all of its tokens. Sums are
     vectorised, a long cumulative sum is not.
     """
     blocks, insides, first = [], [], 0

@@ -31,7 +31,7 @@ COLUMNS = 8  # response columns are attended to in blocks of this, two at least
 
 
 def is_plain(model) -> bool:
-    """Whether the model takes the plain path: another family, or attention over a window."""
+    """Whether it takes transformers' cache and head: another family, or attention over a window."""
     return model.config.model_type not in SHARED_PREFIX or bool(
         getattr(model.config, "sliding_window", None)
     )

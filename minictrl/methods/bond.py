@@ -1,8 +1,9 @@
 """BoND (J-BOND, Sessa et al. 2024): the log transform, plus SFT on the best of n reference samples.
 
-Departures from the paper: the backward KL uses the calibrated reward of K samples, where J-BOND's
-own reward looks at two samples of the anchor. The forward KL's Best-of-n responses come from the
-same groups of reference samples in every step, not from fresh draws.
+Departures from the paper: the anchor is pi_ref, where J-BOND's is a moving average of the policy.
+The backward KL uses the calibrated reward of K samples, where J-BOND's own reward looks at two
+samples of the anchor. The forward KL's Best-of-n responses come from the same groups of reference
+samples in every step, not from fresh draws.
 """
 
 from dataclasses import replace
@@ -19,7 +20,7 @@ from minictrl.reference import Reference
 
 
 class BestOf(Base):
-    """Methods whose target is Best-of-n, for the n whose KL is the budget's."""
+    """Methods whose target is Best-of-n, for the n (not --n) whose KL is the budget's."""
 
     transform = "log"
 
@@ -45,7 +46,7 @@ class BestOf(Base):
         return max(2, round(1 / beta) + 1)
 
     def beta_for(self, kl: float, r_ref: Tensor | None = None) -> float:
-        beta = super().beta_for(kl)
+        beta = super().beta_for(kl, r_ref)
         self.check_n(f"--kl {kl:g}", beta, self.config.K)
         return beta
 

@@ -1,7 +1,7 @@
 """GRPO's first outer iteration on the reference samples, with the loss as published (App. E.1).
 
 The paper's controlled setting: the rollouts are pi_ref's K samples, the loss is the clipped
-surrogate on standardised rewards plus k3, each response's mean over its tokens.
+surrogate on standardised rewards plus k3, the mean over each response's tokens.
 """
 
 from dataclasses import replace

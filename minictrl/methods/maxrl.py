@@ -18,7 +18,7 @@ from minictrl.transforms import get_transform
 
 
 class Method(Online):
-    """t: the objective is log E|Phi(C_hat)| / t."""
+    """t: the objective is (1 / t) log E|Phi(C_hat)|."""
 
     transform = "identity"
     least_G = 2

@@ -56,7 +56,7 @@ def tpo_loss(logprobs: Tensor, ref_logprobs: Tensor, R: Tensor) -> Tensor:
     """KL(q || p) in nats, q = softmax(R), p = softmax(log pi/pi_ref), mean over groups.
 
     All (B, n), log-probabilities summed over the response's tokens. It is the cross-entropy minus
-    its smallest value. 0 just for the tilt pi ~ pi_ref e^R on the samples of a group. Raises
+    its smallest value. 0 only for the tilt pi ~ pi_ref e^R on the samples of a group. Raises
     ValueError on shapes.
     """
     logprobs, ref_logprobs, R = checked(2, logprobs=logprobs, ref_logprobs=ref_logprobs, R=R)

@@ -57,8 +57,8 @@ class ByRank(Procedure):
         """N weights, nowhere negative, in any scale."""
         raise NotImplementedError
 
-    def lowest(self, n: int) -> list[float]:
-        """W_0 .. W_N. Raises ValueError on weights that are none."""
+    def cumulative(self, n: int) -> list[float]:
+        """W_0 .. W_N, from 0 to 1. Raises ValueError on bad weights."""
         weights = self.rank_weights(n)
         if len(weights) != n or min(weights) < 0 or not 0 < sum(weights) < math.inf:
             raise ValueError(
@@ -69,7 +69,7 @@ class ByRank(Procedure):
         return [each / total[-1] for each in total]
 
     def mass_after(self, mass: Tensor, edges: Tensor, n: int) -> Tensor:
-        F, W = cdf(mass), self.lowest(n)
+        F, W = cdf(mass), self.cumulative(n)
         kept = torch.zeros_like(F)  # up to a constant, which diff() removes
         for k, each in sparse(W)[1]:
             ways = math.comb(n, k)
@@ -81,7 +81,7 @@ class ByRank(Procedure):
         return kept.diff()
 
     def weights(self, select: Tensor, n: int, select_ref: Tensor | None = None) -> Tensor:
-        M, W = select.shape[1], self.lowest(n)
+        M, W = select.shape[1], self.cumulative(n)
 
         constant, terms = sparse(W)
         subsets = math.comb(M, n)

@@ -15,18 +15,18 @@ from torch.nn.functional import pad
 from minictrl.checks import OutOfReach
 
 REWIND_QUANTILE = 0.85  # of pi_ref: the threshold of rewind-and-repeat (App. G)
-UP_TO_IT = 0.0435  # share of a grid's cells between 0.5 and that quantile
+CELLS_TO_QUANTILE = 0.0435  # share of a grid's cells between 0.5 and that quantile
 
 
 @lru_cache
 def grid(cells: int) -> Tensor:
-    """Widths (cells,) of cells that get narrow at both ends of [0, 1], down to 2e-9: equal steps of
-    log u/(1 - u).
+    """Widths (cells,) of cells that get narrow at both ends of [0, 1]: equal steps of
+    log(u / (1 - u)), to 2e-9 from either end, where one cell takes the rest.
 
     Sharp policies live there. REWIND_QUANTILE is an edge, so that no cell straddles the jump.
     Errors fall as 1/cells^2.
     """
-    step = math.log(REWIND_QUANTILE / (1 - REWIND_QUANTILE)) / round(UP_TO_IT * cells)
+    step = math.log(REWIND_QUANTILE / (1 - REWIND_QUANTILE)) / round(CELLS_TO_QUANTILE * cells)
     lower = torch.sigmoid(step * torch.arange(-(cells // 2), 1, dtype=torch.float64))
     widths = pad(lower[1:], (1, 0)).diff()
     return torch.cat([widths, widths.flip(0)])
@@ -65,7 +65,7 @@ def centres(ref: Tensor) -> Tensor:
 
 def slopes(values: Tensor, centres: Tensor) -> Tensor:
     """(G,) slope inside each cell, no steeper than to either neighbour, 0 at a peak: a jump between
-    cells stays one.
+    cells stays a jump.
     """
     rise = values.diff() / centres.diff()
     left, right = torch.cat([rise[:1], rise]), torch.cat([rise, rise[-1:]])

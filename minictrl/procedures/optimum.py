@@ -134,7 +134,7 @@ def _at_kl(T: MassMap, n: int, ref: Tensor, kl: float) -> _State:
 
 @lru_cache(maxsize=512)
 def solve(T: MassMap, n: int, beta: float | None = None, kl: float | None = None) -> Optimum:
-    """`ascend` on the COARSE cells, kept. Raises ValueError where the optimum is a spike."""
+    """`ascend` on the COARSE cells, cached. Raises ValueError where the optimum is a spike."""
     best = ascend(T, n, cells.grid(COARSE), beta=beta, kl=kl)
     rise = max(
         best.log_ratio[0] - best.log_ratio[1], best.log_ratio[-1] - best.log_ratio[-2]

@@ -30,9 +30,9 @@ class Procedure(base.Procedure):
         M = select.shape[1]
         above = select >= threshold_of(select_ref)[:, None]
         below = (~above).sum(1, keepdim=True)  # (P, 1)
-        draws = torch.arange(n)
+        tries = torch.arange(n)
         # C(below, N) / C(M, N)
-        fails = ((below - draws).clamp(min=0) / (M - draws)).prod(1, keepdim=True)
+        fails = ((below - tries).clamp(min=0) / (M - tries)).prod(1, keepdim=True)
         return split(above, ~above, fails)
 
 
@@ -42,15 +42,15 @@ def own_weights(select: Tensor, n: int) -> Tensor:
     All N draws fail with probability q^N. The threshold is a percentile of the samples, so the
     share of them below it is fixed; what varies is q, pi_ref's mass there, which is
     Beta(below, M + 1 - below): E[q^N] stands for q^N. The sample at the threshold is no fair draw
-    of those below it: one sample's worth of weight less is on those that tie there.
+    of those below it: one sample's weight is taken from those that tie with it.
     """
     M, threshold = select.shape[1], threshold_of(select)[:, None]
     if n == 1:
         return torch.full(select.shape, 1 / M, dtype=torch.float64)
     above = select >= threshold
     below = (~above).sum(1, keepdim=True)
-    draws = torch.arange(n)
-    fails = ((below + draws) / (M + 1 + draws)).prod(1, keepdim=True)
+    tries = torch.arange(n)
+    fails = ((below + tries) / (M + 1 + tries)).prod(1, keepdim=True)
     at = torch.nextafter(threshold, torch.full_like(threshold, -math.inf))
     tied = (~above & (select == at)).double()
     fair = (~above).double() - tied / tied.sum(1, keepdim=True).clamp(min=1) * (below > 1)
