@@ -362,6 +362,7 @@ def test_pkpo_reaches_the_optimum_of_infalign(procedure):
         lambda: bonbon_beta(1),
         lambda: grpo_advantages(torch.zeros(3, 1)),
         lambda: leave_one_out_calibration(torch.tensor([[0.0, math.nan]])),
+        lambda: leave_one_out_calibration(torch.zeros(3, 1)),
         lambda: qrpo_loss(torch.zeros(2), torch.zeros(2), torch.zeros(2, 1), 0.0),
         lambda: ipo_loss(*torch.zeros(4, 2), tau=0.0),
     ],

@@ -328,6 +328,7 @@ def test_shapes_that_do_not_match_are_refused():
         lambda: gae(mask, mask[:, :2], mask),
         lambda: token_rewards(torch.zeros(2), mask, mask[:1], mask),
         lambda: loo_advantages(torch.ones(4, 1)),
+        lambda: policy_loss(mask, mask, mask[:, :2], mask),
     ):
         with pytest.raises(ValueError, match="must be|must have one shape"):
             call()
