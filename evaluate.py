@@ -40,7 +40,7 @@ def read_arguments(argv=None) -> argparse.Namespace:
     parser.add_argument(
         "--report", type=Path, metavar="FILE.html", help="a page with all the runs to look at"
     )
-    parser.add_argument("--device", help="auto, cpu or cuda (default: the run's)")
+    parser.add_argument("--device", help="auto, cpu, cuda or cuda:INDEX (default: the run's)")
     args = parser.parse_args(argv)
     if args.report and importlib.util.find_spec("matplotlib") is None:
         parser.error(

@@ -191,15 +191,18 @@ class Config:
         None, "a tracker to log to beside metrics.jsonl, if it is installed", choices=TRACKERS
     )
     seed: int = setting(0, "seed of every random draw")
-    out: str | None = setting(None, "run directory (default runs/TASK-TRANSFORM)")
+    out: str | None = setting(
+        None, "run directory (default runs/TASK-TRANSFORM, with -METHOD behind it if not ppo)"
+    )
     cache: str = setting("runs/cache", "where reference samples are kept for the next run")
-    device: str = setting("auto", "auto, cpu or cuda")
+    device: str = setting("auto", "auto, cpu, cuda or cuda:INDEX")
     policy: str | None = setting(
-        None, "hub name, directory or .gguf file of pi_ref (default: the task's)"
+        None, "hub name, directory or .gguf file of pi_ref, or a task's (default: the task's)"
     )
     reward: str | None = setting(
         None,
-        "reward model: a task's, a hub name, a directory or FILE.py:NAME (default: the task's)",
+        "reward model: a task's, a hub name, a directory, a .gguf file or FILE.py:NAME (default: "
+        "the task's)",
     )
     judge: str | None = setting(
         None,
@@ -219,7 +222,7 @@ class Config:
     G: int = setting(8, "samples per prompt in a step", least=1)
     minibatch: int = setting(128, "rows (responses; pairs, groups) per optimizer step", least=1)
     micro_batch: int = setting(
-        64, "rows per forward and backward pass; halved when a GPU runs out of memory", least=1
+        64, "rows per forward and backward pass; halved when memory runs out", least=1
     )
     ppo_epochs: int = setting(1, "passes over a rollout", least=1)
     lr: float | None = setting(

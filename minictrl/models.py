@@ -1,8 +1,8 @@
 """Policies, reward models and judges: a name -> a model, loading and saving. Text, not ids, crosses
 between them.
 
-A name is a task's, a hub's, a directory, or for a policy DIR/FILE.gguf; `hub.py` says where local
-copies are found.
+A name is a task's, a hub's, a directory or DIR/FILE.gguf; `hub.py` says where local copies are
+found.
 """
 
 import os
@@ -63,19 +63,9 @@ def load_policy(
     is no such model, weights are missing, or nothing says what ends a response.
     """
     name = model_of(name_or_path, "policy")
-    path, options = name, {}
-    if path.endswith(".gguf"):
-        folder, _, file = path.rpartition("/")
-        path, options = folder or ".", {"gguf_file": file}
-        if Path(path).is_dir() and not (Path(path) / file).is_file():
-            raise ValueError(f"policy {name}: there is no such file; give DIR/FILE.gguf")
-    model = from_hub(AutoModelForCausalLM, "policy", path, dtype=dtype, **options).eval()
+    model = from_hub(AutoModelForCausalLM, "policy", name, dtype=dtype).eval()
     check_family(model, name)
-    tokenizer = from_hub(AutoTokenizer, "tokenizer of policy", path, padding_side="left", **options)
-    # its weights are plain tensors by now, but transformers would refuse to save or to train them
-    if options:
-        model.hf_quantizer, model.is_quantized = None, False
-        del model.config.quantization_config
+    tokenizer = from_hub(AutoTokenizer, "tokenizer of policy", name, padding_side="left")
     ends = known_ends(model, tokenizer)
     eos = tokenizer.convert_ids_to_tokens(ends[0]) if ends else None
     if eos is None:
@@ -220,7 +210,7 @@ def load_scorer(
 
     role: "reward" or "judge". name_or_path: a task's; FILE.py:NAME, a function
     (prompts, texts, **columns) -> B numbers, where columns are the other fields of the prompts'
-    rows (data.key(prompt) -> fields); or a hub name or a directory, of a sequence
+    rows (data.key(prompt) -> fields); or a hub name, a directory or a .gguf file, of a sequence
     classifier with one label (NAME#LABEL: the log-odds of one label of several), or of a causal LM,
     whose score is the log-odds of Yes against No as the next token (`generative.QUESTION`). Prompts
     may be chat messages; the scorer's own chat template is used if it has one. Raises ValueError on
@@ -238,14 +228,15 @@ def load_scorer(
         device = resolve_device(device) if isinstance(device, str) else device
         name, label = parted(name)
         config = from_hub(AutoConfig, f"{role} model", name)
-        if (config.architectures or [""])[0].endswith(("ForCausalLM", "LMHeadModel")):
+        causal = (config.architectures or [""])[0].endswith(("ForCausalLM", "LMHeadModel"))
+        if causal or name.endswith(".gguf"):
             model, tokenizer, evaluate = load_generative(name, role, label, device)
             read = as_tokens(tokenizer, ["a"])
         else:
             model, tokenizer, evaluate, prefixes = load_classifier(name, role, label, device)
             read = ()
         depends_on = [model, *identity(model, tokenizer), label, QUESTION, *read]
-        if tokenizer.chat_template:  # which may write today's date
+        if tokenizer.chat_template:  # which may compute a date
             depends_on.append(chat(tokenizer, [{"role": "user", "content": "a"}]))
     before = digest(*depends_on)  # as it was saved
     if tokenizer is not None:

@@ -2,8 +2,9 @@
 on disk.
 
 They are kept by chunks of prompts, a file each, named by a digest of all that its samples depend
-on: policy, reward model, prompts, sampling. So a second run samples nothing, a larger K or more
-prompts draw only what is missing, and an interruption loses one chunk at most.
+on: policy, reward model, prompts, sampling. So a second run samples nothing, a larger K draws
+only what is missing, more prompts the chunks that are not whole, and an interruption loses one
+chunk at most.
 """
 
 from __future__ import annotations

@@ -24,7 +24,9 @@ STUDIES = {
 
 
 def main(argv: list[str] | None = None):
-    parser = Parser("reproduce", "Leaves NAME.csv and NAME.png of each study in DIR.")
+    parser = Parser(
+        "python -m minictrl.reproduce", "Leaves NAME.csv and NAME.png of each study in DIR."
+    )
     add = parser.add_argument
     add("names", nargs="*", metavar="NAME", help="studies, see --list")
     add("--out", type=Path, metavar="DIR", help="where the files go; made if it isn't there")

@@ -1,6 +1,6 @@
 """A run's directory: its settings and its metrics.
 
-Files are written under a temporary name and renamed.
+Files are written under a temporary name and renamed; metrics.jsonl gets a row per step.
 """
 
 import json
@@ -27,6 +27,7 @@ from minictrl.files import (
     reading,
     write_sealed,
 )
+from minictrl.lm.device import resolve_device
 from minictrl.lm.hub import ADAPTER, local_copy, read_object
 from minictrl.messages import command
 from minictrl.models import check_saved, parted
@@ -210,12 +211,13 @@ def create(out: Path, config: Config, made_from: dict[str, str]):
 
 def write_config(out: Path, config: Config, beta: float, made_from: dict[str, str]):
     """config.json: every setting, the beta that a KL budget came to, and what else matters."""
+    device = resolve_device(config.device)
     versions = {
         "commit": commit_of(Path(minictrl.__file__).parent.parent),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
         "threads": torch.get_num_threads(),
     }
     settings = asdict(config) | {"beta": beta, "made_from": made_from}

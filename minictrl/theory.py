@@ -109,7 +109,7 @@ def beta_for_kl(
 
     bon_fp, won_fp and optimal depend on beta themselves: both are solved for together, for this
     procedure and n. Raises ValueError on a KL that is not positive, OutOfReach on one that is too
-    large (the largest is named).
+    large (of a closed form the largest is named).
     """
     T, n, kl = mass_map(procedure), whole("n", n), positive("kl", kl)
     if kl > MAX_KL:
@@ -122,7 +122,7 @@ def beta_for_kl(
         return 1 / cells.tilt_to_kl(Phi, kl, ref)[1]
     best = solve(solved_for(transform, T), n, kl=kl)
     if not best.residual < CONVERGED:
-        missing = f"the win rate misses 1 by {1 - best.win_rate:.0e} there"
+        missing = f"the win rate misses 1 by {max(0, 1 - best.win_rate):.0e} there"
         raise OutOfReach(
             f"kl {kl:g} is out of reach of {transform} at n {n}: {missing}; ask for less"
         )

@@ -12,7 +12,7 @@
 
 RLOO's objective is ours: E[R] - beta KL(pi || pi_ref), k1 summed over the response. R is divided by
 CTRL's beta here, so **TRL's beta is 1.0**, and nothing may rescale rewards (reward_clip_range,
-scale_rewards). GRPO's KL has another gradient, and its advantages are divided by the group's
+normalize_advantages). GRPO's KL has another gradient, and its advantages are divided by the group's
 deviation: with it, beta has no meaning. TRL is not imported here.
 
 Under `accelerate launch` every process calibrates its share of the prompts; the shares are files of

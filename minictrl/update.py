@@ -97,8 +97,8 @@ def make_learner(policy: nn.Module, *, value_head: bool, lr: float = HEAD_LR) ->
     """Policy, value head and their optimizer.
 
     lr: the policy's. `update` sets the rates; here lr only fixes how much faster the head learns:
-    its rate is at least HEAD_LR, because at 1e-6 it would learn nothing in a run. The head starts
-    at 0, because R comes without its mean.
+    its rate before the schedule is at least HEAD_LR, because at 1e-6 it would learn nothing in a
+    run. The head starts at 0, because R comes without its mean.
 
     Adam's eps: gradients are clipped to a norm of 1, so a typical component of n is 1 / sqrt(n).
     One much below 0.23 of that is noise, and makes a small step instead of a full one.

@@ -94,6 +94,17 @@ def test_a_step_may_ask_for_more_than_the_samples_reach_so_that_a_policy_that_la
         get_method("ppo")(Config(transform="bon_fp", kl=5.0).resolved())
 
 
+def test_a_step_that_asks_for_a_spike_is_answered_by_less():
+    """For N = 32 bon_fp can be solved at 2 nats; at 2.7, which a lagging step asks for, it can't."""
+    method = get_method("ppo")(Config(transform="bon_fp", n=32, kl=2.0).resolved())
+    r_ref = torch.randn(8, 100, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(OutOfReach, match="spike"):
+        method.beta_at(2.7, r_ref)
+    budget = Budget(2.0, lambda kl: method.beta_at(kl, r_ref))
+    start = budget.beta
+    assert 0 < budget.follow(0.1) < start
+
+
 def test_what_is_out_of_reach_of_the_samples_is_not_asked_for():
     """4.6 nats would be more than log 20, so it asks for half of that way in logarithms, twice."""
     r_ref = torch.randn(8, 20, generator=torch.Generator().manual_seed(0))

@@ -360,6 +360,11 @@ def test_a_gguf_policy_is_saved_as_a_plain_one_and_can_be_trained(tmp_path):
     pytest.importorskip("accelerate")
     write_gguf(tmp_path / "tiny.gguf")
     check_gguf(tmp_path / "tiny.gguf", tmp_path / "out", "abba")
+    judges = [
+        load_scorer(str(tmp_path / name), "judge", device="cpu") for name in ("tiny.gguf", "out")
+    ]
+    file, saved = (judge(["a", "ab"], ["b", "a"]) for judge in judges)
+    assert torch.equal(file, saved)
 
 
 def test_smollm2_from_its_gguf_file_knows_the_capital_of_france(tmp_path):
@@ -378,13 +383,14 @@ def test_smollm2_from_its_gguf_file_knows_the_capital_of_france(tmp_path):
 
 
 def test_the_date_in_a_chat_template_moves_no_reward_in_silence(tmp_path, monkeypatch):
-    """A template that takes a date gets a fixed one; one that asks the clock is another model."""
+    """A template gets a fixed one; one that computes how to ask is another model each day."""
     model = GPT2ForSequenceClassification(GPT2)
     now = "{% if date_string is not defined %}{% set date_string = strftime_now('%d %b %Y') %}"
     content = "{{ date_string }} {{ messages[-1]['content'] }}"
     templates = {
         "given": now + "{% endif %}" + content,
         "asked": "{{ strftime_now('%d %b %Y') }} {{ messages[-1]['content'] }}",
+        "computed": "{{ strftime_now('%' ~ 'd') }} {{ messages[-1]['content'] }}",
     }
     digests = {}
     for day in (1, 2):
@@ -395,4 +401,9 @@ def test_the_date_in_a_chat_template_moves_no_reward_in_silence(tmp_path, monkey
             scorer = load_scorer(path, "reward", device="cpu")
             digests[name, day] = scorer.digest
     assert digests["given", 1] == digests["given", 2]
-    assert digests["asked", 1] != digests["asked", 2]
+    assert digests["asked", 1] == digests["asked", 2]
+    assert digests["computed", 1] != digests["computed", 2]
+    message = [{"role": "user", "content": "a"}]
+    assert render(load_scorer(tmp_path / "asked", "reward", device="cpu").tokenizer, message) == (
+        "26 Jul 2024 a"
+    )

@@ -1,13 +1,13 @@
 """Speed as ratios against what a user would pick, on the same work, weights and distribution.
 
-    python -m minictrl.bench                                  # every row
+    python -m minictrl.bench                                  # every row but growth
     python -m minictrl.bench --quick --json bench.json        # less work, noisier
     python -m minictrl.bench --policy DIR/FILE.gguf           # with another policy
     python -m minictrl.bench --rows presets                   # a GPU at the presets' shapes
     python -m minictrl.bench --rows growth                    # how time grows with the work
 
 Both sides run in turn in this process, after a warm-up. `ratio` is ours over theirs, where more is
-better (but for calibration_share).
+better (but for calibration_share and growth).
 """
 
 import sys

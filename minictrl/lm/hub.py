@@ -86,7 +86,8 @@ def from_hub(loader, kind: str, name: str, *, new_head: bool = False, **options)
 
     new_head: the model gets a head that its weights don't have, and has no use for their own.
     """
-    name = hub_name(name)
+    name, gguf = gguf_of(kind, hub_name(name))
+    options |= gguf
     here, tokenizer = Path(name), loader.__name__ == "AutoTokenizer"
     own = ("config.json", "tokenizer_config.json")[: 1 + tokenizer]
     if (here / ADAPTER).is_file() and not any((here / file).is_file() for file in own):
@@ -109,7 +110,21 @@ def from_hub(loader, kind: str, name: str, *, new_head: bool = False, **options)
         check_body(f"{kind} {name}", *loaded)
     else:
         check_weights(f"{kind} {name}", loader.__name__.removeprefix("AutoModelFor"), loaded[1])
+    if gguf:  # its weights are plain tensors by now, but transformers would not save or train them
+        loaded[0].hf_quantizer, loaded[0].is_quantized = None, False
+        del loaded[0].config.quantization_config
     return loaded[0]
+
+
+def gguf_of(kind: str, name: str) -> tuple[str, dict[str, str]]:
+    """(directory, options of from_pretrained) of DIR/FILE.gguf; any other name is left alone."""
+    if not name.endswith(".gguf"):
+        return name, {}
+    folder, _, file = name.rpartition("/")
+    folder = folder or "."
+    if Path(folder).is_dir() and not Path(folder, file).is_file():
+        raise ValueError(f"{kind} {name}: there is no such file; give DIR/FILE.gguf")
+    return folder, {"gguf_file": file}
 
 
 def has_weights(loader) -> bool:
@@ -137,8 +152,7 @@ def from_pretrained(loader, kind: str, name: str, **options):
         if "gguf_file" in options:
             raise ValueError(
                 f"{kind} {name}/{options['gguf_file']}: can't be read ({first_line(error)}); a "
-                ".gguf file "
-                "needs pip install -e '.[gguf]'"
+                ".gguf file needs pip install -e '.[gguf]'"
             ) from None
         raise ValueError(unreachable(kind, name, error)) from None
 

@@ -2,8 +2,8 @@
 
 Departures from the paper: the anchor is pi_ref, where J-BOND's is a moving average of the policy.
 The backward KL uses the calibrated reward of K samples, where J-BOND's own reward looks at two
-samples of the anchor. The forward KL's Best-of-n responses come from the same groups of reference
-samples in every step, not from fresh draws.
+samples of the anchor. The forward KL's Best-of-n responses come from groups of n reference samples,
+the same in each step of that n, not from fresh draws; n follows the step's beta.
 """
 
 from dataclasses import replace

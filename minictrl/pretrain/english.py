@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from minictrl.cli import Parser, run_script
+from minictrl.cli import Parser, run_script, whole
 from minictrl.models import load_policy
 from minictrl.pretrain.fitting import answer_logprobs, answer_rows
 from minictrl.pretrain.packages import smollm2
@@ -68,9 +68,11 @@ def main(argv=None):
     parser = Parser("python -m minictrl.pretrain.english", __doc__.split("\n")[0])
     parser.add_argument("policies", nargs="*", metavar="POLICY")
     parser.add_argument("--data", type=Path, help="directory with the ratings (default: from pip)")
-    parser.add_argument("--prompts", type=int, default=256, help="held-out prompts (256)")
-    parser.add_argument("--show", type=int, default=0, metavar="N", help="print N samples of each")
-    parser.add_argument("--max-new-tokens", type=int, default=24, help="of a response (24)")
+    parser.add_argument("--prompts", type=whole(), default=256, help="held-out prompts (256)")
+    parser.add_argument(
+        "--show", type=whole(0), default=0, metavar="N", help="print N samples of each"
+    )
+    parser.add_argument("--max-new-tokens", type=whole(), default=24, help="of a response (24)")
     args = parser.parse_args(argv)
     reviews = load_ratings(args.data)
     human = cuts(reviews, "test")[: args.prompts]

@@ -26,7 +26,7 @@ from minictrl.pretrain.text import prune_policy, write_text
 from minictrl.scorers.text import encoded, written
 
 SHARPNESS = 0.5  # of preferences, by the difference of the mean ratings (-4 to 4)
-VOCABULARY = 6144  # tokens of SmolLM2 that the student has
+VOCABULARY = 6144  # tokens of SmolLM2 that the student has at least
 STEPS = ("policy", "reward", "judge", "pruned", "text")
 
 

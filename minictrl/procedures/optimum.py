@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from minictrl.checks import positive, whole
+from minictrl.checks import OutOfReach, positive, whole
 from minictrl.procedures import cells
 from minictrl.procedures.cells import cdf
 from minictrl.procedures.masses import MassMap, mass_map, mass_win_rate
@@ -78,7 +78,7 @@ def ascend(
     log f <- (1 - eta) log f + eta Phi_f / beta, renormalised; Phi_f, the derivative of the win
     rate, is autograd's. eta = 1 is the paper's iteration, which oscillates for Best-of-N: here a
     step that lowers the objective is halved. Given `kl`, 1/beta is what keeps the step at that KL.
-    ref: (G,) mass of pi_ref. Raises ValueError if it does not converge.
+    ref: (G,) mass of pi_ref. Raises OutOfReach if it does not converge.
     """
     T = mass_map(procedure)
     if kl is None:
@@ -107,7 +107,7 @@ def ascend(
             eta /= 2
     if not (residual < CONVERGED or nothing_left):
         at = f"beta {beta:g}" if kl is None else f"kl {kl:g}"
-        raise ValueError(
+        raise OutOfReach(
             f"{at}, n {n}: no fixed point found, the best is {residual:.0e} nats off "
             f"(at most {CONVERGED:g} is); use a larger beta or a smaller KL"
         )
@@ -134,14 +134,15 @@ def _at_kl(T: MassMap, n: int, ref: Tensor, kl: float) -> _State:
 
 @lru_cache(maxsize=512)
 def solve(T: MassMap, n: int, beta: float | None = None, kl: float | None = None) -> Optimum:
-    """`ascend` on the COARSE cells, cached. Raises ValueError where the optimum is a spike."""
+    """`ascend` on the COARSE cells, cached. Raises OutOfReach where the optimum is a spike."""
     best = ascend(T, n, cells.grid(COARSE), beta=beta, kl=kl)
     rise = max(
         best.log_ratio[0] - best.log_ratio[1], best.log_ratio[-1] - best.log_ratio[-2]
     ).item()
     if beta is not None and rise > 0.05:  # the density should be flat across a cell of 2e-9
-        raise ValueError(
-            f"beta {beta:g}, n {n}: the optimum is a spike narrower than 1e-9; use a larger beta"
+        raise OutOfReach(
+            f"beta {beta:g}, n {n}: the optimum is a spike narrower than 1e-9; use a larger "
+            "beta or a smaller KL"
         )
     return best
 

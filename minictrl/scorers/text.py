@@ -7,6 +7,7 @@ import threading
 import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
+from datetime import date
 from functools import lru_cache
 
 import torch
@@ -29,7 +30,8 @@ BATCH_TOKENS = {"cuda": 16_384, "cpu": 4_096}
 
 
 PATIENCE = 10  # seconds for a chat template
-DATE = "26 Jul 2024"  # that a template is told, Llama 3.2's own default: today's would move rewards
+DATE = date(2024, 7, 26)  # a template's today, Llama 3.2's default: the real one would move rewards
+CLOCK = re.compile(r"""strftime_now\(\s*(['"])([^'"]*)\1\s*\)""")  # in a template
 
 
 def render(tokenizer, prompt: Prompt, /, **template_args) -> str:
@@ -76,14 +78,15 @@ def plain(prompt: Prompt) -> str:
 
 
 def chat(tokenizer, messages: list[dict], /, **options) -> str:
-    """The messages as the tokenizer's template writes them, in transformers' sandbox: it reads no
-    file. Raises ValueError if it fails, or takes more than PATIENCE seconds.
+    """The messages as the tokenizer's template writes them on DATE, in transformers' sandbox: it
+    reads no file. Raises ValueError if it fails, or takes more than PATIENCE seconds.
     """
     try:
+        template = tokenizer.get_chat_template(options.get("chat_template"), options.get("tools"))
+        template = CLOCK.sub(lambda call: repr(DATE.strftime(call[2])), template)
+        told = {"date_string": DATE.strftime("%d %b %Y")} | options | {"chat_template": template}
         with at_most(PATIENCE):
-            return tokenizer.apply_chat_template(
-                messages, tokenize=False, **{"date_string": DATE} | options
-            )
+            return tokenizer.apply_chat_template(messages, tokenize=False, **told)
     except Exception as error:  # whatever the template does
         roles = ", ".join(m["role"] for m in messages)
         args = {name: x for name, x in options.items() if name != "add_generation_prompt"}

@@ -80,7 +80,10 @@ the KL, or beyond it, stands here as if its share of the optimum's gain were the
 
 
 def main(argv: list[str] | None = None):
-    parser = Parser("leaderboard", "Makes DIR/leaderboard.md from the runs of a sweep.")
+    parser = Parser(
+        "python -m minictrl.studies.leaderboard",
+        "Makes DIR/leaderboard.md from the runs of a sweep.",
+    )
     add = parser.add_argument
     add("folder", type=Path, metavar="DIR", help="the --out of minictrl.reproduce")
     add("methods", nargs="*", metavar="METHOD", help="train these alone (default: all)")

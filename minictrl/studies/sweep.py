@@ -72,8 +72,19 @@ def add_scale(parser: Parser):
     """The flags of a sweep's size."""
     add = parser.add_argument
     add("--quick", action="store_true", help="coarser and faster")
-    add("--seeds", type=whole(), metavar="N", help="of each KL (default 5 at 1 nat, 3 elsewhere)")
-    add("--budgets", type=positive, nargs="+", metavar="KL", help="of the runs (default 1 0.5 2)")
+    add(
+        "--seeds",
+        type=whole(),
+        metavar="N",
+        help="of each KL (default 5 at 1 nat, 3 elsewhere; --quick: 1)",
+    )
+    add(
+        "--budgets",
+        type=positive,
+        nargs="+",
+        metavar="KL",
+        help="of the runs (default 1 0.5 2; --quick: 0.5 2)",
+    )
     add("--done", action="store_true", help="read the finished runs in DIR and train no others")
 
 
