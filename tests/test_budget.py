@@ -95,7 +95,7 @@ def test_a_step_may_ask_for_more_than_the_samples_reach_so_that_a_policy_that_la
 
 
 def test_a_step_that_asks_for_a_spike_is_answered_by_less():
-    """For N = 32 bon_fp can be solved at 2 nats; at 2.7, which a lagging step asks for, it can't."""
+    """For N = 32 bon_fp can be solved at 2 nats, but not at 2.7, which a lagging step asks for."""
     method = get_method("ppo")(Config(transform="bon_fp", n=32, kl=2.0).resolved())
     r_ref = torch.randn(8, 100, generator=torch.Generator().manual_seed(0))
     with pytest.raises(OutOfReach, match="spike"):
