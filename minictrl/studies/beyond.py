@@ -148,7 +148,8 @@ def overhead(out: Path, quick: bool):
     shares = [100 * rows[0][f"share_of_{name}"] for name in sums]
     axis.bar(list(sums), shares, label="calibration")
     axis.axhline(29, color="black", linestyle=":", label="the paper's share of time")
-    axis.set(title=f"{run.name}: K = {config.K}, {config.prompts} prompts", ylabel="share [%]")
+    title = f"{run.name}: K = {config.K}, {config.prompts} prompts"
+    axis.set(title=title, ylabel="share [%]", ylim=(0, 130))  # the legend is above the bars
     axis.legend()
     return rows, figure
 
