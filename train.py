@@ -241,8 +241,8 @@ def online(training, config, task, method, reference, pi_ref):
             explained = explained_variance(batch.values, batch.returns, batch.mask)
             stats["explained_variance"] = explained.item()
         inputs = method.with_loss_inputs(batch, drawn, beta)
-        stats |= run_update(learner, inputs, method, step, config)
-        training.log(batch, stats)
+        of_update = run_update(learner, inputs, method, step, config)
+        training.log(batch, of_update | stats)  # a method's statistics replace no column
 
 
 def draw_rollout(task, pi_ref, index, reference, step: int, config: Config):

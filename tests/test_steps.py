@@ -130,7 +130,8 @@ def test_a_step_draws_its_own_prompts_and_is_worth_R_at_the_beta_that_follows_it
     ppo, seen, logged = method("ppo", transform="exp-10", batch=2, G=4, K=8, seed=3), [], []
     keep = lambda self, *given: seen.append(given)  # noqa: E731
     monkeypatch.setattr(type(ppo), "with_loss_inputs", keep, raising=False)
-    monkeypatch.setattr(train, "run_update", lambda *args: {})
+    of_the_method = {"kl_ref": 9.0}  # which takes no column's place
+    monkeypatch.setattr(train, "run_update", lambda *args: of_the_method)
     training = SimpleNamespace(
         learner=None,
         tracker=None,
