@@ -100,9 +100,9 @@ def test_a_command_is_what_was_typed(flags):
 def test_a_run_whose_own_procedure_needs_more_samples_says_so():
     config = Config(n=64).resolved()
     with pytest.warns(UserWarning, match="too few for bon with N = 64.* give --samples 64"):
-        found = evaluation.procedures(config, (2, 4), 32)
+        found = evaluation.cases_of(config, (2, 4), 32)
     assert found[0] == ("standard", 1) and ("bon", 64) not in found
-    assert evaluation.procedures(config, (2, 4), 64)[0] == ("bon", 64)
+    assert evaluation.cases_of(config, (2, 4), 64)[0] == ("bon", 64)
 
 
 def test_two_policies_have_two_references():
