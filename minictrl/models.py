@@ -228,8 +228,7 @@ def load_scorer(
         device = resolve_device(device) if isinstance(device, str) else device
         name, label = parted(name)
         config = from_hub(AutoConfig, f"{role} model", name)
-        causal = (config.architectures or [""])[0].endswith(("ForCausalLM", "LMHeadModel"))
-        if causal or name.endswith(".gguf"):
+        if (config.architectures or [""])[0].endswith(("ForCausalLM", "LMHeadModel")):
             model, tokenizer, evaluate = load_generative(name, role, label, device)
             read = as_tokens(tokenizer, ["a"])
         else:

@@ -143,8 +143,8 @@ def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
 
 
 def loo_advantages(returns: Tensor) -> Tensor:
-    """Leave-one-out advantages (RLOO, Kool et al. 2019): a return minus the mean of the
-    others in its row.
+    """Leave-one-out advantages (RLOO, Kool et al. 2019): a return minus the mean of its
+    row's others.
 
     returns: (P, G), the G responses of each prompt, or (1, P G), those of all prompts together.
     Returns that shape, the same for all tokens of a response. The baseline doesn't contain the

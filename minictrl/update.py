@@ -138,9 +138,7 @@ def forward(
 
 @torch.no_grad()
 def in_pieces(batch: Batch, size: int, read: Callable[[Batch], Tensor]) -> Tensor:
-    """read(rows) of all rows, (B, T), `size` at a time, without gradients; 0 where it gives
-    less.
-    """
+    """(B, T): read(rows) of all rows, `size` at a time, no gradients; 0 to the right of it."""
 
     def all_rows(size: int) -> Tensor:
         found = torch.zeros_like(batch.mask)

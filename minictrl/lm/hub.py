@@ -86,8 +86,9 @@ def from_hub(loader, kind: str, name: str, *, new_head: bool = False, **options)
 
     new_head: the model gets a head that its weights don't have, and has no use for their own.
     """
-    name, gguf = gguf_of(kind, hub_name(name))
-    options |= gguf
+    if name.endswith(".gguf"):
+        return from_gguf(loader, kind, name, new_head=new_head, **options)
+    name = hub_name(name)
     here, tokenizer = Path(name), loader.__name__ == "AutoTokenizer"
     own = ("config.json", "tokenizer_config.json")[: 1 + tokenizer]
     if (here / ADAPTER).is_file() and not any((here / file).is_file() for file in own):
@@ -110,21 +111,7 @@ def from_hub(loader, kind: str, name: str, *, new_head: bool = False, **options)
         check_body(f"{kind} {name}", *loaded)
     else:
         check_weights(f"{kind} {name}", loader.__name__.removeprefix("AutoModelFor"), loaded[1])
-    if gguf:  # its weights are plain tensors by now, but transformers would not save or train them
-        loaded[0].hf_quantizer, loaded[0].is_quantized = None, False
-        del loaded[0].config.quantization_config
     return loaded[0]
-
-
-def gguf_of(kind: str, name: str) -> tuple[str, dict[str, str]]:
-    """(directory, options of from_pretrained) of DIR/FILE.gguf; any other name is left alone."""
-    if not name.endswith(".gguf"):
-        return name, {}
-    folder, _, file = name.rpartition("/")
-    folder = folder or "."
-    if Path(folder).is_dir() and not Path(folder, file).is_file():
-        raise ValueError(f"{kind} {name}: there is no such file; give DIR/FILE.gguf")
-    return folder, {"gguf_file": file}
 
 
 def has_weights(loader) -> bool:
@@ -209,6 +196,21 @@ def read_object(kind: str, path: Path) -> dict:
     if not isinstance(value, dict):
         raise ValueError(f"{kind} {path}: is no object in JSON ({str(value)[:60]}); put it back")
     return value
+
+
+def from_gguf(loader, kind: str, name: str, **options):
+    """Of DIR/FILE.gguf: a causal model, or its config or tokenizer."""
+    folder, _, file = name.rpartition("/")
+    folder = folder or "."
+    if Path(folder).is_dir() and not Path(folder, file).is_file():
+        raise ValueError(f"{kind} {name}: there is no such file; give DIR/FILE.gguf")
+    loaded = from_hub(loader, kind, folder, gguf_file=file, **options)
+    if loader.__name__ == "AutoConfig":
+        loaded.architectures = ["ForCausalLM"]
+    if has_weights(loader):  # plain tensors by now, but transformers would not save or train them
+        loaded.hf_quantizer, loaded.is_quantized = None, False
+        del loaded.config.quantization_config
+    return loaded
 
 
 def from_adapter(loader, kind: str, name: str, **options):
