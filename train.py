@@ -216,6 +216,7 @@ def summary(last: dict, config: Config) -> str:
 def online(training, config, task, method, reference, pi_ref):
     """Online methods: G responses per prompt from the current policy, then an update on them."""
     from minictrl.baselines import BASELINES
+    from minictrl.checks import unchanged
     from minictrl.methods.base import check_R
     from minictrl.ppo import explained_variance
     from minictrl.rollout import indices_of_step, shown_responses
@@ -232,7 +233,8 @@ def online(training, config, task, method, reference, pi_ref):
         beta = budget.follow(stats["kl_ref"]) if step >= WARMUP else budget.beta
         Phi_C = method.Phi.of_rewards(r, r_ref)  # (P, G) Phi(C_hat); a fixed point's is follow's
         stats["Phi"] = Phi_C.mean().item()
-        R = method.reward(r, r_ref, Phi_C, beta)  # Phi(C_hat) / beta
+        with unchanged(f"--method {config.method}", r=r, r_ref=r_ref, Phi_C=Phi_C):
+            R = method.reward(r, r_ref, Phi_C, beta)  # Phi(C_hat) / beta
         check_R(R, r, config.method)
         batch.R = R.flatten().to(batch.mask)
         if method.uses_baseline:
@@ -270,9 +272,11 @@ def offline(training, config, task, method, reference, pi_ref):
     These methods keep the theory's beta, because nothing steers it while they train. So the KL may
     differ from the one asked for, and the last step also draws responses to measure it.
     """
+    from minictrl.checks import unchanged
     from minictrl.rollout import indices_of_step, with_prompts
 
-    rows = method.rows(reference, training.budget.beta)
+    with unchanged(f"--method {config.method}", r_ref=reference.r_ref):
+        rows = method.rows(reference, training.budget.beta)
     for step in training.steps():
         index = indices_of_step(step, len(rows), method.rows_per_step, config.seed)
         batch = with_prompts(task, rows[index])

@@ -4,6 +4,7 @@ as, or raises a ValueError that names the value, the rule and the fix.
 
 import math
 from collections.abc import Iterable
+from contextlib import contextmanager
 from functools import reduce
 from operator import index
 
@@ -113,6 +114,16 @@ def samples_rewards(r_ref: Tensor) -> Tensor:
 def at_least_float32(x: Tensor) -> Tensor:
     """x as float32, or as float64 if it is that."""
     return x if x.dtype == torch.float64 else x.float()
+
+
+@contextmanager
+def unchanged(whose: str, **tensors: Tensor):
+    """For code that a user wrote: ValueError if it has changed one of the tensors it was given."""
+    before = {name: x.clone() for name, x in tensors.items()}
+    yield
+    for name, x in tensors.items():
+        if not torch.equal(x, before[name]):
+            raise ValueError(f"{whose} changes {name} in place, which others read; work on a copy")
 
 
 def same_shape(rule: str = "", dim: int | None = None, **tensors: Tensor) -> None:

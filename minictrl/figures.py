@@ -175,7 +175,7 @@ def draw_tradeoff(
     """
     errorbars(axis, rows, "kl", "win_rate", by=by, xerr="kl_stderr", yerr="stderr")
     axis.set(title=title(procedure, n), xlabel=KL, ylabel=WIN_RATE)
-    if any(row.get("optimal", 0) is None for row in rows):
+    if rows and all(row.get("optimal", 0) is None for row in rows):
         return
     top = 1.2 * max([row["kl"] for row in rows], default=1.0)
     kls = [top * (i / 12) ** 2 for i in range(13)]

@@ -51,7 +51,8 @@ def _checked(mask: Tensor, **tensors: Tensor) -> list[Tensor]:
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
     """Mean of x (any shape) where mask, of the same shape, is 1: a scalar. ValueError on shapes."""
     same_shape(x=x, mask=mask)
-    return x.masked_fill(~mask.bool(), 0).sum() / mask.sum()
+    mask = mask.bool()
+    return at_least_float32(x).masked_fill(~mask, 0).sum() / mask.sum()
 
 
 def token_rewards(R: Tensor, logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor) -> Tensor:
@@ -204,4 +205,4 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
     mask, values, returns = _checked(mask, values=values, returns=returns)
     returns, error = returns[mask], (returns - values)[mask]
     variance, rounding = returns.var(correction=0), 1e-6 * returns.abs().amax()
-    return torch.where(variance > rounding**2, 1 - error.var(correction=0) / variance, 0.0)
+    return torch.where(variance <= rounding**2, 0.0, 1 - error.var(correction=0) / variance)

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from html import escape
 from pathlib import Path
 
+import numpy as np
+
 from minictrl import figures, results, runs
 from minictrl.config import Config
 from minictrl.data import key
@@ -83,7 +85,11 @@ def write_page(folders: list[Path], file: Path, *, split: str, other_models: dic
     levels = {
         name: results.read_tensors(folder, "by_prompt", suffix) for name, folder in named.items()
     }
-    judged = all(any(row["scorer"] == "judge" for row in table) for table in tables.values())
+    judged = {
+        name: samples[name]
+        for name, table in tables.items()
+        if any(row["scorer"] == "judge" for row in table)
+    }
     with matplotlib.rc_context(figures.STYLE):
         images = {
             "Win rates against KL": [
@@ -96,7 +102,7 @@ def write_page(folders: list[Path], file: Path, *, split: str, other_models: dic
         }
         if judged:
             images["Reward against judge, one response per prompt"] = [
-                picture(scatter, name=name, rows=rows) for name, rows in samples.items()
+                picture(scatter, name=name, rows=rows) for name, rows in judged.items()
             ]
     drawn = "".join(
         f"<h2>{title}</h2><figure>{''.join(each)}</figure>" for title, each in images.items()
@@ -138,9 +144,22 @@ def draw_metric(axis, *, named: dict[str, Path], column: str):
 
 
 def histogram(axis, *, name: str, stored: dict):
-    for label, whose in (("pi_ref", "C_hat_reference"), ("pi", "C_hat")):
-        axis.hist(stored[whose].flatten(), 8, range=(0, 1), density=True, alpha=0.6, label=label)
+    edges = np.linspace(0, 1, 9)
+    M = stored["C_hat_reference"].shape[1]
+    for label, whose, others in (("pi_ref", "C_hat_reference", M - 1), ("pi", "C_hat", M)):
+        shares = np.diff(cumulative(stored[whose].flatten().numpy(), others, edges))
+        axis.stairs(8 * shares, edges, fill=True, alpha=0.6, label=label)
     axis.set(title=name, xlabel="C_hat", ylabel="density")
+
+
+def cumulative(C_hat: np.ndarray, others: int, edges: np.ndarray) -> np.ndarray:
+    """The share of C_hat (N,) below each of the edges.
+
+    C_hat is a rank among `others` samples, so it has others + 1 values, of which bars would hold
+    more or fewer: each stands for its 1 / (others + 1) of [0, 1].
+    """
+    below = (edges[:, None] * (others + 1) - C_hat * others).clip(0, 1)
+    return below.mean(1)
 
 
 def scatter(axis, *, name: str, rows: list[dict]):

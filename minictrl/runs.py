@@ -10,6 +10,7 @@ import shutil
 import subprocess
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
+from inspect import getmodule, getsource
 from pathlib import Path
 
 import torch
@@ -30,8 +31,11 @@ from minictrl.files import (
 from minictrl.lm.device import resolve_device
 from minictrl.lm.hub import ADAPTER, local_copy, read_object
 from minictrl.messages import command
+from minictrl.methods import get_method
 from minictrl.models import check_saved, parted
+from minictrl.procedures import get_procedure
 from minictrl.task import Task, rows_of
+from minictrl.transforms import CLOSED_FORMS
 
 MARKER = ".minictrl"  # the file that says that a directory is ours to delete
 PATHS = ("task", "policy", "reward", "judge", "reference")  # or names
@@ -214,6 +218,7 @@ def write_config(out: Path, config: Config, beta: float, made_from: dict[str, st
     device = resolve_device(config.device)
     versions = {
         "commit": commit_of(Path(minictrl.__file__).parent.parent),
+        "code": code_of(config),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
@@ -222,6 +227,14 @@ def write_config(out: Path, config: Config, beta: float, made_from: dict[str, st
     }
     settings = asdict(config) | {"beta": beta, "made_from": made_from}
     write_sealed(out / "config.json", settings | versions)
+
+
+def code_of(config: Config) -> str:
+    """A digest of the files of a run's method and procedure, and of its closed form's values."""
+    classes = get_method(config.method), type(get_procedure(config.procedure))
+    Phi = CLOSED_FORMS.get(config.transform)
+    values = Phi(torch.linspace(0.05, 1, 20)).tolist() if Phi else []
+    return digest([getsource(getmodule(each)) for each in classes], [f"{x:.4g}" for x in values])
 
 
 def commit_of(folder: Path) -> str | None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from minictrl.calibration import calibrated_reward
-from minictrl.checks import at_least_float32, positive, real, whole
+from minictrl.checks import at_least_float32, positive, real, unchanged, whole
 from minictrl.procedures.masses import MassMap, mass_map
 from minictrl.procedures.optimum import FIXED_POINTS, fixed_point
 
@@ -137,6 +137,8 @@ def get_transform(
         whole("K", K)
     if beta is not None:
         positive("beta", beta)
+    if sum(name in forms for forms in (CLOSED_FORMS, FIXED_POINTS, RAW)) > 1:
+        raise ValueError(f"transform {name!r}: is the name of two; give yours another")
     if name in RAW:
         return RawReward(name, RAW[name])
     if name in FIXED_POINTS:
@@ -156,24 +158,30 @@ def get_transform(
         return Transform(name, exp(t))
     if name == "log" and K is not None:
         return Transform(name, lambda u: log(u.clamp(min=1 / (2 * K))))
-    check_ends(name, (1.0,) if K is None else (0.0, 1.0))
+    levels = torch.linspace(0, 1, 1 + 2 * (K or 10))  # of C_hat, with ties
+    check_form(name, levels[1:] if K is None else levels)
     return Transform(name, CLOSED_FORMS[name])
 
 
-def check_ends(name: str, ends: tuple[float, ...]) -> None:
-    """Raises ValueError on a closed form that is no finite tensor at an end of [0, 1]."""
-    for u in ends:
-        Phi_u = CLOSED_FORMS[name](torch.tensor([u]))
-        floats = isinstance(Phi_u, Tensor) and Phi_u.is_floating_point()
-        if not floats or Phi_u.shape != (1,):
+def check_form(name: str, u: Tensor) -> None:
+    """Raises ValueError on a closed form that isn't finite at each u (levels,), by itself."""
+    whose, Phi = f"transform {name!r}: Phi", CLOSED_FORMS[name]
+    with unchanged(whose, u=u):
+        Phi_u, alone = Phi(u), Phi(u[-1:])
+    floats = isinstance(Phi_u, Tensor) and Phi_u.is_floating_point()
+    if not floats or Phi_u.shape != u.shape:
+        raise ValueError(f"{whose} gives {str(Phi_u)[:60]}, no float tensor of u's shape")
+    for level, value in zip(u.tolist(), Phi_u.tolist()):
+        if not math.isfinite(value):
             raise ValueError(
-                f"transform {name!r}: Phi gives {Phi_u!r}, no float tensor of u's shape"
+                f"{whose}({level:g}) is {value}, and C_hat may be {level:g}: of K samples the best "
+                "has 1, the worst 0; bound it there"
             )
-        if not Phi_u.isfinite():
-            raise ValueError(
-                f"transform {name!r}: Phi({u:g}) is {Phi_u.item()}, and of K samples the best has "
-                "C_hat = 1, the worst 0; bound it there"
-            )
+    if not torch.allclose(alone, Phi_u[-1:]):
+        raise ValueError(
+            f"{whose}(1) is {alone.item():.4g} alone and {Phi_u[-1].item():.4g} beside other "
+            "values of u; make it a function of each u by itself"
+        )
 
 
 def tilt_of(name: str) -> float | None:

@@ -207,11 +207,25 @@ def _gradients(
     for piece in batch.pieces(index, micro_batch):
         share = len(piece) / len(index)
         part = batch[piece].cut()
-        value, stats = loss(*forward(learner.policy, learner.value_head, part), part)
+        found = loss(*forward(learner.policy, learner.value_head, part), part)
+        value, stats = check_loss(found)
         (value * share).backward()
         for name, stat in (stats | {"loss": value}).items():
-            totals[name] += stat.detach() * share
+            totals[name] += torch.as_tensor(stat).detach() * share
     return totals
+
+
+def check_loss(found: tuple) -> tuple[Tensor, dict]:
+    """What a method's `loss` gave. Raises ValueError unless it is (loss, statistics)."""
+    pair = isinstance(found, tuple) and len(found) == 2 and isinstance(found[1], dict)
+    value = found[0] if pair else None
+    if not isinstance(value, Tensor) or value.dim() or not value.requires_grad:
+        given = f"a tensor {tuple(value.shape)}" if isinstance(value, Tensor) else type(found)
+        raise ValueError(
+            f"the method's loss is {given}; return (loss, statistics), a tensor () that depends on "
+            "the policy's logprobs, and a dict of numbers"
+        )
+    return found
 
 
 def bad_step(

@@ -6,6 +6,7 @@ import torch
 
 from minictrl import checks, ppo, theory, winrate
 from minictrl.calibration import calibrated_reward
+from minictrl.checks import unchanged
 from minictrl.transforms import get_transform
 
 SCORES = torch.rand(3, 8, generator=torch.Generator().manual_seed(0))
@@ -73,6 +74,15 @@ def test_betas_may_come_one_by_one():
     expected = theory.tradeoff("exp10", "bon", 4, [3000.0, 5000.0])
     for betas in (iter([3000.0, 5000.0]), {3000.0: 0, 5000.0: 0}.keys()):
         assert np.array_equal(theory.tradeoff("exp10", "bon", 4, betas), expected)
+
+
+def test_a_tensor_that_others_read_stays_as_it_is():
+    r_ref = torch.ones(2, 3)
+    with unchanged("--method mine", r_ref=r_ref):
+        r_ref = r_ref - 1  # another tensor
+    with pytest.raises(ValueError, match="--method mine changes r_ref in place"):
+        with unchanged("--method mine", r_ref=r_ref):
+            r_ref -= 1
 
 
 def test_no_rounding_makes_a_tie():

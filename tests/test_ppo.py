@@ -211,6 +211,12 @@ def test_value_loss_and_explained_variance_by_hand():
     )
     for same in (1.0, 0.1):  # the variance of 0.1 in float32 is no 0
         assert explained_variance(values, torch.full((2, 3), same), mask) == 0
+    assert explained_variance(values, math.nan * returns, mask).isnan()
+
+
+def test_a_masked_mean_is_exact_in_half_precision():
+    assert masked_mean(torch.full((300, 300), 10.0).half(), torch.ones(300, 300).half()) == 10
+    assert masked_mean(torch.ones(2, 2), torch.full((2, 2), 0.5)) == 1
 
 
 def test_gradient_ascent_on_responses_of_two_lengths_reaches_the_tilt():

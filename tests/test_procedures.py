@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from minictrl import theory
+from minictrl import procedures, theory
 from minictrl.calibration import calibrated_reward
 from minictrl.config import Config
+from minictrl.methods.base import check_procedure
 from minictrl.procedures import cells, get_procedure
 from minictrl.procedures.base import ByRank
 from minictrl.procedures.masses import mass_win_rate
@@ -229,7 +230,31 @@ def test_a_run_is_checked_and_an_optimum_solved_where_the_caller_asks_for_no_gra
     assert of_two < of_three < of_four
 
 
-@pytest.mark.parametrize("weights", [[0, 1, 0], [0, 0, 0, 0], [1, -1, 1, 1], [1, 1, 1, math.nan]])
+def test_rank_weights_may_come_one_by_one():
+    class Mine(ByRank):
+        def rank_weights(self, n):
+            return (float(rank == n) for rank in range(1, n + 1))
+
+    select = torch.rand(2, 8).double()
+    assert torch.equal(Mine().weights(select, 4), get_procedure("bon").weights(select, 4))
+
+
+def test_a_file_goes_before_a_temperature(monkeypatch):
+    assert procedures.parse_procedure("soft2") == ("soft", [2.0])
+    monkeypatch.setattr(procedures, "PROCEDURES", (*procedures.PROCEDURES, "soft2"))
+    assert procedures.parse_procedure("soft2") == ("soft2", [])
+
+
+def test_weights_that_change_their_scores_are_told(monkeypatch):
+    mine = get_procedure("bon")
+    monkeypatch.setattr(mine, "weights", lambda select, *_: select.mul_(0).add_(1 / 8))
+    with pytest.raises(ValueError, match="procedure bon: weights changes select in place"):
+        check_procedure("bon", 8)
+
+
+@pytest.mark.parametrize(
+    "weights", [None, [0, 1, 0], [0, 0, 0, 0], [1, -1, 1, 1], [1, 1, 1, math.nan]]
+)
 def test_rank_weights_that_are_none_are_told(weights):
     class Mine(ByRank):
         def rank_weights(self, n):

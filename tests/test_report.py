@@ -8,6 +8,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import evaluate
@@ -15,6 +16,7 @@ import train
 from minictrl import evaluation, report, results, runs
 from minictrl.config import Config
 from minictrl.files import read_rows, write_json
+from minictrl.report import cumulative
 from minictrl.runs import load_config
 
 
@@ -52,6 +54,15 @@ def test_runs_of_one_name_and_odd_ends_of_lines_are_kept_apart(short_run, tmp_pa
     prompts = [row["prompt"] for row in read_rows(runs[1] / "samples.jsonl")]
     shown = re.findall(r"<article><b>(.*?)</b>", text)
     assert shown == [html.escape(prompt) for prompt in prompts[: len(shown)]]  # of both runs
+
+
+@pytest.mark.parametrize("M", [8, 10, 32])
+def test_an_untrained_policys_C_hat_is_flat_whatever_the_number_of_samples(M):
+    edges = np.linspace(0, 1, 9)
+    for others in (M - 1, M):
+        levels = np.arange(others + 1) / others  # each equally often
+        assert np.diff(cumulative(levels, others, edges)) == pytest.approx(1 / 8)
+    assert cumulative(np.ones(3), M, np.array([0, M / (M + 1), 1])) == pytest.approx([0, 0, 1])
 
 
 def test_a_page_with_no_place_to_go_is_refused_first(short_run, tmp_path, capsys):

@@ -6,6 +6,8 @@ import csv
 import itertools
 import json
 import math
+import shutil
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,7 +16,7 @@ import torch
 from safetensors.numpy import save_file
 
 import train as train_script
-from minictrl import reproduce, theory
+from minictrl import reproduce, runs, theory, transforms
 from minictrl.checks import OutOfReach
 from minictrl.config import Config
 from minictrl.studies import errors, leaderboard, sweep, tables, trained
@@ -108,6 +110,20 @@ def test_a_run_with_other_settings_is_not_taken_for_this_one(tmp_path, scripts):
     assert len(table(cache=str(tmp_path))) == 14  # the same run, wherever its cache lies
     with pytest.raises(ValueError, match="holds a run with kl 1.0, not 2.0; give another DIR"):
         table(kl=2.0)
+
+
+def test_a_run_of_code_that_has_changed_is_told(tmp_path, scripts, monkeypatch):
+    settings = {"transform": "identity", "kl": 1.0}
+    config = Config(**settings).resolved()
+    sweep.run(tmp_path / "run", settings, 8, 8, "test")
+    table = lambda: sweep.table(tmp_path / "run", settings, "test", 24, 32)  # noqa: E731
+    change(tmp_path / "run" / "config.json", code=runs.code_of(config))
+    table()  # a warning is an error here
+    monkeypatch.setitem(transforms.CLOSED_FORMS, "identity", lambda u: 2 * u)
+    with pytest.warns(UserWarning, match="run: the code of its method, .* has changed"):
+        table()
+    codes = {runs.code_of(replace(config, **other)) for other in ({"method": "grpo"}, {"n": 5}, {})}
+    assert len(codes) == 2  # n is no code
 
 
 def change(path, **values):
@@ -310,7 +326,7 @@ def test_figures_of_the_sweep_and_the_page_come_from_the_same_runs(tmp_path, scr
         ("1", "0.5"),
     }
     with pytest.raises(
-        ValueError, match="no finished run of none, identity, exp10: train one, without --done"
+        ValueError, match="no finished run of none, identity, exp10: train one .without --done"
     ):
         sweep.sweep(tmp_path / "empty", True, kept)
 
@@ -344,6 +360,12 @@ def test_the_leaderboard_is_sorted_and_a_new_method_enters_alone(tmp_path, scrip
     assert studies[0].startswith("fig4") and "fig4.png" in studies[0] and "fig5" not in page
     with pytest.raises(SystemExit):
         leaderboard.main([str(tmp_path), "qrpo exp11", *flags])
+    # a page has all runs that are there, and their KLs
+    leaderboard.main([str(tmp_path), "exp10", "--quick", "--seeds", "1", "--budgets", "4"])
+    of_four = (tmp_path / "leaderboard.md").read_text()
+    assert "KL 1 | KL 4 |" in of_four and "\n| none | 60.0" in of_four
+    shutil.rmtree(tmp_path / "runs-quick" / "exp10-kl4-seed0")
+    leaderboard.main([str(tmp_path), *flags, "--done"])
     # the same page from the new method's runs and those that were kept
     kept_runs = tmp_path / "leaderboard.safetensors"
     beside = ["--beside", str(kept_runs)]

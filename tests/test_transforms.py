@@ -174,6 +174,27 @@ def test_a_transform_that_is_infinite_at_an_end_is_refused_before_it_trains(monk
         get_transform("exp٣")
 
 
+@pytest.mark.parametrize(
+    "Phi, told",
+    [
+        (lambda u: u.softmax(-1), r"Phi\(1\) is 1 alone and .* beside other values"),
+        (lambda u: u - u.mean(), "a function of each u by itself"),
+        (lambda u: u.mul_(2), "changes u in place, which others read; work on a copy"),
+        (lambda u: (u - 0.5).sin() / (u - 0.5), r"Phi\(0.5\) is nan, and C_hat may be 0.5"),
+    ],
+)
+def test_a_transform_is_a_finite_function_of_each_u_by_itself(Phi, told, monkeypatch):
+    monkeypatch.setitem(transforms.CLOSED_FORMS, "mine", Phi)
+    with pytest.raises(ValueError, match=told):
+        get_transform("mine", K=10)
+
+
+def test_two_transforms_of_one_name_are_told(monkeypatch):
+    monkeypatch.setitem(transforms.CLOSED_FORMS, "median", lambda u: u)
+    with pytest.raises(ValueError, match="'median': is the name of two; give yours another"):
+        get_transform("median")
+
+
 def test_the_median_that_is_taken_off_is_the_prompts_own():
     r_ref = torch.tensor([[0.0, 1, 9], [10, 20, 60]])
     found = get_transform("median").of_rewards(torch.tensor([[2.0], [50]]), r_ref)

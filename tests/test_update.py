@@ -83,6 +83,28 @@ def test_statistics_are_means_over_rows_and_an_epoch_visits_each_row_once(model,
     assert learner.updates == 3 * 4
 
 
+@pytest.mark.parametrize(
+    "wrong, told",
+    [
+        (lambda logprobs, values, part: logprobs.sum(), r"is a tensor|is <class"),
+        (lambda logprobs, values, part: (logprobs.sum(1), {}), r"is a tensor \(7,\)"),
+        (lambda logprobs, values, part: (logprobs.detach().sum(), {}), "depends on the policy"),
+        (lambda logprobs, values, part: None, "return .loss, statistics"),
+    ],
+)
+def test_a_loss_that_is_none_is_told(model, rows, wrong, told):
+    with pytest.raises(ValueError, match=f"the method's loss.*{told}"):
+        update(sgd(model), rows, wrong, lr=0.0, minibatch=7, micro_batch=7, epochs=1, seed=0)
+
+
+def test_a_statistic_may_be_a_float(model, rows):
+    def half(logprobs, values, part):
+        return 0 * logprobs.sum(), {"half": 0.5}
+
+    stats = update(sgd(model), rows, half, lr=0.0, minibatch=7, micro_batch=3, epochs=1, seed=0)
+    assert stats["half"] == pytest.approx(0.5)
+
+
 def test_another_seed_is_another_order(model, rows):
     orders = []
     for seed in (0, 0, 1):

@@ -33,13 +33,15 @@ SHARPEST = 0.01  # temperature; below it the quadrature of soft.py needs too man
 def parse_procedure(name: str) -> tuple[str, list[float]]:
     """(file, arguments) of a procedure's name. Raises ValueError on one that is unknown."""
     given, name = name, str(name)
+    if name in PROCEDURES:
+        return name, []
     soft = re.fullmatch(r"soft(\d+\.?\d*|\.\d+)", name)
-    if soft and float(soft[1]) < SHARPEST:
-        raise ValueError(f"procedure {name!r}: use a temperature of at least {SHARPEST}, or bon")
-    if not soft and name not in PROCEDURES:
+    if not soft:
         known = ", ".join(PROCEDURES)
         raise ValueError(f"unknown procedure {given!r}; known: {known}, soft<t> (soft0.05, ...)")
-    return ("soft", [float(soft[1])]) if soft else (name, [])
+    if float(soft[1]) < SHARPEST:
+        raise ValueError(f"procedure {name!r}: use a temperature of at least {SHARPEST}, or bon")
+    return "soft", [float(soft[1])]
 
 
 def get_procedure(name: str):

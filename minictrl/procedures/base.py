@@ -59,7 +59,7 @@ class ByRank(Procedure):
 
     def cumulative(self, n: int) -> list[float]:
         """W_0 .. W_N, from 0 to 1. Raises ValueError on bad weights."""
-        weights = self.rank_weights(n)
+        weights = list(self.rank_weights(n) or [])
         if len(weights) != n or min(weights) < 0 or not 0 < sum(weights) < math.inf:
             raise ValueError(
                 f"rank_weights({n}) of {type(self).__module__} gave {str(weights)[:60]}: return "

@@ -118,7 +118,7 @@ def ablation(out: Path, quick: bool):
 
 
 def overhead(out: Path, quick: bool):
-    """The share of calibration in a run of train.py (App. E): reward calls, tokens, seconds,
+    """The share of calibration in a run of train.py (App. F): reward calls, tokens, seconds,
     forward passes of a token.
 
     A backward pass counts two. The calibration of 32 prompts is timed, nothing cached, and scaled

@@ -105,7 +105,8 @@ def main(argv: list[str] | None = None):
         sweep.same_models([*beside, {"run": "today's default task", "made_from": sweep.digests()}])
     chosen = {name: VARIANTS[name] for name in args.methods or VARIANTS}
     sweep.sweep(args.folder, args.quick, chosen)
-    scale["done"] = True  # the other methods have the runs that are there
+    scale["done"] = True  # the page has all runs that are there
+    scale["seeds"] = sweep.seeds_in(args.folder, args.quick)
     rows = of_the_page(sweep.sweep(args.folder, args.quick, VARIANTS))
     mine = set(column(rows, "method"))
     rows += [row for row in beside if row["method"] not in mine]
@@ -211,8 +212,9 @@ class Board:
                 rows, kl, method, procedure=procedure, n=n, scorer=scorer
             )
         )
-        self.kl = max(KLS, key=lambda kl: (len(self.at(kl, "bon", 4)), kl == 1))
-        self.kls = [kl for kl in KLS if kl == self.kl or self.at(kl, "bon", 4)]
+        kls = sorted({*KLS, *column(rows, "budget")})
+        self.kl = max(kls, key=lambda kl: (len(self.at(kl, "bon", 4)), kl == 1))
+        self.kls = [kl for kl in kls if kl == self.kl or self.at(kl, "bon", 4)]
 
     def at(self, kl: float, procedure: str, n: int, scorer: str = "reward") -> dict[str, Estimate]:
         """method -> its win rate, the best first, of those that have runs at this KL."""
@@ -332,7 +334,7 @@ def smallest(behind: dict[str, list[Estimate]]) -> str:
         shown = [x for x in shown if math.isfinite(x)]
         if shown:
             found.append(f"{100 * median(shown):.1f} points by {scorer}")
-    size = " and ".join(found) or "none: one method has runs"
+    size = " and ".join(found) or "none: no two methods have runs of one seed"
     return (
         "The smallest difference to the first that this table shows in 80 % of all experiments, "
         f"the median over its rows: {size}."
@@ -341,7 +343,7 @@ def smallest(behind: dict[str, list[Estimate]]) -> str:
 
 def study(name: str) -> str:
     """Markdown of a study: its question, the paper's answer, its picture and its CSV."""
-    what, _, paper = inspect.getdoc(STUDIES[name]).partition("Paper: ")
+    what, _, paper = (inspect.getdoc(STUDIES[name]) or "").partition("Paper: ")
     parts = [f"## {name}: {' '.join(what.split(chr(10) * 2)[0].split())}"]
     if paper:
         parts.append(f"*Paper:* {' '.join(paper.split())}")

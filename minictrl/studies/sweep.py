@@ -6,6 +6,8 @@ A run that has its eval.json is done; one that was interrupted goes on from its 
 
 import argparse
 import importlib.util
+import re
+import warnings
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from itertools import product
@@ -101,6 +103,17 @@ def seeds_of(kl: float, scale: dict) -> int:
     return scale["seeds"].get(kl, min(scale["seeds"].values()))
 
 
+def seeds_in(out: Path, quick: bool) -> dict[float, int]:
+    """KL budget -> how many seeds, of the runs that were begun in `out`."""
+    seeds = {}
+    for folder in (out / SCALES[quick]["folder"]).iterdir():
+        found = re.fullmatch(r".+-kl(.+)-seed(\d+)", folder.name)
+        if found and folder.is_dir():
+            kl, seed = float(found[1]), int(found[2])
+            seeds[kl] = max(seeds.get(kl, 0), seed + 1)
+    return seeds
+
+
 # --- runs ---
 
 
@@ -139,8 +152,8 @@ def sweep(
     same_models(rows)
     if not rows:
         raise ValueError(
-            f"{out / scale['folder']} has no finished run of {', '.join(methods)}: train one, "
-            "without --done and at a KL that it reaches"
+            f"{out / scale['folder']} has no finished run of {', '.join(methods)}: train one "
+            "(without --done) at a KL that it reaches"
         )
     return rows
 
@@ -204,6 +217,12 @@ def table(folder: Path, settings: dict, split: str, prompts: int, samples: int) 
                 f"{folder}: holds a run with {name} {mine}, not {value}; give another DIR, or "
                 "move that run away"
             )
+    if extra.get("code") not in (None, runs.code_of(stored)):
+        warnings.warn(
+            f"{folder}: the code of its method, transform or procedure has changed since; move it "
+            "away to train anew",
+            stacklevel=2,
+        )
     suffix = results.file_suffix(split)
     rows = results.read(folder, suffix)
     if split == "train":
