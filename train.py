@@ -197,8 +197,8 @@ def load_and_check(config: Config):
     made_from = digests_of(config, task, judge)
     reference = None
     if config.reference:
-        made_from["reference"] = sha256_of(Path(config.reference))[:16]
         reference = read_reference(config.reference, config, task)
+        made_from["reference"] = sha256_of(Path(config.reference))[:16]
     return method, task, reference, made_from
 
 

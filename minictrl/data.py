@@ -233,6 +233,9 @@ def prompt_of(row, column: str | None = None) -> Prompt:
     chosen, column = unpacked(row.get("chosen")), column or column_of(row)
     if column is None and isinstance(chosen, str) and "\n\nHuman:" in chosen:
         return parse_hh(chosen)[:-1]
+    if isinstance(chosen, str) and chosen.startswith("\n\nHuman:"):
+        with suppress(ValueError):  # an answer that only begins like a transcript
+            chosen = parse_hh(chosen)
     before = [message(m) for m in chosen[:-1]] if isinstance(chosen, list) else []
     prompt = row.get(column) if column else before
     prompt = messages_in(prompt) if column == "prompt" else unpacked(prompt)

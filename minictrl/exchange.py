@@ -18,7 +18,7 @@ from torch import Tensor
 
 from minictrl import runs
 from minictrl.cli import Parser, check_file, run_script
-from minictrl.config import CALIBRATION, Config
+from minictrl.config import CALIBRATION, Config, is_file
 from minictrl.data import convert, key, read_own, row_of
 from minictrl.files import in_one_step, write_rows
 from minictrl.lm.prompts import encode_prompts, eos_ids, known_ids
@@ -46,6 +46,8 @@ def read_reference(file: str, config: Config, task: Task) -> Reference:
     prompt that the file lacks or has fewer than K completions for, on rewards that are not the
     reward model's, and on completions that are not the policy's.
     """
+    if not (Path(file).is_file() and is_file(file)):
+        raise ValueError(f"--reference {file}: is no file of rows; give one in .jsonl or .parquet")
     rows = {}
     for name, row in convert(read_own(file), partial(completions_of, column=config.column)):
         if name in rows:
@@ -68,13 +70,20 @@ def read_reference(file: str, config: Config, task: Task) -> Reference:
         )
     texts = [texts[: config.K] for texts, _ in found]
     given = [rewards and rewards[: config.K] for _, rewards in found]
+    without = sum(not rewards for rewards in given)
+    if 0 < without < len(given):
+        warnings.warn(
+            f"--reference {file}: {without} of {len(given)} rows have no rewards: all are scored "
+            "again",
+            stacklevel=2,
+        )
     tokens, mask, cut = encode_responses(task, texts)
-    if all(given):
+    if not without:
         r_ref = torch.tensor(given, dtype=torch.float64).float()
         check_rewards(file, task, texts, r_ref)
     if cut:
         texts = texts_of(task.tokenizer, task.ids.tolist(), tokens, mask)
-    if cut or not all(given):
+    if cut or without:
         r_ref = score(task.reward, task.prompts, texts)
     reference = likeliest(task, r_ref, tokens, mask, config.micro_batch)
     check_policy(file, task, reference)
@@ -218,6 +227,7 @@ def write_reference(run: Path, file: Path) -> str:
     """A run's reference samples as rows of prompt, completions and rewards; says how many."""
     config = runs.load_config(run)
     task = load_task(config, "train")
+    runs.check_made_from(run, config, runs.digests_of(config, task, None), but=["judge"])
     reference = samples_of_run(run, task, config.K, seed=config.seed_for(CALIBRATION))
     if reference is None:
         raise ValueError(f"{run}: has no reference samples of its models; train it anew")
@@ -231,6 +241,11 @@ def write_reference(run: Path, file: Path) -> str:
     else:
         from datasets import Dataset
 
+        if len({type(prompt) for prompt in task.prompts}) > 1:
+            raise ValueError(
+                f"--out {file}: prompts are texts and chats, which one column can't hold; give "
+                f"{file.with_suffix('.jsonl')}"
+            )
         with in_one_step(file) as path:
             Dataset.from_list(rows).to_parquet(path)
     return f"{len(rows)} prompts with {reference.r_ref.shape[1]} completions each"

@@ -30,6 +30,7 @@ from torch import Tensor
 from minictrl import runs
 from minictrl.config import CALIBRATION, TASKS, Config
 from minictrl.data import Prompt, key, message
+from minictrl.exchange import read_reference
 from minictrl.lm.device import resident
 from minictrl.lm.prompts import encode_prompts, response_texts
 from minictrl.methods import get_method
@@ -186,6 +187,8 @@ def calibrate(task: Task, config: Config, run: Path) -> Reference:
     stored = samples_of_run(run, task, K, seed=drawn["seed"])
     if stored is not None:
         return stored
+    if config.reference:
+        return read_reference(config.reference, config, task)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world > 1:
         from accelerate import PartialState

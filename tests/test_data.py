@@ -280,6 +280,8 @@ def test_bad_names_and_empty_files_are_one_line(tmp_path):
             load_prompts(*arguments)
     with pytest.raises(ValueError, match="no preference pairs: use a file, or one of helpful"):
         load_pairs("reviews")
+    with pytest.raises(ValueError, match="--column q: task helpful knows where its prompts are"):
+        load_pairs("helpful", column="q")
 
 
 def test_hh_transcripts_become_messages():
@@ -312,7 +314,7 @@ def test_what_is_no_transcript_is_refused(text):
 def test_a_pair_without_a_side_is_named_and_left_out_only_if_asked(tmp_path):
     rows = [{"prompt": f"{i}", "chosen": " a", "rejected": " b"} for i in range(10)]
     path = write(tmp_path / "p.jsonl", [rows[0], {"prompt": "x", "chosen": " a"}, *rows[1:]])
-    with pytest.raises(ValueError, match='line 2: "rejected" is missing or empty'):
+    with pytest.raises(ValueError, match='line 2: "rejected" must be .*, and holds None'):
         load_pairs(path)
     with pytest.warns(UserWarning, match="1 of 11 rows left out, the first .*line 2"):
         pairs = load_pairs(path, skip_bad=True)
@@ -349,6 +351,14 @@ def test_transcripts_beside_a_chat_prompt_are_read_as_conversations(prompt, tmp_
     sides = {s: f"\n\nHuman: q\n\nAssistant: {s}" for s in ("chosen", "rejected")}
     path = write(tmp_path / "p.jsonl", [prompt | sides])
     assert load_pairs(path) == [(turns("q"), "chosen", "rejected")]
+
+
+def test_transcripts_beside_their_first_message_as_a_text_are_chats(tmp_path):
+    row = {s: f"\n\nHuman: q\n\nAssistant: {s}" for s in ("chosen", "rejected")}
+    assert load_pairs(write(tmp_path / "p.jsonl", [{"prompt": "q"} | row])) == [
+        (turns("q"), "chosen", "rejected")
+    ]
+    assert prompt_of({"prompt": "another"} | row) == "another"
 
 
 def test_a_text_prompt_that_all_answers_repeat_is_cut_off(tmp_path):

@@ -111,6 +111,33 @@ def test_training_on_a_file_draws_nothing_and_scores_what_has_no_rewards(kind, r
     assert Reference.load(tmp_path / "run" / "reference.safetensors").r_ref.shape == (12, 8)
 
 
+def test_rewards_of_some_rows_alone_are_not_taken(rows, tmp_path):
+    rows = [rows[0] | {"rewards": None}, *(row | {"rewards": [9] * 8} for row in rows[1:])]
+    file = write(tmp_path / "f.jsonl", rows)
+    config = Config(prompts=12, K=8, max_new_tokens=12, reference=file).resolved()
+    with pytest.warns(UserWarning, match="1 of 12 rows have no rewards: all are scored again"):
+        found = exchange.read_reference(file, config, load_task(config, "train"))
+    assert not (found.r_ref == 9).any()
+
+
+def test_a_folder_is_no_reference(tmp_path):
+    with pytest.raises(ValueError, match="--reference .*: is no file of rows; give one in .jsonl"):
+        train.main([*FLAGS, "--reference", str(tmp_path), "--out", f"{tmp_path}/run"])
+
+
+def test_a_task_that_has_grown_is_named_and_texts_beside_chats_are_no_column(tmp_path):
+    pytest.importorskip("datasets")
+    chat = {"messages": [{"role": "user", "content": "this movie was"}]}
+    task = write(tmp_path / "t.jsonl", [*({"prompt": f"{i} is"} for i in range(20)), *[chat] * 2])
+    flags = "--K 2 --steps 1 --batch 2 --G 2 --max-new-tokens 3".split()
+    train.main([*flags, "--task", task, "--out", f"{tmp_path}/run", "--cache", f"{tmp_path}/cache"])
+    with pytest.raises(ValueError, match="texts and chats, .* give .*own.jsonl"):
+        exchange.main([f"{tmp_path}/run", "--out", f"{tmp_path}/own.parquet"])
+    write(tmp_path / "t.jsonl", [{"prompt": f"{i} was"} for i in range(22)])
+    with pytest.raises(ValueError, match="--task .*t.jsonl has changed since the run was started"):
+        exchange.main([f"{tmp_path}/run", "--out", f"{tmp_path}/own.jsonl"])
+
+
 @pytest.mark.parametrize(
     "change, message",
     [

@@ -113,24 +113,42 @@ def test_a_score_that_depends_on_the_texts_beside_it_is_said(tmp_path):
 
 
 def test_what_a_file_sets_for_all_is_set_for_it_alone(tmp_path, monkeypatch):
-    """The working directory, in which it finds its words, torch's default type and gradients."""
+    """The working directory, in which it finds its words, torch's defaults, gradients, filters."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "lib").mkdir()
     (tmp_path / "lib/words.txt").write_text("good")
     (tmp_path / "lib/f.py").write_text(
-        "import os, torch\n"
+        "import os, torch, warnings\n"
+        "warnings.simplefilter('ignore')\n"
+        "torch.set_default_device('meta')\n"
         "os.chdir(os.path.dirname(os.path.abspath(__file__)))\n"
         "torch.set_default_dtype(torch.float64)\n"
         "torch.set_grad_enabled(False)\n"
         "def f(prompts, texts):\n"
         "    word = open('words.txt').read()\n"
-        "    return torch.tensor([1.0 + 1e-12 * (word in text) for text in texts]) - 1\n"
+        "    assert torch.ones(1).is_meta\n"
+        "    scores = [1.0 + 1e-12 * (word in text) for text in texts]\n"
+        "    return torch.tensor(scores, device='cpu') - 1\n"
     )
+    filters = list(warnings.filters)
     score = load_scorer("lib/f.py:f", "reward")
     for _ in range(2):
         assert score(["a", "b"], [" good", " bad"])[0] > 0
         ours = Path.cwd(), torch.get_default_dtype(), torch.is_grad_enabled()
         assert ours == (tmp_path, torch.float32, True)
+        assert torch.ones(1).device.type == "cpu" and warnings.filters == filters
+
+
+def test_a_function_may_use_processes(tmp_path):
+    (tmp_path / "f.py").write_text(
+        "import pickle\n"
+        "def one(text):\n"
+        "    return float(len(text))\n"
+        "def f(prompts, texts):\n"
+        "    return [pickle.loads(pickle.dumps(one))(text) for text in texts]  # as a pool does\n"
+    )
+    score = load_scorer(f"{tmp_path}/f.py:f", "reward")
+    assert score(["x", "x"], [" a", " bc"]).tolist() == [2, 3]
 
 
 def test_a_function_may_change_what_it_is_given(tmp_path):

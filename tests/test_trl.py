@@ -260,6 +260,7 @@ def test_bad_settings_are_named(tmp_path):
         ((str(tmp_path),), {}, "is no run directory"),
         (("reviews", "exp0"), {}, "exp0"),
         (("reviews",), {"colour": 1}, "colour: no such setting"),
+        (("reviews",), {"reference": __file__} | SMALL, "test_trl.py: is no file of rows"),
         (("reviews",), {"kl": 1.0, "beta": 1.0}, "not both"),
         (("reviews", "exp80"), {"beta": 1e-5, "K": 4, "prompts": 2}, "--beta 1e-05: R = Phi"),
     ):

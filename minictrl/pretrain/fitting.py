@@ -24,7 +24,7 @@ from minictrl.scorers.text import scorer_tokenizer
 from minictrl.update import Learner
 
 SAVE_SECONDS = 300  # between checkpoints
-WARMUP = 20  # steps
+WARMUP = 20  # steps, but at most a tenth of all
 RNG = "rng"  # dropout's generator in a checkpoint, beside what a `Learner` has
 
 
@@ -79,6 +79,11 @@ def answer_logprobs(model: nn.Module, tokenizer, rows: list[tuple[list[int], lis
     return sequence_logprobs(model, *prompts, tokens, mask)[0].sum(1)
 
 
+def schedule(step: int, steps: int) -> float:
+    """Share of the learning rate: up over WARMUP steps, and linearly down to 0 over all."""
+    return min(1, (step + 1) / min(WARMUP, steps // 10 + 1)) * (1 - step / steps)
+
+
 def fit(
     model: nn.Module,
     rows: list,
@@ -116,8 +121,7 @@ def fit(
         if time.monotonic() - saved > SAVE_SECONDS:
             save_step(checkpoint, model, optimizer, step)
             saved = time.monotonic()
-        share = min(1, (step + 1) / WARMUP) * (1 - step / len(batches))
-        optimizer.param_groups[0]["lr"] = lr * share
+        optimizer.param_groups[0]["lr"] = lr * schedule(step, len(batches))
         value, micro_batch = halving(micro_batch, partial(gradients, model, loss, chunk))
         if not nn.utils.clip_grad_norm_(model.parameters(), 1.0).isfinite():
             raise ValueError(

@@ -48,6 +48,10 @@ def load_pairs(
             f"--data-split {data_split}: is of a data set of your own, and {task_or_file} has no "
             "splits to choose from; leave it out"
         )
+    if column is not None and task_or_file in TASKS:
+        raise ValueError(
+            f"--column {column}: task {task_or_file} knows where its prompts are; leave it out"
+        )
     if task_or_file not in TASKS:
         rows = list(read_own(task_or_file, data_split))
         pairs = convert(rows, partial(pair_of, column=column), skip_bad=bool(skip_bad))
@@ -128,8 +132,8 @@ def pair_of(row, column: str | None = None) -> Pair:
                 answer = " " + answer.strip()  # what continues a text is set off by a space
         if not isinstance(answer, str) or not answer.strip():
             raise ValueError(
-                f'"{side}" is missing or empty: give both sides, or leave such rows out '
-                "(--skip-bad)"
+                f'"{side}" must be a text that is not empty, or messages, and holds '
+                f"{str(row.get(side))[:60]}: give both sides, or leave such rows out (--skip-bad)"
             )
         sides.append(answer)
     return prompt, *sides

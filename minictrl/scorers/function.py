@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from minictrl.data import Prompt, equal, key
+from minictrl.files import digest
 
 OURS = Path(__file__).parent.parent  # the package, which a function may import
 RULE = "return a list of one number per text; it gets the lists (prompts, texts)"
@@ -169,15 +170,16 @@ def beside(path: Path, files: Iterable[Path]) -> Callable[[], AbstractContextMan
     def imports():
         nonlocal place
         with LOCK, torch.set_grad_enabled(torch.is_grad_enabled()):
-            others, ours = taken(names), (Path.cwd(), torch.get_default_dtype())
+            others, ours = taken(names), settings()
             go_to(*(place or ours))
             sys.modules.update(own)
             sys.meta_path.insert(0, Finder)
             sys.path.append(folder)
             try:
-                yield
+                with warnings.catch_warnings():
+                    yield
             finally:
-                place = Path.cwd(), torch.get_default_dtype()
+                place = settings()
                 go_to(*ours)
                 own.update(taken(names))
                 sys.modules.update(others)
@@ -188,10 +190,17 @@ def beside(path: Path, files: Iterable[Path]) -> Callable[[], AbstractContextMan
     return imports
 
 
-def go_to(folder: Path, dtype: torch.dtype):
-    """Sets the working directory and torch's default type."""
+def settings() -> tuple[Path, torch.dtype, torch.device]:
+    """The working directory, and torch's default type and device."""
+    return Path.cwd(), torch.get_default_dtype(), torch.get_default_device()
+
+
+def go_to(folder: Path, dtype: torch.dtype, device: torch.device):
+    """Sets `settings`."""
     os.chdir(folder)
     torch.set_default_dtype(dtype)
+    if torch.get_default_device() != device:
+        torch.set_default_device(None if device.type == "cpu" else device)
 
 
 def taken(names: set[str]) -> dict[str, ModuleType]:
@@ -254,10 +263,10 @@ def as_float32(exact: Tensor, name: str) -> Tensor:
 
 
 def find_function(name: str, function_name: str, path: Path, file: str) -> Callable:
-    """The function of a file, which is run for it, as a module named by its path. name: of the
-    scorer; file: the path as it was given.
+    """The function of a file, which is run for it, as a module named by its path's digest (pickle
+    reads a name's dots). name: of the scorer; file: the path as it was given.
     """
-    module_spec = importlib.util.spec_from_file_location(str(path), path)
+    module_spec = importlib.util.spec_from_file_location(f"function_{digest(str(path))}", path)
     module = importlib.util.module_from_spec(module_spec)
     sys.modules[module_spec.name] = module  # where a dataclass looks for it
     try:
