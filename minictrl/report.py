@@ -119,7 +119,7 @@ def write_page(folders: list[Path], file: Path, *, split: str, other_models: dic
 <style>{STYLE}</style><h1>{escape(", ".join(named))}</h1>
 <p>Win rates of trained policies over pi_ref, the model before training, both after the same
 procedure; N draws, of which Best-of-N keeps the best. C_hat is the share of pi_ref's responses to
-the same prompt that a response beats.</p>
+the same prompt that a response beats. Error bars are one standard error, over prompts.</p>
 {drawn}{body}<h2>Samples</h2>{side_by_side(samples)}</html>
 """
     save_text(file, page)

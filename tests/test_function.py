@@ -102,6 +102,13 @@ def test_a_row_without_a_column_that_is_needed_is_refused(file):
         score(["a", "new"], ["aa", "aa"])
 
 
+def test_a_column_named_like_the_prompts_or_texts_is_refused(file):
+    columns = {key("a"): {"texts": "aa", "answer": "a"}}
+    with pytest.raises(ValueError, match="have the name of a column, texts; rename"):
+        load_scorer(f"{file}:checks", "reward", columns=columns)
+    load_scorer(f"{file}:right", "reward", columns=columns)  # which doesn't read it
+
+
 def test_a_score_that_depends_on_the_texts_beside_it_is_said(tmp_path):
     (tmp_path / "f.py").write_text(
         "def own(prompts, texts): return [len(y) for y in texts]\n"

@@ -200,7 +200,7 @@ def test_an_encoder_is_the_base_of_a_reward_model(trained, tmp_path, capsys):
     before = (out / "reward" / "model.safetensors").read_bytes()
     assert train_pairs_task(task, out, **options) == result  # there already: nothing is trained
     assert (out / "reward" / "model.safetensors").read_bytes() == before
-    with pytest.raises(ValueError, match="holds something already, of .*; give a new"):
+    with pytest.raises(ValueError, match=r"holds something already, of .* \(lr\); give a new"):
         train_pairs_task(task, out, **options | {"lr": 1e-4})
     pairs = folder / "pairs.jsonl"
     text = pairs.read_text()

@@ -178,17 +178,19 @@ def claim(out: Path, settings: dict):
     """Makes `out`, and notes the settings there. Raises ValueError if it holds anything else, such
     as what was made with other settings, of other pairs or from other weights.
     """
-    file = out / "pretrain.json"
+    file, stored = out / "pretrain.json", {}
     if file.is_file():
         with reading(file, "give a new directory"):
-            if json.loads(file.read_bytes()) == settings:
-                return
+            stored = dict(json.loads(file.read_bytes()))
+        if stored == settings:
+            return
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        other = [name for name, value in settings.items() if stored.get(name) != value]
         raise ValueError(
-            f"--out {out}: holds something already, of other settings, pairs or weights; give a "
-            "new directory"
+            f"--out {out}: holds something already, of other settings, pairs or weights "
+            f"({', '.join(other)}); give a new directory"
         )
-    out.mkdir(parents=True, exist_ok=True)
+    out.resolve().mkdir(parents=True, exist_ok=True)  # a link may point to what is not there
     write_json(file, settings)
 
 

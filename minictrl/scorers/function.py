@@ -76,7 +76,8 @@ class Rows:
     def __init__(self, name: str, function: Callable, columns: dict[str, dict]):
         self.name, self.columns = name, columns
         self.known = {column for row in columns.values() for column in row}  # that any row has
-        arguments = list(inspect.signature(function).parameters.values())[2:]
+        arguments = list(inspect.signature(function).parameters.values())
+        self.taken, arguments = {p.name for p in arguments[:2]}, arguments[2:]
         self.all = any(p.kind is p.VAR_KEYWORD for p in arguments)  # `**`
         named = [] if self.all else [p for p in arguments if p.kind is not p.VAR_POSITIONAL]
         self.names = [p.name for p in named]
@@ -118,6 +119,12 @@ class Rows:
                 f"{self.name} takes {', '.join(missing)}, which no prompt's row has (it has "
                 f"{', '.join(sorted(self.known)) or 'nothing else'}); rename the column or the "
                 "argument"
+            )
+        clash = sorted(self.taken & set(self.wanted()))
+        if clash:
+            raise ValueError(
+                f"{self.name}: its first two arguments have the name of a column, {clash[0]}; "
+                "rename the column or the argument"
             )
         self.check_needed(list(self.columns))
 
