@@ -208,7 +208,7 @@ def test_an_encoder_is_the_base_of_a_reward_model(trained, tmp_path, capsys):
         text.replace("chosen", "x").replace("rejected", "chosen").replace("x", "rejected")
     )
     try:
-        with pytest.raises(ValueError, match="of other settings, pairs or weights; give a"):
+        with pytest.raises(ValueError, match="of other settings, pairs or weights .pairs.; give a"):
             train_pairs_task(task, out, **options)
     finally:
         pairs.write_text(text)
