@@ -85,11 +85,7 @@ def write_page(folders: list[Path], file: Path, *, split: str, other_models: dic
     levels = {
         name: results.read_tensors(folder, "by_prompt", suffix) for name, folder in named.items()
     }
-    judged = {
-        name: samples[name]
-        for name, table in tables.items()
-        if any(row["scorer"] == "judge" for row in table)
-    }
+    judged = {name: rows for name, rows in samples.items() if "judge" in rows[0]}
     with matplotlib.rc_context(figures.STYLE):
         images = {
             "Win rates against KL": [
