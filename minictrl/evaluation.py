@@ -64,7 +64,9 @@ def evaluate(
     config, task, judge = load_models(run, config, split, prompts, device, other_models)
     cases = cases_of(config, sizes, M)
     suffix = file_suffix(split, other_models)
-    check_replaced(eval_path(run, suffix), other_models, len(task.prompts), M)
+    digests = runs.digests_of(config, task, judge)
+    digests = {role: digests[role] for role in other_models}
+    check_replaced(eval_path(run, suffix), other_models, len(task.prompts), M, digests)
     drawn_from = policy_sums(run)
     policy, _ = load_policy(str(run / "policy"))
     policy.to(task.ids.device)
@@ -84,7 +86,8 @@ def evaluate(
     write_rows(parts["samples"], sample_rows(task.prompts, pi, pi_ref, C_hat))
     models = {role: getattr(config, role) for role in pi.scores}
     sums = {part: sha256_of(path) for part, path in parts.items()}
-    write_sealed(eval_path(run, suffix), {"rows": table, "models": models, "parts": sums})
+    stored = {"rows": table, "models": models, "digests": digests, "parts": sums}
+    write_sealed(eval_path(run, suffix), stored)
     return table
 
 

@@ -41,20 +41,24 @@ def file_suffix(split: str, other_models: dict[str, str] | None = None) -> str:
     return "".join(f"-{part}" for part in parts)
 
 
-def check_replaced(path: Path, other_models: dict[str, str], prompts: int, samples: int):
-    """Raises ValueError if the eval.json that this evaluation replaces is by a model of the same
-    name in another directory; warns if it has more prompts or samples.
+def check_replaced(
+    path: Path, other_models: dict[str, str], prompts: int, samples: int, digests: dict[str, str]
+):
+    """Raises ValueError if the eval.json that this evaluation replaces is by another model of the
+    same name; warns if it has more prompts or samples. digests: of the other models.
     """
     try:
         stored = read_sealed(path)
         check_columns(stored["rows"], ROW)
         kept, models = stored["rows"][0], dict(stored.get("models", {}))
+        theirs = dict(stored.get("digests", {}))
     except (OSError, ValueError, LookupError, TypeError, RecursionError):  # none, or damaged
         return
     for role, model in other_models.items():
-        if models.get(role, model) != model:
+        if models.get(role, model) != model or theirs.get(role, digests[role]) != digests[role]:
             raise ValueError(
-                f"--{role} {model}: {path} has the win rates by {models[role]}; rename or delete it"
+                f"--{role} {model}: {path} has the win rates by another, {models.get(role)}; rename "
+                "or delete it"
             )
     if kept["prompts"] > prompts or kept["samples"] > samples:
         warnings.warn(

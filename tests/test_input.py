@@ -588,15 +588,26 @@ def test_an_evaluation_that_replaces_a_larger_one_says_so(tmp_path):
     path = tmp_path / "eval.json"
     row = dict.fromkeys(results.ROW, 0.5) | {"procedure": "bon", "scorer": "reward"}
     row |= {"prompts": 200, "samples": 8}
-    results.check_replaced(path, {}, 3, 4)  # there is none
+    results.check_replaced(path, {}, 3, 4, {})  # there is none
     for damaged in ([], {"rows": [{}]}, {"rows": [row | {"prompts": "x"}]}, {"rows": []}):
         path.write_text(json.dumps(damaged))
-        results.check_replaced(path, {"judge": "x"}, 3, 4)
+        results.check_replaced(path, {"judge": "x"}, 3, 4, {"judge": "1"})
     write_sealed(path, {"rows": [row]})
-    results.check_replaced(path, {}, 200, 8)
+    results.check_replaced(path, {}, 200, 8, {})
     for less in ((3, 32), (400, 4)):
         with pytest.warns(UserWarning, match="200 prompts with 8 responses each is replaced"):
-            results.check_replaced(path, {}, *less)
+            results.check_replaced(path, {}, *less, {})
+
+
+@pytest.mark.parametrize("model, digest", [("b/j.py:f", "1"), ("j.py:f", "2")])
+def test_a_table_by_another_judge_of_the_same_name_is_kept(model, digest, tmp_path):
+    path = tmp_path / "eval-judge-j.py-f.json"
+    row = dict.fromkeys(results.ROW, 0.5) | {"procedure": "bon", "scorer": "judge"}
+    rows = [row | {"prompts": 3, "samples": 4}]
+    write_sealed(path, {"rows": rows, "models": {"judge": "j.py:f"}, "digests": {"judge": "1"}})
+    results.check_replaced(path, {"judge": "j.py:f"}, 3, 4, {"judge": "1"})
+    with pytest.raises(ValueError, match="has the win rates by another, j.py:f; rename"):
+        results.check_replaced(path, {"judge": model}, 3, 4, {"judge": digest})
 
 
 def test_a_value_head_needs_no_other_sample_of_the_prompt():
