@@ -57,8 +57,8 @@ def check_replaced(
     for role, model in other_models.items():
         if models.get(role, model) != model or theirs.get(role, digests[role]) != digests[role]:
             raise ValueError(
-                f"--{role} {model}: {path} has the win rates by another, {models.get(role)}; rename "
-                "or delete it"
+                f"--{role} {model}: {path} has the win rates by another, {models.get(role)}; "
+                "rename or delete it"
             )
     if kept["prompts"] > prompts or kept["samples"] > samples:
         warnings.warn(
