@@ -290,25 +290,18 @@ def offline(training, config, task, method, reference, pi_ref):
 
 def run_update(learner, batch, method, step: int, config: Config) -> dict[str, float]:
     """An update on a batch; returns its statistics."""
-    from minictrl.update import update
+    from minictrl.update import schedule, update
 
     return update(
         learner,
         batch,
         method.loss,
-        lr=config.lr * schedule(step, config.steps),
+        lr=config.lr * schedule(step, config.steps, WARMUP),
         minibatch=config.minibatch,
         micro_batch=config.micro_batch,
         epochs=config.ppo_epochs,
         seed=config.seed_for(step + 1),
     )
-
-
-def schedule(step: int, steps: int) -> float:
-    """Share of the learning rate: linearly down from 1 to 0, so that the noise of the gradient
-    fades, times a rise over WARMUP steps. Of 45 steps the largest is 0.91.
-    """
-    return min(1, (step + 1) / WARMUP) * (1 - step / steps)
 
 
 if __name__ == "__main__":

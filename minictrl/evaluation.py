@@ -64,8 +64,8 @@ def evaluate(
     config, task, judge = load_models(run, config, split, prompts, device, other_models)
     cases = cases_of(config, sizes, M)
     suffix = file_suffix(split, other_models)
-    digests = runs.digests_of(config, task, judge)
-    digests = {role: digests[role] for role in other_models}
+    scorers = {"reward": task.reward, "judge": judge}
+    digests = {role: scorers[role].digest for role in other_models}
     check_replaced(eval_path(run, suffix), other_models, len(task.prompts), M, digests)
     drawn_from = policy_sums(run)
     policy, _ = load_policy(str(run / "policy"))

@@ -170,8 +170,8 @@ def draw_tradeoff(
     and theory (dashed).
 
     rows: of this procedure and n, with kl, kl_stderr, win_rate, stderr. expected: name ->
-    transform, in its colour; with a K that of K samples. Where rewards tie there is no optimum to
-    draw.
+    transform, in its colour; with a K that of K samples. Where the rewards of all rows tie there is
+    no optimum to draw.
     """
     errorbars(axis, rows, "kl", "win_rate", by=by, xerr="kl_stderr", yerr="stderr")
     axis.set(title=title(procedure, n), xlabel=KL, ylabel=WIN_RATE)

@@ -155,6 +155,13 @@ def all_logprobs(model: nn.Module, batch: Batch, size: int) -> Tensor:
     return in_pieces(batch, size, lambda rows: forward(model, None, rows)[0])
 
 
+def schedule(step: int, steps: int, warmup: int) -> float:
+    """Share of the learning rate: linearly down from 1 to 0, so that the noise of the gradient
+    fades, times a rise over `warmup` steps. Of 45 steps with 5 of them the largest is 0.91.
+    """
+    return min(1, (step + 1) / warmup) * (1 - step / steps)
+
+
 def update(
     learner: Learner,
     batch: Batch,

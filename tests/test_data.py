@@ -314,8 +314,11 @@ def test_what_is_no_transcript_is_refused(text):
 def test_a_pair_without_a_side_is_named_and_left_out_only_if_asked(tmp_path):
     rows = [{"prompt": f"{i}", "chosen": " a", "rejected": " b"} for i in range(10)]
     path = write(tmp_path / "p.jsonl", [rows[0], {"prompt": "x", "chosen": " a"}, *rows[1:]])
-    with pytest.raises(ValueError, match='line 2: "rejected" must be .*, and holds None'):
+    with pytest.raises(ValueError, match='line 2: "rejected" is missing or empty'):
         load_pairs(path)
+    number = write(tmp_path / "q.jsonl", [{"prompt": "2+2=", "chosen": 4, "rejected": "5"}])
+    with pytest.raises(ValueError, match='"chosen" .* neither text nor messages .it holds 4.'):
+        load_pairs(number)
     with pytest.warns(UserWarning, match="1 of 11 rows left out, the first .*line 2"):
         pairs = load_pairs(path, skip_bad=True)
     prompts = [*"0x123456789"]

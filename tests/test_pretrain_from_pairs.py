@@ -18,10 +18,11 @@ from transformers import RobertaForSequenceClassification as Roberta
 from minictrl.data import load_prompts
 from minictrl.lm.prompts import response_texts
 from minictrl.models import load_policy, load_scorer
-from minictrl.pretrain.fitting import fit, load_start, mean, save_fitted, schedule
+from minictrl.pretrain.fitting import fit, load_start, mean, save_fitted, warmup_of
 from minictrl.pretrain.from_pairs import chosen_share, pair_rows, sft_rows, train_pairs_task, wilson
 from minictrl.pretrain.pairs import load_pairs
 from minictrl.scorers.text import encoded, written
+from minictrl.update import schedule
 
 WORDS = {"chosen": ("kind", "good", "nice"), "rejected": ("rude", "poor", "dull")}
 
@@ -136,8 +137,9 @@ def test_a_held_out_loss_that_does_not_fit_is_taken_in_smaller_batches():
 
 
 def test_a_short_training_reaches_its_learning_rate():
-    assert max(schedule(step, 4) for step in range(4)) == 1
-    assert schedule(0, 200) == 1 / 20 and schedule(19, 200) == 1 - 19 / 200
+    assert max(schedule(step, 4, warmup_of(4)) for step in range(4)) == 1
+    long = [schedule(step, 200, warmup_of(200)) for step in (0, 19)]
+    assert long == [1 / 20, 1 - 19 / 200]
 
 
 def test_the_share_of_chosen_answers_counts_ties_half():

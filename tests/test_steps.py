@@ -25,6 +25,7 @@ from minictrl.rollout import (
     shown_responses,
 )
 from minictrl.task import load_task
+from minictrl.update import schedule
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +51,7 @@ def test_a_pass_visits_each_item_once_in_an_order_of_its_own():
 
 
 def test_the_learning_rate_warms_up_for_5_steps_and_falls_to_0():
-    found = [train.schedule(step, 10) for step in range(10)]
+    found = [schedule(step, 10, train.WARMUP) for step in range(10)]
     assert found == pytest.approx([0.2, 0.36, 0.48, 0.56, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1])
 
 

@@ -326,7 +326,7 @@ def test_figures_of_the_sweep_and_the_page_come_from_the_same_runs(tmp_path, scr
         ("1", "0.5"),
     }
     with pytest.raises(
-        ValueError, match="no finished run of none, identity, exp10: train one .without --done"
+        ValueError, match="no finished run of none, identity, exp10: train one, without --done"
     ):
         sweep.sweep(tmp_path / "empty", True, kept)
 

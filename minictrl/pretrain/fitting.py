@@ -21,10 +21,10 @@ from minictrl.lm.logprobs import sequence_logprobs
 from minictrl.lm.prompts import encode_prompts, left_pad
 from minictrl.models import save_policy
 from minictrl.scorers.text import scorer_tokenizer
-from minictrl.update import Learner
+from minictrl.update import Learner, schedule
 
 SAVE_SECONDS = 300  # between checkpoints
-WARMUP = 20  # steps, but at most a tenth of all
+WARMUP = 20  # steps
 RNG = "rng"  # dropout's generator in a checkpoint, beside what a `Learner` has
 
 
@@ -79,9 +79,9 @@ def answer_logprobs(model: nn.Module, tokenizer, rows: list[tuple[list[int], lis
     return sequence_logprobs(model, *prompts, tokens, mask)[0].sum(1)
 
 
-def schedule(step: int, steps: int) -> float:
-    """Share of the learning rate: up over WARMUP steps, and linearly down to 0 over all."""
-    return min(1, (step + 1) / min(WARMUP, steps // 10 + 1)) * (1 - step / steps)
+def warmup_of(steps: int) -> int:
+    """In how many steps the learning rate rises: WARMUP, and in short trainings a tenth."""
+    return min(WARMUP, steps // 10 + 1)
 
 
 def fit(
@@ -114,6 +114,7 @@ def fit(
     model.train()
     torch.manual_seed(seed)  # of dropout
     checkpoint = checkpoint_of(out)
+    warmup = warmup_of(len(batches))
     first, saved = resume(checkpoint, model, optimizer), time.monotonic()
     for step, chunk in enumerate(bar := tqdm(batches, out.name, disable=None)):
         if step < first:
@@ -121,7 +122,7 @@ def fit(
         if time.monotonic() - saved > SAVE_SECONDS:
             save_step(checkpoint, model, optimizer, step)
             saved = time.monotonic()
-        optimizer.param_groups[0]["lr"] = lr * schedule(step, len(batches))
+        optimizer.param_groups[0]["lr"] = lr * schedule(step, len(batches), warmup)
         value, micro_batch = halving(micro_batch, partial(gradients, model, loss, chunk))
         if not nn.utils.clip_grad_norm_(model.parameters(), 1.0).isfinite():
             raise ValueError(

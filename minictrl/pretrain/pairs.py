@@ -132,8 +132,8 @@ def pair_of(row, column: str | None = None) -> Pair:
                 answer = " " + answer.strip()  # what continues a text is set off by a space
         if not isinstance(answer, str) or not answer.strip():
             raise ValueError(
-                f'"{side}" must be a text that is not empty, or messages, and holds '
-                f"{str(row.get(side))[:60]}: give both sides, or leave such rows out (--skip-bad)"
+                f'"{side}" is missing or empty, or neither text nor messages (it holds '
+                f"{str(row.get(side))[:60]}): give both sides, or leave such rows out (--skip-bad)"
             )
         sides.append(answer)
     return prompt, *sides

@@ -107,7 +107,7 @@ def seeds_in(out: Path, quick: bool) -> dict[float, int]:
     """KL budget -> how many seeds, of the runs that were begun in `out`."""
     seeds = {}
     for folder in (out / SCALES[quick]["folder"]).iterdir():
-        found = re.fullmatch(r".+-kl(.+)-seed(\d+)", folder.name)
+        found = re.fullmatch(r".+-kl([\d.e-]+)-seed(\d+)", folder.name)
         if found and folder.is_dir():
             kl, seed = float(found[1]), int(found[2])
             seeds[kl] = max(seeds.get(kl, 0), seed + 1)
@@ -152,8 +152,8 @@ def sweep(
     same_models(rows)
     if not rows:
         raise ValueError(
-            f"{out / scale['folder']} has no finished run of {', '.join(methods)}: train one "
-            "(without --done) at a KL that it reaches"
+            f"{out / scale['folder']} has no finished run of {', '.join(methods)}: train one, "
+            "without --done and at a KL that it reaches"
         )
     return rows
 
