@@ -8,6 +8,8 @@ what is made. The second makes an SFT policy, a reward model and a judge from pr
 Both print what the models do on held-out data, from a fixed seed.
 """
 
+import argparse
+from functools import partial
 from pathlib import Path
 
 from minictrl.cli import Parser, run_script, whole
@@ -17,8 +19,6 @@ from minictrl.pretrain.from_pairs import train_pairs_task
 from minictrl.pretrain.ratings import cuts, load_ratings
 
 TEACHERS, STUDENTS = Path("models/teachers"), Path("models/reviews")
-OF_PAIRS = ("policy", "base", "column", "data_split", "skip_bad", "epochs", "batch", "lr")
-OF_PAIRS += ("max_tokens", "device", "limit")
 
 
 def make_prompts(reviews: list[dict]) -> dict[str, list[str]]:
@@ -57,41 +57,40 @@ def main(argv=None):
     add("--only", choices=teachers.STEPS, help=text)
     text = "of the teacher's text, some 17,000 tokens each (default 24)"
     add("--shards", type=whole(), default=24, help=text)
+    add("--seed", type=whole(0), default=0)
     add("--task", help="instead, models from preference pairs: a task, a file or a data set")
+    add = partial(add, default=argparse.SUPPRESS)  # `train_pairs_task` has their defaults
     add("--policy", help="pairs: what to start from (default: the task's policy)")
     add(
         "--base", help="pairs: what reward model and judge start from, an encoder or a causal model"
     )
     add("--column", help="pairs: of a file, where its prompts are (prompt, messages, …)")
-    add("--data-split", default="train", help="pairs: the split of a data set of your own (train)")
+    add("--data-split", help="pairs: the split of a data set of your own (train)")
     text = "pairs: count rows without a prompt or a side, and leave them out"
-    add("--skip-bad", action="store_true", default=None, help=text)
-    add("--epochs", type=whole(), default=1, help="pairs: passes over them (1)")
-    add("--batch", type=whole(), default=64, help="pairs: in a step (64)")
-    add("--lr", type=float, default=1e-5, help="pairs: learning rate (1e-5)")
-    add("--max-tokens", type=whole(), default=1024, help="pairs: longer ones are left out (1024)")
-    add("--device", default="auto", help="pairs: auto, cpu or cuda")
+    add("--skip-bad", action="store_true", help=text)
+    add("--epochs", type=whole(), help="pairs: passes over them (1)")
+    add("--batch", type=whole(), help="pairs: in a step (64)")
+    add("--lr", type=float, help="pairs: learning rate (1e-5)")
+    add("--max-tokens", type=whole(), help="pairs: longer ones are left out (1024)")
+    add("--device", help="pairs: auto, cpu or cuda")
     add("--limit", type=whole(), help="pairs: use at most this many")
     add("--out", type=Path, help="pairs: where the models go")
-    add("--seed", type=whole(0), default=0)
-    args = parser.parse_args(argv)
-    if args.task is None:
-        given = [
-            name for name in ("out", *OF_PAIRS) if getattr(args, name) != parser.get_default(name)
-        ]
-        if given:
-            raise ValueError(
-                f"--{given[0].replace('_', '-')} is of models from pairs: name these with --task, "
-                "or leave it out to rebuild the reviews' models"
-            )
-        to = args.students or (None if args.teachers else STUDENTS)
-        steps = dict(only=args.only, shards=args.shards, seed=args.seed)
-        rebuild(args.data, args.teachers or TEACHERS, to, **steps)
-    elif args.out is None:
-        raise ValueError("--out is missing: say where policy, reward model and judge go")
-    else:
-        options = {name: getattr(args, name) for name in OF_PAIRS}
-        train_pairs_task(args.task, args.out, seed=args.seed, **options)
+    args = vars(parser.parse_args(argv))
+    names = ("data", "teachers", "students", "only", "shards", "seed", "task")
+    data, of, to, only, shards, seed, task = (args.pop(name) for name in names)
+    if task is not None:
+        if "out" not in args:
+            raise ValueError("--out is missing: say where policy, reward model and judge go")
+        train_pairs_task(task, seed=seed, **args)
+        return
+    if args:
+        flag = "out" if "out" in args else min(args).replace("_", "-")
+        raise ValueError(
+            f"--{flag} is of models from pairs: name these with --task, or leave it out to rebuild "
+            "the reviews' models"
+        )
+    to = to or (None if of else STUDENTS)
+    rebuild(data, of or TEACHERS, to, only=only, shards=shards, seed=seed)
 
 
 if __name__ == "__main__":
