@@ -179,7 +179,6 @@ def load_and_check(config: Config):
     from minictrl.exchange import read_reference
     from minictrl.files import sha256_of
     from minictrl.lm.device import check_room
-    from minictrl.methods import get_method
     from minictrl.runs import digests_of
     from minictrl.task import load_task, read_prompts, scorer_of, try_scorers
     from minictrl.track import check_tracker

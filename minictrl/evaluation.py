@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import kl_div, log_softmax
 
-from minictrl import files, runs, theory
+from minictrl import runs, theory
 from minictrl.batch import Batch
 from minictrl.calibration import calibrated_reward, leave_one_out_calibration
 from minictrl.config import TEST, TEST_REF, Config, is_file
-from minictrl.files import save_tensors, sha256_of, write_rows, write_sealed
+from minictrl.files import check_writable, save_tensors, sha256_of, write_rows, write_sealed
 from minictrl.lm.logprobs import response_logits
 from minictrl.methods import get_method
 from minictrl.models import SUMS, load_policy
@@ -133,7 +133,7 @@ def check(run: Path, config: Config, split: str, other_models: dict[str, str]):
                 "directory where it was trained, or put the file back"
             )
     rows_of(config, split)
-    files.check_writable(run)
+    check_writable(run)
 
 
 def draw_both(

@@ -10,13 +10,13 @@ from pathlib import Path
 from safetensors.torch import load_file
 from torch import Tensor
 
-from minictrl import files
 from minictrl.config import Config
 from minictrl.files import (
     NUMBER,
     NUMBER_OR_NONE,
     TEXT,
     check_columns,
+    markdown,
     read_rows,
     read_sealed,
     reading,
@@ -136,7 +136,7 @@ def printed(table: list[dict]) -> str:
         measured = [percent(row["win_rate"], row["stderr"]) for row in rows]
         expected = [percent(first[name]) for name in ("theory", "optimal", *passes)]
         lines.append([first["procedure"], str(first["n"]), *measured, *expected])
-    return files.markdown(head, lines)
+    return markdown(head, lines)
 
 
 def headline(config: Config, split: str, row: dict) -> str:
