@@ -28,7 +28,7 @@ from minictrl.lm.prompts import encode_prompts
 from minictrl.models import load_policy
 from minictrl.rollout import sample_and_score
 from minictrl.runs import read_metrics
-from minictrl.studies.sweep import script
+from minictrl.studies import sweep
 from minictrl.task import load_task
 from minictrl.update import freeze
 
@@ -50,8 +50,8 @@ def ppo_step_vs_trl(policy: str, device: torch.device, quick: bool) -> Iterator[
         "batch": PROMPTS,
         "G": G,
         "minibatch": MINIBATCH,
-        "ppo-epochs": 1,
-        "max-new-tokens": T,
+        "ppo_epochs": 1,
+        "max_new_tokens": T,
         "lr": LR,
         "layers": model.config.num_hidden_layers,
     }
@@ -84,18 +84,12 @@ def ppo_step_vs_trl(policy: str, device: torch.device, quick: bool) -> Iterator[
 
 def train(folder: str, policy: str, device: torch.device, steps: int, others: dict) -> list[dict]:
     """Runs train.py; returns the rows of its metrics.jsonl, whose seconds hold no calibration."""
-    flags = others | {
-        "policy": policy,
-        "device": device.type,
-        "K": 2,
-        "steps": steps,
-        "out": f"{folder}/run",
-        "cache": f"{folder}/cache",
-    }
-    arguments = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    run = Path(folder, "run")
+    common = {"policy": policy, "device": device.type, "K": 2, "steps": steps}
+    places = {"out": run, "cache": f"{folder}/cache"}
     with contextlib.redirect_stdout(io.StringIO()):
-        script("train").main(["--overwrite", *arguments])
-    return read_metrics(Path(folder, "run"))
+        sweep.train(others | common | places, "--overwrite")
+    return read_metrics(run)
 
 
 def ppo_trainer(model, tokenizer, scorer, steps: int, folder: str):

@@ -9,7 +9,6 @@ import importlib.util
 import re
 import warnings
 from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -175,14 +174,17 @@ def run(folder: Path, settings: dict, prompts: int, samples: int, split: str):
     folder.parent.mkdir(parents=True, exist_ok=True)
     with open(f"{folder}.log", "a") as log, redirect_stdout(log), redirect_stderr(log):
         if not runs.has_policy(folder):
-            given = settings | {"out": folder}
-            flags = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
             begun = (folder / "config.json").is_file()
-            resume = ["--resume" if begun else "--overwrite"]
-            if script("train").main(flags + resume):
+            if train(settings | {"out": folder}, "--resume" if begun else "--overwrite"):
                 raise KeyboardInterrupt
         flags = [f"--prompts={prompts}", f"--samples={samples}", f"--split={split}"]
         script("evaluate").main([str(folder), *flags])
+
+
+def train(settings: dict, *flags: str) -> int | None:
+    """Runs train.py with settings and flags; returns its exit status."""
+    given = (f"--{name.replace('_', '-')}={value}" for name, value in settings.items())
+    return script("train").main([*given, *flags])
 
 
 def script(name: str):
@@ -294,12 +296,10 @@ def redrawn(run: Path, row: dict) -> tuple[Scores, Scores]:
     """Scores of the samples of pi and of pi_ref behind a run's eval.json, drawn again from their
     seeds. row: one of that file's.
     """
-    prompts, M = row["prompts"], row["samples"]
-    config = replace(runs.load_finished(run), prompts=prompts)
-    task = load_task(config, "test")
+    stored, P, M = runs.load_finished(run), row["prompts"], row["samples"]
+    config, task, judge = evaluation.load_models(run, stored, "test", P, None, {})
     policy, _ = load_policy(str(run / "policy"))
     policy.to(task.ids.device)
-    judge = load_scorer("reviews", "judge")
     pi, pi_ref, _ = evaluation.draw_both(task, policy, judge, config, M)
     return pi.scores, pi_ref.scores
 
