@@ -75,8 +75,8 @@ def unreachable(kind: str, name: str, error: Exception) -> str:
         )
     return (
         f"{kind} {name}: not in the hub's cache here, and the hub can't be reached or has none of "
-        "that name "
-        f"({why}); put its files into ./{name}, or into $MINICTRL_HUB/{name}, or give a directory"
+        f"that name ({why}); put its files into ./{name}, or into $MINICTRL_HUB/{name}, or give a "
+        "directory"
     )
 
 
@@ -222,8 +222,8 @@ def from_adapter(loader, kind: str, name: str, **options):
         raise ValueError(adapter_refused(kind, name))
     if not (Path(name) / ADAPTED).is_file():
         raise ValueError(
-            f"{kind} {name}: has no {ADAPTED}, and nothing else is read, because a "
-            "pickle could run code; save it again with model.save_pretrained"
+            f"{kind} {name}: has no {ADAPTED}, and nothing else is read, because a pickle could "
+            "run code; save it again with model.save_pretrained"
         )
     if (Path(hub_name(base)) / ADAPTER).is_file():
         raise ValueError(f"{kind} {name}: its base {base} is an adapter too; merge that first")
@@ -278,8 +278,8 @@ def check_weights(model: str, wanted: str, info: dict):
     missing, unused = (sorted(info[key]) for key in ("missing_keys", "unexpected_keys"))
     if missing:
         raise ValueError(
-            f"{model}: has no weights for "
-            f"{', '.join(missing[:3])}{' …' * (len(missing) > 3)}; give a model saved as {wanted}"
+            f"{model}: has no weights for {', '.join(missing[:3])}{' …' * (len(missing) > 3)}; "
+            f"give a model saved as {wanted}"
         )
     heads = [key for key in unused if key.split(".")[0] in HEADS]
     if heads:

@@ -148,7 +148,7 @@ def prefix_scores(
         return nn.functional.pad(scores, (0, T - longest))
 
     sizes = [len(head) + (1 + S) * n for head, n in zip(heads, lengths, strict=True)]
-    scores = by_length(model, tokenizer, device, sizes, read)
+    scores = by_length(model, device, sizes, read)
     return torch.where(mask.cpu() > 0, scores, scores[:, :1])
 
 

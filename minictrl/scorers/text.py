@@ -262,19 +262,17 @@ def in_batches(
         inputs = tokenizer.pad([rows[i] for i in part], return_tensors="pt").to(device)
         return read(dict(inputs))
 
-    return by_length(model, tokenizer, device, lengths, read_rows)
+    return by_length(model, device, lengths, read_rows)
 
 
 @torch.inference_mode()
-def by_length(
-    model: nn.Module, tokenizer, device: torch.device, lengths: list[int], read: Callable
-) -> Tensor:
+def by_length(model: nn.Module, device: torch.device, lengths: list[int], read: Callable) -> Tensor:
     """read(rows) -> (len(rows), …) of all rows, float32 on the CPU, in batches alike in length."""
     if not lengths:
         return torch.zeros(0)
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     parts, budget, first = [], BATCH_TOKENS.get(device.type, BATCH_TOKENS["cpu"]), 0
-    too_small = f"out of memory with one text of {tokenizer.name_or_path}: use a smaller scorer, "
+    too_small = f"out of memory with one text of {model.name_or_path}: use a smaller scorer, "
     too_small += "or --device cpu"
 
     def read_next(size: int) -> Tensor:
