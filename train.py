@@ -226,9 +226,9 @@ def online(training, config, task, method, reference, pi_ref):
         index = indices_of_step(step, len(task.prompts), config.batch, config.seed)  # (P,)
         drawn = reference[index]
         r_ref = drawn.r_ref  # (P, K)
-        batch, r, stats = draw_rollout(task, pi_ref, index, drawn, step, config)
+        batch, texts, r, stats = draw_rollout(task, pi_ref, index, drawn, step, config)
         if training.tracker and step % EVERY == 0:
-            training.tracker.table(shown_responses(task, batch, r), step + 1)
+            training.tracker.table(shown_responses(task, index, texts, r), step + 1)
         beta = budget.follow(stats["kl_ref"]) if step >= WARMUP else budget.beta
         Phi_C = method.Phi.of_rewards(r, r_ref)  # (P, G) Phi(C_hat); a fixed point's is follow's
         stats["Phi"] = Phi_C.mean().item()
@@ -247,9 +247,10 @@ def online(training, config, task, method, reference, pi_ref):
 
 
 def draw_rollout(task, pi_ref, index, reference, step: int, config: Config):
-    """(batch, r, statistics) of G responses of the policy to each prompt of the index.
+    """(batch, texts, r, statistics) of G responses of the policy to each prompt of the index.
 
-    The batch has pi_ref's log-probabilities; r (P, G): rewards. reference: of these prompts.
+    The batch has pi_ref's log-probabilities; texts, r (P, G): the responses and their rewards.
+    reference: of these prompts.
     """
     from minictrl.calibration import calibrated_reward
     from minictrl.rollout import batch_of, rollout_stats, sample_and_score
@@ -262,7 +263,7 @@ def draw_rollout(task, pi_ref, index, reference, step: int, config: Config):
     batch = batch_of(task, index, samples)
     batch.ref_logprobs = all_logprobs(pi_ref, batch, config.micro_batch)
     C_hat = calibrated_reward(r, reference.r_ref)  # (P, G), Eq. 12, to be reported
-    return batch, r, rollout_stats(batch, r, C_hat)
+    return batch, samples.texts, r, rollout_stats(batch, r, C_hat)
 
 
 def offline(training, config, task, method, reference, pi_ref):

@@ -11,7 +11,7 @@ from minictrl.batch import Batch
 from minictrl.files import digest
 from minictrl.lm.device import check_room
 from minictrl.reference import Reference, cached, count_of
-from minictrl.sampling import SAMPLER, Samples, sample, texts_of
+from minictrl.sampling import SAMPLER, Samples, sample
 from minictrl.task import Task
 from minictrl.track import SHOWN
 from minictrl.update import all_logprobs
@@ -90,13 +90,14 @@ def score(scorer: Callable, prompts: list, texts: list[list[str]]) -> Tensor:
     return torch.tensor([[known[i, text] for text in row] for i, row in enumerate(texts)])
 
 
-def shown_responses(task: Task, batch: Batch, r: Tensor) -> list[tuple]:
-    """(prompt, response, reward) of the first response to each of the first SHOWN prompts."""
-    first = torch.arange(len(r))[:SHOWN] * r.shape[1]
-    tokens, mask = batch.tokens[first, None].cpu(), batch.mask[first, None].cpu()
-    prompts = batch.prompt_index[first].tolist()
-    texts = texts_of(task.tokenizer, [task.ids[i].tolist() for i in prompts], tokens, mask)
-    return [(task.texts[i], row[0], each) for i, row, each in zip(prompts, texts, r[:, 0].tolist())]
+def shown_responses(task: Task, index: Tensor, texts: list[list[str]], r: Tensor) -> list[tuple]:
+    """(prompt, response, reward) of the first response to each of the first SHOWN prompts.
+
+    texts, r: (P, G), to the prompts of an index (P,).
+    """
+    first = [row[0] for row in texts[:SHOWN]]
+    of_each = zip(index.tolist(), first, r[:, 0].tolist())
+    return [(task.texts[i], text, reward) for i, text, reward in of_each]
 
 
 def rollout_stats(batch: Batch, r: Tensor, C_hat: Tensor) -> dict[str, float]:

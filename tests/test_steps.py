@@ -105,7 +105,7 @@ def test_another_seed_length_or_reward_model_is_another_key(task):
 def test_shown_responses_are_the_first_of_each_prompt_with_its_reward(task):
     index = torch.tensor([2, 0, 1])
     samples, r = sample_and_score(task, task.policy, index, num_samples=4, seed=0)
-    shown = shown_responses(task, batch_of(task, index, samples), r)
+    shown = shown_responses(task, index, samples.texts, r)
     prompts = [task.texts[i] for i in (2, 0, 1)]
     assert shown == list(zip(prompts, [texts[0] for texts in samples.texts], r[:, 0].tolist()))
 
@@ -196,7 +196,7 @@ def test_a_response_that_is_a_reference_sample_has_its_reward_in_training_and_ev
     )
     monkeypatch.setattr(Reference, "with_known_rewards", lambda self, r, *_: 0 * r + 9)
     config = Config(G=2, max_new_tokens=6, cache=str(tmp_path)).resolved()
-    _, r, _ = train.draw_rollout(task, task.policy, torch.arange(3), reference, 0, config)
+    _, _, r, _ = train.draw_rollout(task, task.policy, torch.arange(3), reference, 0, config)
     pi, _, _ = evaluation.draw_both(task, task.policy, None, config, 2)
     assert (r == 9).all() and (pi.scores["reward"] == 9).all()
 
