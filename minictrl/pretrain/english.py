@@ -17,6 +17,7 @@ from minictrl.pretrain.packages import smollm2
 from minictrl.pretrain.ratings import cuts, load_ratings, split_of
 from minictrl.sampling import sample
 
+LONGEST = 24  # tokens of a response, as in the task
 WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)*")
 
 
@@ -72,7 +73,6 @@ def main(argv=None):
     parser.add_argument(
         "--show", type=whole(0), default=0, metavar="N", help="print N samples of each"
     )
-    parser.add_argument("--max-new-tokens", type=whole(), default=24, help="of a response (24)")
     args = parser.parse_args(argv)
     reviews = load_ratings(args.data)
     human = cuts(reviews, "test")[: args.prompts]
@@ -81,7 +81,7 @@ def main(argv=None):
     print("| text | nats a word by SmolLM2-135M-Instruct | unknown words, % |\n|---|---|---|")
 
     def report(name: str, pairs: list[tuple[str, str]], known: set[str]):
-        nats = nats_per_word(*reader, pairs, eos=False, max_tokens=24)
+        nats = nats_per_word(*reader, pairs, eos=False, max_tokens=LONGEST)
         new = unknown_words([text for _, text in pairs], known)
         print(
             f"| {name} | {nats[0]:.2f} ± {nats[1]:.2f} | {100 * new[0]:.1f} ± {100 * new[1]:.1f} |",
@@ -92,9 +92,7 @@ def main(argv=None):
     for name in args.policies:
         policy, tokenizer = load_policy(name)
         prompts = [prompt for prompt, _ in human]
-        drawn = sample(
-            policy, tokenizer, prompts, num_samples=1, seed=7, max_new_tokens=args.max_new_tokens
-        )
+        drawn = sample(policy, tokenizer, prompts, num_samples=1, seed=7, max_new_tokens=LONGEST)
         ended = (drawn.tokens == tokenizer.eos_token_id).any(-1)[:, 0].tolist()
         texts = [text for (text,) in drawn.texts]
         report(name, list(zip(prompts, map(whole_words, texts, ended), strict=True)), known)
