@@ -56,14 +56,11 @@ def main(argv=None):
     # torch and transformers, which --help does not need
     from minictrl import evaluation, figures, report, results, runs
 
-    # all are checked before anything is drawn
     jobs = [(run, runs.load_finished(run)) for run in args.runs]
     given = {"reward": args.reward, "judge": args.judge}
     other_models = {role: model for role, model in given.items() if model}
     suffix = results.file_suffix(args.split, other_models)
-    for job in jobs:
-        evaluation.check(*job, args.split, other_models)
-    if len(jobs) > 1:  # one run's are loaded right before it is drawn
+    if len(jobs) > 1:  # all are checked before anything is drawn; one is, right before it is
         for job in jobs:
             evaluation.load_models(*job, args.split, args.prompts, args.device, other_models)
     for run, config in jobs:

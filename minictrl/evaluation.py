@@ -25,7 +25,7 @@ from minictrl.reference import Reference
 from minictrl.results import ENDS, check_replaced, eval_path, file_suffix, parts_of
 from minictrl.rollout import batch_of, reference_samples, sample_and_score, score
 from minictrl.sampling import Samples, texts_of
-from minictrl.task import Task, load_task, rows_of, scorer_of, try_scorers
+from minictrl.task import Task, load_task, scorer_of, try_scorers
 from minictrl.transforms import RAW, Transform
 from minictrl.update import in_pieces
 from minictrl.winrate import kept_scores, mean_stderr, win_rates
@@ -100,8 +100,9 @@ def load_models(
     other_models: dict[str, str],
 ) -> tuple[Config, Task, Callable | None]:
     """(settings, task, judge) of an evaluation. device: another than the run's. Raises ValueError
-    on a model that is not the run's any more, or can't be used.
+    on a model that is not the run's any more, or can't be used, and as `check` does.
     """
+    check(run, config, other_models)
     if split == "train":
         prompts = min(prompts, config.prompts or prompts)  # those it was trained on
     config = replace(config, prompts=prompts, device=device or config.device, **other_models)
@@ -118,9 +119,9 @@ def policy_sums(run: Path) -> bytes:
     return sums.read_bytes() if sums.is_file() else b""
 
 
-def check(run: Path, config: Config, split: str, other_models: dict[str, str]):
-    """What can be wrong with a finished run is found here, before anything is drawn: its metrics,
-    the files that it is evaluated with, a directory that can't be written.
+def check(run: Path, config: Config, other_models: dict[str, str]):
+    """Raises ValueError on what can be wrong with a finished run beside its models: its metrics, a
+    file that it is evaluated with, a directory that can't be written.
     """
     runs.finished_metrics(run)
     for name in runs.PATHS:
@@ -132,7 +133,6 @@ def check(run: Path, config: Config, split: str, other_models: dict[str, str]):
                 f"{run}: its --{name} {file} is no file in {Path.cwd()}; evaluate it from the "
                 "directory where it was trained, or put the file back"
             )
-    rows_of(config, split)
     check_writable(run)
 
 
