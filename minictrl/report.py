@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from minictrl import figures, results, runs
+from minictrl import evaluation, figures, results, runs
 from minictrl.config import Config
 from minictrl.data import key
 from minictrl.files import save_text
@@ -57,13 +57,15 @@ Balashankar, Sun et al., *InfAlign: Inference-aware language model alignment*, I
 
 def write_card(run: Path, config: Config, table: list[dict]):
     """The model card of a run's policy, policy/README.md, from its evaluation."""
+    procedure, n = evaluation.aligned_for(config)
+    settings = vars(config) | {"procedure": procedure, "n": n}
     text = CARD.format(
         name=run.resolve().name,
         command=config.command(),
         table=results.printed(table),
         prompts=table[0]["prompts"],
         samples=table[0]["samples"],
-        **{name: x for name, x in vars(config).items() if name not in ("kl", "prompts", "judge")},
+        **{name: x for name, x in settings.items() if name not in ("kl", "prompts", "judge")},
         kl=f"{table[0]['kl']:.3f}{results.plus_minus(table[0]['kl_stderr'], 3)}",
         judge=f" and by the judge, {config.judge}" if config.judge else "",
     )

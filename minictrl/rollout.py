@@ -107,7 +107,9 @@ def rollout_stats(batch: Batch, r: Tensor, C_hat: Tensor) -> dict[str, float]:
     error is that over prompts; of one prompt that over its responses, of one response NaN.
     """
     kl = batch.kl()  # (B,)
-    independent = kl.view(r.shape).mean(1) if len(r) > 1 else kl
+    prompts = batch.prompt_index.unique()  # a small task's may come twice in a step
+    by_prompt = torch.stack([kl[batch.prompt_index == i].mean() for i in prompts])
+    independent = by_prompt if len(prompts) > 1 else kl
     means = {
         "reward": r.mean(),
         "C_hat": C_hat.mean(),

@@ -39,17 +39,20 @@ def mean_stderr(each: Tensor) -> tuple[float, float]:
 def win_rates(
     select: Tensor, judge: Tensor, select_ref: Tensor, judge_ref: Tensor, procedure: str, n: int
 ) -> Tensor:
-    """(P,) the win rate of each prompt, in float64. Arguments and errors as those of `win_rate`."""
+    """(P,) the win rate of each prompt, in float64 on the CPU. Arguments and errors as those of
+    `win_rate`.
+    """
     scores = {"select": select, "judge": judge, "select_ref": select_ref, "judge_ref": judge_ref}
     scores = dict(zip(scores, alike(**scores)))
     _validate(scores, procedure, n)
-    select, judge, select_ref, judge_ref = (each.double() for each in scores.values())
+    select, judge, select_ref, judge_ref = (each.cpu().double() for each in scores.values())
     weight, weight_ref = weights(select, select_ref, procedure, int(n))
     return (weight * beaten(judge, judge_ref, weight_ref)).sum(1)
 
 
 def weights(select: Tensor, select_ref: Tensor, procedure: str, n: int) -> tuple[Tensor, Tensor]:
-    """(P, M) and (P, M'): how often each response of pi and of pi_ref is kept. Float64 scores.
+    """(P, M) and (P, M'): how often each response of pi and of pi_ref is kept. Scores in
+    float64 on the CPU.
 
     Raises ValueError if these aren't probabilities.
     """
@@ -69,7 +72,7 @@ def kept_scores(
     select: Tensor, select_ref: Tensor, procedure: str, n: int
 ) -> tuple[Tensor, Tensor]:
     """(P,) each: the mean score of the response that pi and pi_ref keep after the procedure."""
-    select, select_ref = select.double(), select_ref.double()
+    select, select_ref = select.cpu().double(), select_ref.cpu().double()
     weight, weight_ref = weights(select, select_ref, procedure, n)
     return (weight * select).sum(1), (weight_ref * select_ref).sum(1)
 

@@ -24,6 +24,7 @@ from minictrl.lm.prompts import encode_prompts, left_pad
 from minictrl.models import load_classifier, load_policy, load_scorer
 from minictrl.sampling import sample
 from minictrl.scorers.generative import load_generative
+from minictrl.winrate import win_rate
 
 DEVICE = torch.device("cuda")
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card")
@@ -51,6 +52,13 @@ def test_the_samplers_logprobs_are_those_of_a_full_forward(dtype, most):
     error = (full - samples.logprobs.flatten(0, 1)).abs()
     assert error.max() < most
     assert error.sum() / samples.mask.sum() < most / 10
+
+
+@pytest.mark.parametrize("procedure", ["standard", "bon", "rewind", "soft", "poisson"])
+def test_win_rates_of_scores_on_the_card_are_the_cpus(procedure):
+    scores = torch.randn(4, 3, 8, generator=torch.Generator().manual_seed(0))
+    expected = win_rate(*scores, procedure, 2)
+    assert win_rate(*scores.to(DEVICE), procedure, 2) == expected
 
 
 def test_its_tokens_are_the_cpus():

@@ -19,6 +19,7 @@ from minictrl.methods.grpo import grpo_advantages
 from minictrl.methods.ipo import ipo_loss
 from minictrl.methods.pkpo import beats_best_of, max_at_n_advantages
 from minictrl.methods.qrpo import qrpo_loss
+from minictrl.methods.tea import tail_extrapolated_advantages
 from minictrl.methods.tpo import tpo_loss
 from minictrl.ppo import gae, loo_advantages, policy_loss
 from minictrl.transforms import get_transform, log_partition, standardised
@@ -359,7 +360,12 @@ def test_pkpo_reaches_the_optimum_of_infalign(procedure):
         lambda: best_and_worst(torch.zeros(2, 3), 4),
         lambda: max_at_n_advantages(torch.zeros(2, 3), 1),
         lambda: max_at_n_advantages(torch.zeros(2, 3), 4),
+        lambda: max_at_n_advantages(torch.tensor([[math.nan, 2.0, 3.0]]), 2),
+        lambda: max_at_n_advantages(torch.zeros(2, 3), 2.0),
+        lambda: tail_extrapolated_advantages(torch.tensor([[-0.5, 0.5]]), 4),
         lambda: bonbon_beta(1),
+        lambda: bonbon_beta(2.7),
+        lambda: tpo_loss(*torch.zeros(3, 0, 2)),
         lambda: grpo_advantages(torch.zeros(3, 1)),
         lambda: leave_one_out_calibration(torch.tensor([[0.0, math.nan]])),
         lambda: leave_one_out_calibration(torch.zeros(3, 1)),

@@ -374,6 +374,19 @@ def test_the_standard_error_of_the_kl_is_that_over_prompts():
     assert stats["kl_ref_stderr"] == pytest.approx(0.4 / math.sqrt(3))
 
 
+def test_a_prompt_that_comes_twice_in_a_step_is_one_prompt():
+    kl = torch.tensor([0.0, 2.0]).repeat(16)
+    batch = Batch(
+        prompt_index=torch.tensor([0, 1]).repeat(16),
+        tokens=torch.zeros(32, 1),
+        mask=torch.ones(32, 1),
+        old_logprobs=kl[:, None],
+        ref_logprobs=torch.zeros(32, 1),
+    )
+    ones = torch.ones(8, 4)
+    assert rollout_stats(batch, ones, ones)["kl_ref_stderr"] == pytest.approx(1.0)
+
+
 def test_grpos_beta_is_checked_at_the_scale_of_what_it_trains_on():
     r_ref = 1e8 * torch.randn(4, 10, generator=torch.Generator().manual_seed(0))
     for name in ("grpo", "grpo_fixed"):
@@ -381,6 +394,18 @@ def test_grpos_beta_is_checked_at_the_scale_of_what_it_trains_on():
         method.check_beta(0.7, r_ref)
         with pytest.raises(ValueError, match="nothing can follow"):
             method.check_beta(1e-9, r_ref)
+
+
+@pytest.mark.parametrize("transform", ["exp20", "exp80", "exp-80"])
+def test_rs_grpos_own_beta_is_one_that_it_can_follow(transform):
+    """Its R has the group's mean below it, so a large Phi does not make it large."""
+    r_ref = torch.randn(4, 20, generator=torch.Generator().manual_seed(0))
+    beta = get_method("rs_grpo")(Config(method="rs_grpo", transform=transform).resolved()).beta
+    settings = Config(method="rs_grpo", transform=transform, beta=beta).resolved()
+    method = get_method("rs_grpo")(settings)
+    method.check_beta(beta, r_ref)
+    with pytest.raises(ValueError, match="nothing can follow"):
+        method.check_beta(1e-9, r_ref)
 
 
 def test_a_regression_on_log_Z_needs_two_reference_samples():

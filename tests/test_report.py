@@ -82,6 +82,14 @@ def test_the_policys_card_has_its_table_and_the_command_that_makes_it(short_run)
     assert replace(again, **elsewhere) == config
 
 
+def test_the_standard_procedure_has_one_draw_on_the_card(short_run, tmp_path):
+    run = shutil.copytree(short_run, tmp_path / "run")
+    config = replace(runs.load_config(run), procedure="standard")
+    report.write_card(run, config, results.read(run))
+    text = (run / "policy" / "README.md").read_text()
+    assert "procedure\nstandard with N = 1." in text
+
+
 def test_a_run_has_its_name_from_within_too(short_run, tmp_path, monkeypatch):
     run = shutil.copytree(short_run, tmp_path / "mine")
     monkeypatch.chdir(run)

@@ -151,6 +151,39 @@ def test_a_transform_or_procedure_needs_no_hash():
     assert theory.optimal_win_rate(0.5, won, 2) == pytest.approx(expected, abs=1e-6)
 
 
+def test_a_procedure_whose_state_has_changed_is_solved_anew():
+    class Power:
+        power = 2
+
+        def __call__(self, mass, u, n):
+            return (cells.cdf(mass) ** self.power).diff()
+
+    procedure = Power()
+    before = theory.optimal_win_rate(1.0, procedure, 1)
+    procedure.power = 8
+    assert before == pytest.approx(theory.optimal_win_rate(1.0, "bon", 2), abs=1e-6)
+    after = theory.optimal_win_rate(1.0, procedure, 1)
+    assert after == pytest.approx(theory.optimal_win_rate(1.0, "bon", 8), abs=1e-6)
+
+
+def test_a_procedure_may_write_into_what_it_is_given():
+    def tail(mass, u, n):
+        mass[..., u[1:] <= 0.5] *= 0.1
+        u *= 0
+        return mass / mass.sum(-1, keepdim=True)
+
+    def same(mass, u, n):
+        mass = torch.where(u[1:] <= 0.5, 0.1 * mass, mass)
+        return mass / mass.sum(-1, keepdim=True)
+
+    expected = theory.at_kl("exp10", 1.0, "bon", 4), theory.beta_for_kl("exp10", 1.0)
+    for kl in (0.0, 1.0):
+        assert theory.at_kl("exp10", kl, tail, 1) == theory.at_kl("exp10", kl, same, 1)
+    best = [theory.optimal_win_rate(1.0, procedure, 1) for procedure in (tail, same)]
+    assert best[0] == best[1]
+    assert (theory.at_kl("exp10", 1.0, "bon", 4), theory.beta_for_kl("exp10", 1.0)) == expected
+
+
 @pytest.mark.parametrize("procedure, n", [("bon", 3), ("won", 3), ("rewind", 5), (second_best, 3)])
 def test_win_rate_agrees_with_simulation(procedure, n):
     """4 standard errors: a false failure has a chance of 3e-4 over the four."""

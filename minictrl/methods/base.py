@@ -9,7 +9,7 @@ from torch import Tensor
 
 from minictrl import budget, ppo, theory, winrate
 from minictrl.batch import Batch
-from minictrl.checks import OutOfReach, at_least_float32, same_shape, unchanged
+from minictrl.checks import OutOfReach, at_least_float32, finite, same_shape, unchanged, whole
 from minictrl.config import Config
 from minictrl.procedures import get_procedure
 from minictrl.procedures.masses import mass_win_rate
@@ -132,12 +132,16 @@ class Method:
         """
         if beta is None:
             return
-        R = self.Phi.in_nats(self.Phi.of_rewards(r_ref, r_ref), beta, r_ref).abs().max()
+        R = self.R_of_reference(r_ref, beta).abs().max()
         if not R <= HUGE:
             raise ValueError(
-                f"--beta {beta:g}: R = Phi / beta is up to {R:.2g} nats, which nothing can follow; "
-                "use a larger --beta, or --kl"
+                f"--beta {beta:g}: R, the reward over beta, is up to {R:.2g} nats, which nothing "
+                "can follow; use a larger --beta, or --kl"
             )
+
+    def R_of_reference(self, r_ref: Tensor, beta: float) -> Tensor:
+        """R (P, K) of pi_ref's own samples, in nats."""
+        return self.Phi.in_nats(self.Phi.of_rewards(r_ref, r_ref), beta, r_ref)
 
     def loss(
         self, logprobs: Tensor, values: Tensor | None, batch: Batch
@@ -305,13 +309,18 @@ def checked(dim: int = 1, **tensors: Tensor) -> list[Tensor]:
     shape = "(B,)" if dim == 1 else "(B, n)"
     rule = f", {shape}: one number per response, log-probabilities summed over its tokens"
     same_shape(rule, dim, **tensors)
+    if not next(iter(tensors.values())).numel():
+        raise ValueError(f"{', '.join(tensors)}: empty; a loss is a mean over responses")
     return [at_least_float32(x) for x in tensors.values()]
 
 
 def check_samples(name: str, x: Tensor, n: int, least: int = 1) -> None:
-    """Raises ValueError unless x is (prompts, samples) with at least n samples, n >= least."""
-    if x.dim() != 2 or not least <= n <= x.shape[1]:
+    """Raises ValueError unless x is finite and (prompts, samples), with at least n samples and n at
+    least `least`.
+    """
+    if x.dim() != 2 or not least <= whole("n", n) <= x.shape[1]:
         raise ValueError(
             f"{name} is {tuple(x.shape)} and n is {n}: must be (prompts, samples) and {least} <= n "
             "<= samples; take more samples or a smaller n"
         )
+    finite("values", **{name: x})

@@ -3,6 +3,7 @@
 from torch import Tensor
 
 from minictrl.batch import Batch
+from minictrl.checks import whole
 from minictrl.methods.base import pairs
 from minictrl.methods.bond import BestOf
 from minictrl.methods.ipo import Method as Ipo
@@ -29,8 +30,7 @@ def bonbon_beta(n: int) -> float:
     log pi/pi_ref of Best-of-n is log n + (n-1) log C, and E[log C(best) - log C(worst)] is
     sum_{k<n} 1/k. Raises ValueError on n < 2.
     """
-    if n < 2:
-        raise ValueError(f"n is {n}: must be >= 2, the best and the worst of n are two responses")
+    n = whole("n", n, 2)  # the best and the worst of n are two responses
     return 1 / (2 * (n - 1) * sum(1 / k for k in range(1, n)))
 
 

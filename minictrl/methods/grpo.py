@@ -10,7 +10,6 @@ import math
 from torch import Tensor
 
 from minictrl.checks import at_least_float32
-from minictrl.methods.base import Method as Base
 from minictrl.methods.base import Online, check_samples
 from minictrl.transforms import standardised
 
@@ -23,9 +22,8 @@ class Method(Online):
         """A standardised reward is taken for a normal one of deviation 1: KL = 1 / (2 beta^2)."""
         return 1 / math.sqrt(2 * kl)
 
-    def check_beta(self, beta: float | None, r_ref: Tensor) -> None:
-        if beta is not None:
-            Base.check_beta(self, beta, standardised(r_ref, r_ref))
+    def R_of_reference(self, r_ref: Tensor, beta: float) -> Tensor:
+        return standardised(r_ref, r_ref) / beta
 
     def reward(self, r: Tensor, r_ref: Tensor, Phi_C: Tensor, beta: float) -> Tensor:
         return grpo_advantages(r) / beta

@@ -18,7 +18,7 @@ from minictrl.reference import Reference
 
 class Method(Offline):
     transform = "none"
-    beta_for, check_beta = Grpo.beta_for, Grpo.check_beta
+    beta_for, R_of_reference = Grpo.beta_for, Grpo.R_of_reference
 
     def rows(self, reference: Reference, beta: float) -> Batch:
         advantages = grpo_advantages(reference.r_ref).flatten() / beta

@@ -32,6 +32,9 @@ class Method(Online):
         expected = (mass * get_transform(c.transform)(centres(ref))).sum(-1).mean()
         return beta / abs(self.t * float(expected))
 
+    def R_of_reference(self, r_ref: Tensor, beta: float) -> Tensor:
+        return self.reward(r_ref, r_ref, self.Phi.of_rewards(r_ref, r_ref), beta)
+
     def reward(self, r: Tensor, r_ref: Tensor, Phi_C: Tensor, beta: float) -> Tensor:
         return mean_normalised(Phi_C) / (self.t * beta)
 

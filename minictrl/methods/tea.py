@@ -41,6 +41,8 @@ def tail_extrapolated_advantages(g: Tensor, n: int) -> Tensor:
     G = g.shape[1]
     if not 2 <= G <= n:
         raise ValueError(f"g is {tuple(g.shape)} and n is {n}: must be (prompts, 2 to n samples)")
+    if not ((g >= 0) & (g <= 1)).all():
+        raise ValueError("g has values outside [0, 1]; give probabilities of a win")
     g = at_least_float32(g)
     best = g.double().topk(2, dim=1)
     itself = torch.arange(G, device=g.device) == best.indices[:, :1]

@@ -79,6 +79,12 @@ def main(argv=None):
     names = ("data", "teachers", "students", "only", "shards", "seed", "task")
     data, of, to, only, shards, seed, task = (args.pop(name) for name in names)
     if task is not None:
+        unread = [name for name, value in zip(names, (data, of, to, only)) if value]
+        if unread:
+            raise ValueError(
+                f"--{unread[0]} is of the reviews' models, and --task {task} asks for others: "
+                "leave one of the two out"
+            )
         if "out" not in args:
             raise ValueError("--out is missing: say where policy, reward model and judge go")
         train_pairs_task(task, seed=seed, **args)

@@ -4,7 +4,7 @@ A continuous policy has many narrow cells, an empirical calibration K + 1 wide o
 problem one for each distinct reward. Within a cell all responses tie.
 """
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -18,10 +18,7 @@ MassMap = Callable[[Tensor, Tensor, int], Tensor]
 
 def mass_map(procedure: str | MassMap) -> MassMap:
     """The map of masses behind a name; a function stays as it is. ValueError on an unknown name."""
-    if not callable(procedure):
-        return get_procedure(procedure).mass_after
-    # what has no hash, such as a dataclass, is solved for anew each time (`optimum.solve`)
-    return procedure if isinstance(procedure, Hashable) else lambda *args: procedure(*args)
+    return procedure if callable(procedure) else get_procedure(procedure).mass_after
 
 
 def mass_win_rate(mass: Tensor, ref: Tensor, procedure: str | MassMap, n: int) -> Tensor:
@@ -40,7 +37,7 @@ def masses_after(T: MassMap, mass: Tensor, edges: Tensor, n: int) -> Tensor:
     """T(mass, edges, n). Raises ValueError unless that is a mass for each cell, of 1 in all, and
     depends on a `mass` whose gradient is asked for.
     """
-    after = T(mass, edges, n)
+    after = T(mass.clone(), edges.clone(), n)  # which a user's function may write into
     shape = tuple(getattr(after, "shape", ()))
     asked = mass.requires_grad and torch.is_grad_enabled()
     if asked and not getattr(after, "requires_grad", True):

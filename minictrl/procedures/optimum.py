@@ -11,6 +11,7 @@ from torch import Tensor
 
 from minictrl.checks import OutOfReach, positive, whole
 from minictrl.procedures import cells
+from minictrl.procedures.base import Procedure
 from minictrl.procedures.cells import cdf
 from minictrl.procedures.masses import MassMap, mass_map, mass_win_rate
 
@@ -132,9 +133,17 @@ def _at_kl(T: MassMap, n: int, ref: Tensor, kl: float) -> _State:
     return state._replace(scale=scale)
 
 
-@lru_cache(maxsize=512)
 def solve(T: MassMap, n: int, beta: float | None = None, kl: float | None = None) -> Optimum:
-    """`ascend` on the COARSE cells, cached. Raises OutOfReach where the optimum is a spike."""
+    """`ascend` on the COARSE cells. Raises OutOfReach where the optimum is a spike.
+
+    Cached for the procedures that have a name; a user's function may have changed meanwhile.
+    """
+    named = isinstance(getattr(T, "__self__", None), Procedure)
+    return (_solve if named else _solve.__wrapped__)(T, n, beta, kl)
+
+
+@lru_cache(maxsize=512)
+def _solve(T: MassMap, n: int, beta: float | None, kl: float | None) -> Optimum:
     best = ascend(T, n, cells.grid(COARSE), beta=beta, kl=kl)
     rise = max(
         best.log_ratio[0] - best.log_ratio[1], best.log_ratio[-1] - best.log_ratio[-2]
