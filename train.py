@@ -26,9 +26,9 @@ Where it departs from the paper:
 5. Only the top --layers transformer blocks are trained, and never the embeddings
    (`minictrl/update.py`).
 6. One pass over each rollout, in minibatches: the ratio differs from 1, and can be clipped, from
-   the second minibatch on. The learning rate falls linearly to 0, after a warm-up of 5 steps; Adam
-   has betas 0.9 and 0.95, an eps that keeps small gradients small, and clipped gradients
-   (`minictrl/update.py`).
+   the second minibatch on. The learning rate falls linearly to 0 from the first step on, times a
+   rise over the first 5, the warm-up; Adam has betas 0.9 and 0.95, an eps that keeps small
+   gradients small, and clipped gradients (`minictrl/update.py`).
 7. Best-of-N is not sampled N at a time: every N up to M comes from one draw of M
    (`minictrl/winrate.py`). bon_fp, won_fp and optimal come from mirror ascent, because the paper's
    plain iteration oscillates for small beta or large N (`minictrl/procedures/optimum.py`).
@@ -114,7 +114,8 @@ def train(config: Config, resume: bool):
     elif not replaced:
         runs.create(out, config, made_from)
 
-    # 1. Calibrate: K samples per prompt from pi_ref with their rewards, shared by runs of one seed.
+    # 1. Calibrate: K samples per prompt from pi_ref with their rewards. --cache keeps them, for
+    # other runs with this --seed.
     seed = config.seed_for(CALIBRATION)
     if reference is None and resume:
         reference = samples_of_run(out, task, config.K, seed=seed)
@@ -134,7 +135,8 @@ def train(config: Config, resume: bool):
 
     # 3. Maximise E[Phi(C_hat)] - beta KL(pi || pi_ref).
     frozen = {id(p): p for p in task.policy.parameters() if not p.requires_grad}
-    pi_ref = copy.deepcopy(task.policy, frozen).requires_grad_(False)  # shares what is frozen
+    # deepcopy takes what is in its memo for copied: both models share what is frozen
+    pi_ref = copy.deepcopy(task.policy, frozen).requires_grad_(False)
     with_head = method.uses_baseline and config.baseline == "value"
     learner = make_learner(task.policy, value_head=with_head, lr=config.lr)
     with Training(out, learner, budget, config.steps, tracker) as training:
@@ -230,7 +232,8 @@ def online(training, config, task, method, reference, pi_ref):
         if training.tracker and step % EVERY == 0:
             training.tracker.table(shown_responses(task, index, texts, r), step + 1)
         beta = budget.follow(stats["kl_ref"]) if step >= WARMUP else budget.beta
-        Phi_C = method.Phi.of_rewards(r, r_ref)  # (P, G) Phi(C_hat); a fixed point's is follow's
+        # (P, G) Phi(C_hat); `follow` has solved a fixed point such as bon_fp for this beta
+        Phi_C = method.Phi.of_rewards(r, r_ref)
         stats["Phi"] = Phi_C.mean().item()
         with unchanged(f"--method {config.method}", r=r, r_ref=r_ref, Phi_C=Phi_C):
             R = method.reward(r, r_ref, Phi_C, beta)  # Phi(C_hat) / beta
@@ -243,7 +246,7 @@ def online(training, config, task, method, reference, pi_ref):
             stats["explained_variance"] = explained.item()
         inputs = method.with_loss_inputs(batch, drawn, beta)
         of_update = run_update(learner, inputs, method, step, config)
-        training.log(batch, of_update | stats)  # a method's statistics replace no column
+        training.log(batch, of_update | stats)  # so no statistic of a method replaces a column
 
 
 def draw_rollout(task, pi_ref, index, reference, step: int, config: Config):

@@ -1,8 +1,8 @@
 """Baselines for a token's reward to go, the sum of the rewards from it on: one function per name of
 --baseline.
 
-A baseline returns the batch with the advantages (B, T) of its R and, where there are values, those
-and their returns. The KL is in the reward, k1 per token, so R - sum of k1 is a response's return.
+A baseline returns the batch with advantages (B, T) added, and with values and returns where it has
+them. The KL is in the reward, k1 per token, so R - sum of k1 is a response's return.
 r_ref: (P, K) of the batch's prompts.
 """
 

@@ -73,7 +73,7 @@ def evaluate(
     pi, pi_ref, samples = draw_both(task, policy, judge, config, M)
     kls = kl_by_prompt(policy, task, samples, config.micro_batch).double()
 
-    # there is no theory of a raw reward, and the policy is no optimum of another reward model's
+    # a raw reward has no theory, and a policy is no optimum of a reward model that is not its own
     has_theory = config.transform not in RAW and "reward" not in other_models
     Phi = Phi_of(config) if has_theory else None
     table, wins = table_of(config, pi, pi_ref, kls, Phi, cases)
@@ -165,9 +165,9 @@ def table_of(
     """(table, wins): the rows of eval.json, and for each, under PROCEDURE-N-SCORER, its win rate on
     every prompt (P,).
 
-    kls: (P,) nats. cases: (procedure, N) of each row. Where rewards tie, theory is that of their
-    levels, and the optimum is not known. Where all are 0 or 1, `pass` and `pass_ref` are how often
-    pi and pi_ref are right after the procedure: pass@N for Best-of-N.
+    kls: (P,) nats. cases: (procedure, N) of each row. Where rewards tie, theory is that of the few
+    values that they take, their levels, and the optimum is not known. Where all are 0 or 1, `pass`
+    and `pass_ref` are how often pi and pi_ref are right after the procedure: pass@N for Best-of-N.
     """
     table, wins = [], {}
     kl, kl_stderr = mean_stderr(kls)
@@ -240,7 +240,7 @@ def C_hats(pi: Scored, pi_ref: Scored) -> dict[str, Tensor]:
 def Phi_of(config: Config) -> Transform:
     """The transform whose theory a run is held against: the Phi of its budget or beta.
 
-    A Phi that is solved for a procedure stays that procedure's in every row.
+    One that is solved for a procedure, such as bon_fp, is that in the rows of the others too.
     """
     return get_method(config.method)(config).Phi
 

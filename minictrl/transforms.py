@@ -28,7 +28,7 @@ def identity(u: Tensor) -> Tensor:
 
 
 def log(u: Tensor) -> Tensor:
-    """Best-of-N distillation: beta = 1/(N - 1) is Best-of-N itself."""
+    """Best-of-N distillation: at beta = 1/(N - 1) the optimum is Best-of-N itself."""
     return u.log()
 
 
@@ -128,7 +128,8 @@ def get_transform(
     bon_fp, won_fp and optimal are the fixed points of Corollary 2 and Theorem 1, solved at this n
     and beta. procedure: what optimal is solved for, a name of `procedures/` or a function that maps
     probabilities of cells of [0, 1] (`procedures/masses.py`). K: samples of the calibration, for
-    log's bound at 1/(2K); None, where u is C itself, for no bound. Raises ValueError on bad input.
+    log's bound at 1/(2K); None, where u is the exact C, of infinitely many samples, for no bound.
+    Raises ValueError on bad input.
     """
     given, name = name, str(name)
     mass_map(procedure)

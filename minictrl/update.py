@@ -67,9 +67,9 @@ class Learner:
 def freeze(policy: nn.Module, layers: int | None) -> None:
     """Leaves the top `layers` transformer blocks (None: all) and the final norm to be trained.
 
-    Embeddings, the output's too, never are: what a word means stays as it is. Their
-    gradients are mostly noise, which the optimizer turns into KL that wins nothing: training
-    all of the blocks ends no nearer to the theory either (docs/notes.md), and costs more time.
+    Embeddings, the output's too, never are: what a word means stays as it is, and their gradients
+    are mostly noise, which the optimizer turns into KL that wins nothing. To train all of the
+    blocks ends no nearer to the theory (docs/notes.md), and costs more time.
     """
     count = getattr(policy.config, "num_hidden_layers", None)
     lists = [module for module in policy.modules() if isinstance(module, nn.ModuleList)]
@@ -100,8 +100,8 @@ def make_learner(policy: nn.Module, *, value_head: bool, lr: float = HEAD_LR) ->
     its rate before the schedule is at least HEAD_LR, because at 1e-6 it would learn nothing in a
     run. The head starts at 0, because R comes without its mean.
 
-    Adam's eps: gradients are clipped to a norm of 1, so a typical component of n is 1 / sqrt(n).
-    One much below 0.23 of that is noise, and makes a small step instead of a full one.
+    Adam's eps: gradients are clipped to a norm of 1, so of n components a typical one is
+    1 / sqrt(n). One much below 0.23 of that is noise, and makes a small step instead of a full one.
     """
     trained = [p for p in policy.parameters() if p.requires_grad]
     groups, head = [{"params": trained, "scale": 1.0}], None
@@ -138,7 +138,7 @@ def forward(
 
 @torch.no_grad()
 def in_pieces(batch: Batch, size: int, read: Callable[[Batch], Tensor]) -> Tensor:
-    """(B, T): read(rows) of all rows, `size` at a time, no gradients; 0 to the right of it."""
+    """(B, T): read(rows) of all rows, `size` at a time, no gradients; 0 behind a shorter piece."""
 
     def all_rows(size: int) -> Tensor:
         found = torch.zeros_like(batch.mask)
