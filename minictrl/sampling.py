@@ -183,5 +183,5 @@ def texts_of(
     lengths = mask.sum(-1).long().flatten().tolist()
     rows = tokens.flatten(0, 1).tolist()
     kept = [row[:length] for row, length in zip(rows, lengths, strict=True)]
-    texts = response_texts(tokenizer, [ids[-1] for ids in prompt_ids for _ in range(M)], kept)
+    texts = response_texts(tokenizer, [ids for ids in prompt_ids for _ in range(M)], kept)
     return [texts[i : i + M] for i in range(0, len(texts), M)]

@@ -137,7 +137,7 @@ class Calibration:
         tokenizer = self.task.tokenizer
         if ids is None or tokenizer.batch_decode(ids, skip_special_tokens=True) != texts:
             return texts  # of another tokenizer
-        return response_texts(tokenizer, [row[-1] for row in self._ids(prompts)], ids)
+        return response_texts(tokenizer, self._ids(prompts), ids)
 
     def _ids(self, prompts: list[Prompt]) -> list[list[int]]:
         """The token ids of each prompt as the policy reads it."""

@@ -109,6 +109,13 @@ def test_a_column_named_like_the_prompts_or_texts_is_refused(file):
     load_scorer(f"{file}:right", "reward", columns=columns)  # which doesn't read it
 
 
+def test_arguments_that_are_turned_round_are_told(tmp_path):
+    file = tmp_path / "f.py"
+    file.write_text("def turned(completions, prompts):\n    return [len(x) for x in completions]\n")
+    with pytest.raises(ValueError, match=r"second argument is called prompts.*\(prompts, texts\)"):
+        load_scorer(f"{file}:turned", "reward")
+
+
 def test_a_score_that_depends_on_the_texts_beside_it_is_said(tmp_path):
     (tmp_path / "f.py").write_text(
         "def own(prompts, texts): return [len(y) for y in texts]\n"

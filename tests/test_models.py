@@ -124,6 +124,9 @@ def test_without_pad_eos_pads_and_without_eos_the_config_says(tmp_path):
         load_policy(save(tmp_path / "b", GPT2LMHeadModel(config), eos_token=None))[1].eos_token
         == "</s>"
     )
+    sampling = tmp_path / "b" / "generation_config.json"  # with settings of its own, none of EOS
+    sampling.write_text('{"do_sample": true}')
+    assert load_policy(str(tmp_path / "b"))[1].eos_token == "</s>"
     config = GPT2Config(**GPT2.to_dict() | {"eos_token_id": None, "bos_token_id": None})
     with pytest.raises(ValueError, match="neither tokenizer nor config has an EOS"):
         load_policy(save(tmp_path / "c", GPT2LMHeadModel(config), eos_token=None))

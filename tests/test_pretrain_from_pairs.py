@@ -81,7 +81,7 @@ def test_an_answer_has_the_tokens_that_follow_its_prompt(prompt):
     answer = " nice" if isinstance(prompt, str) else "nice"
     ((x, y),) = sft_rows(fast, [(prompt, answer, "")])
     assert [*x, *y] == fast(written(fast, prompt, answer, causal=True))["input_ids"]
-    assert response_texts(fast, [x[-1]], [y]) == [" nice"]
+    assert response_texts(fast, [x], [y]) == [" nice"]
 
 
 def test_a_token_of_text_that_pads_cuts_texts_as_before_when_it_is_read_again(tmp_path):

@@ -109,14 +109,32 @@ def test_a_response_keeps_the_space_it_begins_with():
     ids = {word: i for word, i in fast.get_vocab().items()}
     the, was, bad, ly = (ids[word] for word in ("▁The", "▁was", "▁bad", "ly"))
     assert fast.decode([was, bad]) == "was bad"  # what went wrong
-    texts = response_texts(fast, [the, the, the], [[was, bad], [ly], [was, fast.eos_token_id]])
+    texts = response_texts(fast, [[the]] * 3, [[was, bad], [ly], [was, fast.eos_token_id]])
     assert texts == [" was bad", "ly", " was"]
+
+
+@pytest.mark.parametrize(
+    "prompt, answer", [("a 日", "本"), ("a 👍", "👍"), ("a 👍", "\na"), ("é", " a")]
+)
+def test_a_response_in_bytes_goes_on_after_a_prompt_that_ends_in_bytes(prompt, answer):
+    """Llama 2's tokenizer writes a character that it lacks as bytes, and decodes runs of them."""
+    vocab = ["<unk>", "</s>", "▁", "a", *(f"<0x{i:02X}>" for i in range(256))]
+    options = dict(merges=[], unk_token="<unk>", byte_fallback=True)
+    core = Tokenizer(models.BPE(vocab={x: i for i, x in enumerate(vocab)}, **options))
+    marks = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    core.normalizer = normalizers.Sequence(marks)
+    parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    core.decoder = decoders.Sequence([*parts, decoders.Strip(" ", 1, 0)])
+    fast = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>", unk_token="<unk>")
+    ids = fast(prompt)["input_ids"]
+    row = fast(prompt + answer)["input_ids"][len(ids) :]
+    assert response_texts(fast, [ids], [row]) == [answer]
 
 
 def test_characters_shared_by_prompt_and_response_are_decoded_alone():
     fast = tokenizer(eos_token="</s>")
     first, *rest = fast("é")["input_ids"]
-    assert response_texts(fast, [first], [[*rest, *fast("a")["input_ids"]]]) == ["\ufffda"]
+    assert response_texts(fast, [[first]], [[*rest, *fast("a")["input_ids"]]]) == ["\ufffda"]
 
 
 def test_samples_that_are_no_text_are_reported(tmp_path):

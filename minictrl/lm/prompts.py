@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+LONGEST_CHARACTER = 4  # bytes, which may be a token each
+
 
 class Rendered(str):
     """A text that a chat template has written, with BOS if it is to have one; with more behind it
@@ -66,15 +68,16 @@ def left_pad(ids: list[list[int]], pad: int, device=None) -> tuple[Tensor, Tenso
     return rows, torch.tensor([[0] * (L - len(r)) + [1] * len(r) for r in ids], device=device)
 
 
-def response_texts(tokenizer, before: list[int], responses: list[list[int]]) -> list[str]:
-    """The text of each response, as it goes on after its prompt. before: each prompt's last token.
+def response_texts(tokenizer, prompt_ids: list[list[int]], responses: list[list[int]]) -> list[str]:
+    """The text of each response, as it goes on after its prompt.
 
     A tokenizer that marks spaces (Llama 2) drops the one that a text begins with, so a response is
-    decoded behind its prompt's last token, whose own text is then cut off.
+    decoded behind the end of its prompt, whose own text is then cut off.
     """
-    known = {token: tokenizer.decode([token], skip_special_tokens=True) for token in set(before)}
-    heads = [known[token] for token in before]
-    rows = [[token, *row] for token, row in zip(before, responses, strict=True)]
+    ends = [tuple(ids[-LONGEST_CHARACTER:]) for ids in prompt_ids]
+    known = {end: last_text(tokenizer, end) for end in set(ends)}
+    before, heads = zip(*(known[end] for end in ends))
+    heads, rows = list(heads), [[*end, *row] for end, row in zip(before, responses, strict=True)]
     texts = tokenizer.batch_decode(rows, skip_special_tokens=True)
     parted = [i for i, head in enumerate(heads) if not texts[i].startswith(head)]
     for i in parted:  # a character whose bytes are shared by prompt and response
@@ -82,11 +85,25 @@ def response_texts(tokenizer, before: list[int], responses: list[list[int]]) -> 
     return [text[len(head) :] for head, text in zip(heads, texts, strict=True)]
 
 
+def last_text(tokenizer, ids: tuple[int, ...]) -> tuple[tuple[int, ...], str]:
+    """(tokens, text) at the end of token ids: the last token, or so many that they are whole
+    characters, because some tokens are single bytes.
+    """
+    for count in range(1, len(ids) + 1):
+        text = tokenizer.decode(ids[-count:], skip_special_tokens=True)
+        if "\ufffd" not in text:
+            break
+    return ids[-count:], text
+
+
 def known_ends(model, tokenizer) -> list[int]:
     """The tokens that end a response: the tokenizer's EOS, then those of the generation config
-    (chat models have two). Raises ValueError on what is no token.
+    (chat models have two); without either that of the model's config. Raises ValueError on what is
+    no token.
     """
     given = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    if given is None and tokenizer.eos_token_id is None:
+        given = getattr(model.config, "eos_token_id", None)
     given = given if isinstance(given, (list, tuple)) else [given]
     ids = [i for i in (tokenizer.eos_token_id, *given) if i is not None]
     for i in ids:

@@ -135,8 +135,8 @@ class Method:
         R = self.R_of_reference(r_ref, beta).abs().max()
         if not R <= HUGE:
             raise ValueError(
-                f"--beta {beta:g}: R, the reward over beta, is up to {R:.2g} nats, which nothing "
-                "can follow; use a larger --beta, or --kl"
+                f"--beta {beta:g}: R = Phi / beta is up to {R:.2g} nats, which nothing can follow; "
+                "use a larger --beta, or --kl"
             )
 
     def R_of_reference(self, r_ref: Tensor, beta: float) -> Tensor:

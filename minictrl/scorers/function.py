@@ -77,7 +77,7 @@ class Rows:
         self.name, self.columns = name, columns
         self.known = {column for row in columns.values() for column in row}  # that any row has
         arguments = list(inspect.signature(function).parameters.values())
-        self.taken, arguments = {p.name for p in arguments[:2]}, arguments[2:]
+        self.taken, arguments = [p.name for p in arguments[:2]], arguments[2:]
         self.all = any(p.kind is p.VAR_KEYWORD for p in arguments)  # `**`
         named = [] if self.all else [p for p in arguments if p.kind is not p.VAR_POSITIONAL]
         self.names = [p.name for p in named]
@@ -120,7 +120,12 @@ class Rows:
                 f"{', '.join(sorted(self.known)) or 'nothing else'}); rename the column or the "
                 "argument"
             )
-        clash = sorted(self.taken & set(self.wanted()))
+        if self.taken[1:] in (["prompt"], ["prompts"]):
+            raise ValueError(
+                f"{self.name}: its second argument is called {self.taken[1]}, and it is given the "
+                "texts there: it gets (prompts, texts), in this order"
+            )
+        clash = sorted(set(self.taken) & set(self.wanted()))
         if clash:
             raise ValueError(
                 f"{self.name}: its first two arguments have the name of a column, {clash[0]}; "
