@@ -28,7 +28,7 @@ from minictrl.lm.kvcache import PrefixCache, RepeatedCache, decoding, fitting_ro
 from minictrl.lm.prompts import check_lengths, encode_prompts, eos_ids, left_pad, response_texts
 
 SEEDS = -(2**63), 2**63 - 1  # larger ones repeat
-SAMPLER = 2  # its version: another one draws other samples from the same seed
+SAMPLER = 3  # its version: another one has other samples, or other texts of them, for a seed
 
 
 @dataclass(frozen=True)
