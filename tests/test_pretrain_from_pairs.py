@@ -214,9 +214,10 @@ def test_an_encoder_is_the_base_of_a_reward_model(trained, tmp_path, capsys):
             train_pairs_task(task, out, **options)
     finally:
         pairs.write_text(text)
-    save(tmp_path / "encoder", BertModel(config), seed=1)  # other weights under the same name
-    with pytest.raises(ValueError, match="pairs or weights .base_weights.; give a new"):
-        train_pairs_task(task, out, **options)
+    for other in (dict(seed=1), dict(template="{{ messages }}")):  # another under that name
+        save(tmp_path / "encoder", BertModel(config), **other)
+        with pytest.raises(ValueError, match="pairs or weights .base_weights.; give a new"):
+            train_pairs_task(task, out, **options)
     assert (out / "reward" / "model.safetensors").read_bytes() == before
     for few, fault in ((dict(limit=1), "each needs one"), (dict(limit=0), "each needs one")):
         with pytest.raises(ValueError, match=fault):

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from minictrl.config import TASKS
 from minictrl.files import digest, reading, write_json
 from minictrl.lm.device import resolve_device
+from minictrl.lm.identity import identity
 from minictrl.lm.prompts import check_ids
 from minictrl.models import load_policy, load_scorer
 from minictrl.pretrain.fitting import (
@@ -83,11 +84,11 @@ def train_pairs_task(
     settings["pairs"] = digest(train, test)  # other pairs under the same name are another job
     if name is not None:
         model, tokenizer = load_policy(name)
-        settings["weights"] = digest(model)  # as are other weights
+        settings["weights"] = digest(model, *identity(model, tokenizer))  # as is another model
         rows = policy_rows(model, tokenizer, [train, test], max_tokens)
     if base is not None:
         classifier = load_start(base)
-        settings["base_weights"] = digest(classifier[0])
+        settings["base_weights"] = digest(classifier[0], *identity(*classifier))
         sides = pair_rows(*classifier, [*halves, test], max_tokens)
     claim(out, settings)
     result = {}
