@@ -16,7 +16,14 @@ from minictrl import runs, theory
 from minictrl.batch import Batch
 from minictrl.calibration import calibrated_reward, leave_one_out_calibration
 from minictrl.config import TEST, TEST_REF, Config, is_file
-from minictrl.files import check_writable, save_tensors, sha256_of, write_rows, write_sealed
+from minictrl.files import (
+    all_in_one_step,
+    check_writable,
+    save_tensors,
+    sha256_of,
+    write_rows,
+    write_sealed,
+)
 from minictrl.lm.logprobs import response_logits
 from minictrl.methods import get_method
 from minictrl.models import SUMS, load_policy
@@ -55,8 +62,8 @@ def evaluate(
     """The table of a run, from M responses per prompt of pi and of pi_ref.
 
     Writes wins.safetensors, by_prompt.safetensors (kl (P,), C_hat and C_hat_reference (P, M)),
-    samples.jsonl and last eval.json into the run (`results.file_suffix` says what is added to
-    their names with another split or model).
+    samples.jsonl and eval.json into the run, all or none (`results.file_suffix` says what is added
+    to their names with another split or model).
     sizes: the N of the table; those above M are left out. other_models: role (reward, judge) ->
     another model than the run's. The reward model selects, reward model and judge score; a run
     without a judge has no such rows. Returns the rows of eval.json.
@@ -80,14 +87,15 @@ def evaluate(
     C_hat = C_hats(pi, pi_ref)
     if policy_sums(run) != drawn_from:
         raise ValueError(f"{run}: was trained anew while it was evaluated; evaluate it again")
-    parts = parts_of(run, suffix)
-    save_tensors(parts["wins"], wins, {})
-    save_tensors(parts["by_prompt"], {"kl": kls} | C_hat, {})
-    write_rows(parts["samples"], sample_rows(task.prompts, pi, pi_ref, C_hat))
     models = {role: getattr(config, role) for role in pi.scores}
-    sums = {part: sha256_of(path) for part, path in parts.items()}
-    stored = {"rows": table, "models": models, "digests": digests, "parts": sums}
-    write_sealed(eval_path(run, suffix), stored)
+    with all_in_one_step(run) as folder:
+        parts = parts_of(folder, suffix)
+        save_tensors(parts["wins"], wins, {})
+        save_tensors(parts["by_prompt"], {"kl": kls} | C_hat, {})
+        write_rows(parts["samples"], sample_rows(task.prompts, pi, pi_ref, C_hat))
+        sums = {part: sha256_of(path) for part, path in parts.items()}
+        stored = {"rows": table, "models": models, "digests": digests, "parts": sums}
+        write_sealed(eval_path(folder, suffix), stored)
     return table
 
 

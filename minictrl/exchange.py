@@ -134,14 +134,18 @@ def encode_responses(task: Task, texts: list[list[str]]) -> tuple[Tensor, Tensor
 
 
 def likeliest(task: Task, r_ref: Tensor, tokens: Tensor, mask: Tensor, size: int) -> Reference:
-    """`with_logprobs` of the end token, of several that a policy may have, that it gives most: a
-    text doesn't say which one ended it.
+    """`with_logprobs` of the end token, of several that a policy may have, that is likeliest behind
+    each text, which doesn't say which one ended it.
     """
     ended = (tokens == task.tokenizer.eos_token_id) & mask
     known = known_ids(task.policy)
     ends = [end for end in eos_ids(task.policy, task.tokenizer).tolist() if end < known]
-    tried = (with_logprobs(task, r_ref, tokens.masked_fill(ended, end), mask, size) for end in ends)
-    return max(tried, key=lambda reference: float(reference.logprobs.double().sum()))
+    tried = [with_logprobs(task, r_ref, tokens.masked_fill(ended, end), mask, size) for end in ends]
+    logprobs = torch.stack([reference.logprobs for reference in tried])  # (ends, P, K, T)
+    best = logprobs.sum(-1).argmax(0)[..., None]  # (P, K, 1)
+    for i, reference in enumerate(tried):
+        tokens = torch.where(best == i, reference.tokens, tokens)
+    return Reference(r_ref, tokens.int(), logprobs.gather(0, best.expand_as(mask)[None])[0], mask)
 
 
 def with_logprobs(task: Task, r_ref: Tensor, tokens: Tensor, mask: Tensor, size: int) -> Reference:

@@ -117,6 +117,18 @@ def panels(rows: int, columns: int, width: float = 5.2, height: float = 4.0):
     return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
 
 
+def log_y(axis, numbers: tuple[int, ...] = (1,)):
+    """A logarithmic y axis with plain numbers, at `numbers` of each decade: matplotlib's own are
+    TeX, which STYLE has off.
+    """
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    axis.set_yscale("log")
+    axis.yaxis.set_major_locator(LogLocator(subs=numbers))
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_minor_formatter(NullFormatter())
+
+
 def save(figure, path: Path):
     """A PNG, under a temporary name first, so that what is there is whole."""
     with in_one_step(path) as temporary:

@@ -3,6 +3,7 @@ a check sum, so that damage is seen.
 """
 
 import csv
+import errno
 import fcntl
 import hashlib
 import json
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from minictrl.messages import first_line
 
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 UMASK = os.umask(0)
 os.umask(UMASK)
 
@@ -36,6 +38,17 @@ def in_one_step(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def all_in_one_step(folder: Path) -> Iterator[Path]:
+    """A temporary directory, whose files take the places of those of their names in `folder` once
+    all are on the disk. Where there is no room for one of them, what was there stays.
+    """
+    with tempfile.TemporaryDirectory(prefix="new-", dir=folder) as temporary:
+        yield Path(temporary)
+        for path in Path(temporary).iterdir():
+            path.replace(folder / path.name)
 
 
 def save_text(path: Path, text: str):
@@ -71,17 +84,18 @@ def check_writable(folder: Path):
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Names the file where writing fails: safetensors' error, as a ValueError, and the system's."""
+    """Names the file where writing fails. ValueError on a full disk, and on safetensors' errors."""
     try:
         yield
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in NO_ROOM:
+            error.filename = error.filename or str(path)
+            raise
+        why = getattr(error, "strerror", None) or error
         raise ValueError(
-            f"{path}: can't be written ({error}); make room, and give the same command again "
+            f"{path}: can't be written ({why}); make room, and give the same command again "
             "(train.py: with --resume)"
         ) from None
-    except OSError as error:
-        error.filename = error.filename or str(path)
-        raise
 
 
 def lock(path: Path, *, wait: bool) -> TextIO:

@@ -1,4 +1,6 @@
+import errno
 import json
+import shutil
 from dataclasses import asdict
 
 import pytest
@@ -8,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 import evaluate
 import train
-from minictrl import evaluation, figures, runs, theory
+from minictrl import evaluation, figures, files, runs, theory
 from minictrl.baselines import prefix_rewards
 from minictrl.budget import Budget
 from minictrl.config import Config
@@ -287,6 +289,20 @@ def test_by_another_reward_model_there_is_no_theory(short_run):
     other = {"reward": str(ASSETS / "judge")}
     table = evaluated(short_run, split="test", prompts=6, M=4, sizes=(2,), other_models=other)
     assert all(row["theory"] is None and row["optimal"] > 0.5 for row in table)
+
+
+def test_an_evaluation_without_room_leaves_the_one_before(short_run, tmp_path, monkeypatch):
+    run = shutil.copytree(short_run, tmp_path / "run")
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+
+    def full(path, stored):
+        with files.writing(path):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(evaluation, "write_sealed", full)
+    with pytest.raises(ValueError, match="eval.json: can't be written .No space left.*make room"):
+        evaluated(run, split="test", prompts=6, M=4, sizes=(2,))
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 
 def test_what_a_run_is_made_for():

@@ -71,8 +71,20 @@ def test_of_two_end_tokens_the_likelier_one_is_taken():
             task, torch.zeros(12, 2), tokens.masked_fill((tokens == own) & mask, end), mask, 64
         )
         with_own = exchange.with_logprobs(task, torch.zeros(12, 2), tokens, mask, 64)
-        best = max(each.logprobs.sum(), with_own.logprobs.sum())
-        assert found.logprobs.sum() == pytest.approx(best.item(), rel=1e-6)
+        best = torch.maximum(each.logprobs.sum(-1), with_own.logprobs.sum(-1))
+        torch.testing.assert_close(found.logprobs.sum(-1), best)
+
+
+def test_each_text_has_the_end_that_is_likelier_behind_it():
+    task = load_task(Config(prompts=12, K=2, max_new_tokens=12).resolved(), "train")
+    own, word = task.tokenizer.eos_token_id, task.tokenizer(" the")["input_ids"][0]
+    tokens, mask, _ = exchange.encode_responses(task, [[" good.", " of"]] * 12)
+    task.policy.generation_config.eos_token_id = [own, word]
+    found = exchange.likeliest(task, torch.zeros(12, 2), tokens, mask, 64)
+    last = found.tokens.gather(2, mask.sum(-1, keepdim=True) - 1)[..., 0]  # (12, 2)
+    assert last.tolist() == [[own, word]] * 12
+    again = exchange.with_logprobs(task, found.r_ref, found.tokens.long(), mask, 64)
+    torch.testing.assert_close(again.logprobs, found.logprobs)
 
 
 def test_an_end_token_that_the_policy_lacks_is_none():
@@ -95,6 +107,13 @@ def test_samples_that_are_cut_have_the_rewards_of_what_is_left(rows, tmp_path):
     texts = texts_of(task.tokenizer, task.ids.tolist(), found.tokens, found.mask)
     assert found.tokens.shape == (12, 8, 5)
     torch.testing.assert_close(found.r_ref, score(task.reward, task.prompts, texts))
+
+
+def test_a_parquet_file_that_is_none_is_called_damaged(tmp_path):
+    pytest.importorskip("datasets")
+    (tmp_path / "f.parquet").write_text("PAR1, but no more")
+    with pytest.raises(ValueError, match="f.parquet: can't be read .*it is damaged"):
+        train.main([*FLAGS, "--reference", f"{tmp_path}/f.parquet", "--out", f"{tmp_path}/run"])
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])

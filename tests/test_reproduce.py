@@ -54,6 +54,9 @@ def test_every_study_of_the_theory_runs_and_its_win_rates_are_some(name):
         if key.startswith("win_rate") and value is not None
     ]
     assert figure.axes and wins and all(0 < win <= 1 for win in wins)
+    figure.draw_without_rendering()
+    ticks = [tick.get_text() for axes in figure.axes for tick in axes.get_yticklabels()]
+    assert any(ticks) and not any("$" in tick for tick in ticks)  # which would be drawn as it is
 
 
 def test_list_prints_one_study_a_line(capsys):
@@ -103,11 +106,11 @@ def test_best_of_ns_kl_is_that_of_its_density():
 def test_the_policies_beside_the_transforms_are_at_1_nat():
     rows, _ = study("transforms")
     for name, n in {(row["transform"], row["n"]) for row in rows}:
-        mine = tables.where(rows, transform=name, n=n)[:50]  # some are in both rows
-        assert len(mine) == 50
-        density = torch.tensor(tables.column(mine, "density"))
-        if n < 32:  # 50 points are too few for a spike
-            assert theory.kl(density) == pytest.approx(1, abs=0.25)
+        mine = tables.where(rows, transform=name, n=n)[:200]  # some are in both rows
+        assert len(mine) == 200
+        density, pi_ref = (torch.tensor(tables.column(mine, x)) for x in ("density", "pi_ref"))
+        assert pi_ref.sum() == pytest.approx(1, abs=1e-6)
+        assert (pi_ref * density.xlogy(density)).sum() == pytest.approx(1, abs=0.003)
         assert (mine[0]["Phi_0_to_1"], mine[-1]["Phi_0_to_1"]) == (0, 1)
 
 

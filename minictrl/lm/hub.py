@@ -66,6 +66,8 @@ def hub_name(name: str) -> str:
 def unreachable(kind: str, name: str, error: Exception) -> str:
     """One line on why a hub's name or a directory gave nothing, and what to do."""
     why = first_line(error)
+    if Path(name).is_file():
+        return f"{kind} {name}: can't be read ({why}); it is damaged, or not what its name says"
     if Path(name).exists():
         return f"{kind} {name}: can't be read ({why}); give a directory in the hub's layout"
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from minictrl import theory
-from minictrl.figures import COLORS, KL, WIN_RATE, panels, title
+from minictrl.figures import COLORS, KL, WIN_RATE, log_y, panels, title
 from minictrl.procedures import cells
 from minictrl.procedures.masses import mass_map, mass_win_rate
 from minictrl.studies.tables import Rows, below_optimum, column, where, zipped
@@ -99,7 +99,8 @@ def every_transform(cases: list[tuple[str, int]], quick: bool):
 def transforms(out: Path, quick: bool):
     """The transforms themselves, and the policy that each makes of pi_ref at 1 nat."""
     rows, (figure, axes) = [], panels(2, 2)
-    u = cells.midpoints(50 if quick else 500)
+    pi_ref = cells.grid(200 if quick else 500)
+    u = cells.centres(pi_ref)  # dense near 0 and 1, where sharp policies are
     families = {
         "Best-of-N": (("identity", "log", "exp5", "exp10"), "bon_fp", (2, 4, 32)),
         "Worst-of-N": (("identity", "log", "exp-5", "exp-10"), "won_fp", (2, 4, 8)),
@@ -111,16 +112,17 @@ def transforms(out: Path, quick: bool):
         for name, n in cases:
             beta = theory.beta_for_kl(name, 1.0, n=n)
             Phi = get_transform(name, n=n, beta=beta, K=None)(u)
-            uniform = torch.full_like(u, 1 / len(u))
-            density = cells.tilt(Phi, 1 / beta, uniform).exp()
+            density = cells.tilt(Phi, 1 / beta, pi_ref).exp()
             scaled = (Phi - Phi[0]) / (Phi[-1] - Phi[0])
             axis.plot(u, scaled)
             density_axis.plot(u, density, label=f"{name}, N = {n}" if n > 1 else name)
-            columns = {"u": u, "Phi": Phi, "Phi_0_to_1": scaled, "density": density}
+            columns = {"u": u, "pi_ref": pi_ref, "density": density}
+            columns |= {"Phi": Phi, "Phi_0_to_1": scaled}
             row = {"transform": name, "n": n, "beta": beta}
             rows += [row | point for point in zipped(columns)]
         axis.set(title=f"for {use}", ylabel="Phi, scaled to rise from 0 to 1", xlabel=U)
-        density_axis.set(xlabel=U, ylabel=DENSITY, yscale="log", ylim=(1e-3, 100))
+        density_axis.set(xlabel=U, ylabel=DENSITY, ylim=(1e-3, 100))
+        log_y(density_axis)
         density_axis.legend()
     return rows, figure
 
@@ -146,7 +148,8 @@ def rewind(out: Path, quick: bool):
         density_axis.plot(cells.centres(ref), mass / ref, label=f"{kl:g} nats")
     density_axis.axvline(threshold, color="grey", label="threshold")
     density_axis.set(title="the optimum for it", xlabel=U, xlim=(0.7, 1.005))
-    density_axis.set(ylabel=DENSITY, yscale="log", ylim=(1e-4, 1e3))
+    density_axis.set(ylabel=DENSITY, ylim=(1e-4, 1e3))
+    log_y(density_axis)
     density_axis.legend()
     return rows, figure
 
@@ -197,9 +200,11 @@ def finite_k(out: Path, quick: bool):
         label = f"{name}, {title(procedure, n)}"
         axes[procedure == "won"].plot(sizes, lost, "o-", color=COLORS[name], label=label)
     for axis in axes:
-        axis.set(xscale="log", yscale="log")
         axis.set(xlabel="calibration samples K", ylabel="win rate lost at 1 nat [points]")
+        axis.set_xscale("log")
         axis.set_xticks(sizes, sizes)
+        axis.set_xticks([], minor=True)
+        log_y(axis, (1, 2, 5))
         axis.legend()
     return rows, figure
 
