@@ -76,8 +76,8 @@ def response_texts(tokenizer, prompt_ids: list[list[int]], responses: list[list[
     """
     ends = [tuple(ids[-LONGEST_CHARACTER:]) for ids in prompt_ids]
     known = {end: last_text(tokenizer, end) for end in set(ends)}
-    before, heads = zip(*(known[end] for end in ends))
-    heads, rows = list(heads), [[*end, *row] for end, row in zip(before, responses, strict=True)]
+    heads = [known[end][1] for end in ends]
+    rows = [[*known[end][0], *row] for end, row in zip(ends, responses, strict=True)]
     texts = tokenizer.batch_decode(rows, skip_special_tokens=True)
     parted = [i for i, head in enumerate(heads) if not texts[i].startswith(head)]
     for i in parted:  # a character whose bytes are shared by prompt and response
