@@ -82,7 +82,7 @@ def main(argv=None):
         unread = [name for name, value in zip(names, (data, of, to, only)) if value]
         if unread:
             raise ValueError(
-                f"--{unread[0]} is of the reviews alone: leave it out with --task {task}"
+                f"--{unread[0]} is of the reviews: leave it out with --task {task}"
             )
         if "out" not in args:
             raise ValueError("--out is missing: say where policy, reward model and judge go")
