@@ -81,9 +81,7 @@ def main(argv=None):
     if task is not None:
         unread = [name for name, value in zip(names, (data, of, to, only)) if value]
         if unread:
-            raise ValueError(
-                f"--{unread[0]} is of the reviews: leave it out with --task {task}"
-            )
+            raise ValueError(f"--{unread[0]} is of the reviews: leave it out with --task {task}")
         if "out" not in args:
             raise ValueError("--out is missing: say where policy, reward model and judge go")
         train_pairs_task(task, seed=seed, **args)
