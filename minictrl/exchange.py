@@ -143,9 +143,8 @@ def likeliest(task: Task, r_ref: Tensor, tokens: Tensor, mask: Tensor, size: int
     tried = [with_logprobs(task, r_ref, tokens.masked_fill(ended, end), mask, size) for end in ends]
     logprobs = torch.stack([reference.logprobs for reference in tried])  # (ends, P, K, T)
     best = logprobs.sum(-1).argmax(0)[..., None]  # (P, K, 1)
-    for i, reference in enumerate(tried):
-        tokens = torch.where(best == i, reference.tokens, tokens)
-    return Reference(r_ref, tokens.int(), logprobs.gather(0, best.expand_as(mask)[None])[0], mask)
+    tokens = torch.where(ended, torch.tensor(ends)[best], tokens).int()
+    return Reference(r_ref, tokens, logprobs.take_along_dim(best[None], 0)[0], mask)
 
 
 def with_logprobs(task: Task, r_ref: Tensor, tokens: Tensor, mask: Tensor, size: int) -> Reference:

@@ -58,18 +58,19 @@ Balashankar, Sun et al., *InfAlign: Inference-aware language model alignment*, I
 def write_card(run: Path, config: Config, table: list[dict]):
     """The model card of a run's policy, policy/README.md, from its evaluation."""
     procedure, n = evaluation.aligned_for(config)
-    settings = vars(config) | {"procedure": procedure, "n": n}
-    text = CARD.format(
-        name=run.resolve().name,
-        command=config.command(),
-        table=results.printed(table),
-        prompts=table[0]["prompts"],
-        samples=table[0]["samples"],
-        **{name: x for name, x in settings.items() if name not in ("kl", "prompts", "judge")},
-        kl=f"{table[0]['kl']:.3f}{results.plus_minus(table[0]['kl_stderr'], 3)}",
-        judge=f" and by the judge, {config.judge}" if config.judge else "",
-    )
-    save_text(run / "policy" / "README.md", text)
+    first = table[0]
+    values = vars(config) | {
+        "name": run.resolve().name,
+        "command": config.command(),
+        "procedure": procedure,
+        "n": n,
+        "kl": f"{first['kl']:.3f}{results.plus_minus(first['kl_stderr'], 3)}",
+        "prompts": first["prompts"],
+        "samples": first["samples"],
+        "judge": f" and by the judge, {config.judge}" if config.judge else "",
+        "table": results.printed(table),
+    }
+    save_text(run / "policy" / "README.md", CARD.format(**values))
 
 
 def write_page(folders: list[Path], file: Path, *, split: str, other_models: dict[str, str]):

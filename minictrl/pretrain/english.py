@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from minictrl.cli import Parser, run_script, whole
+from minictrl.config import TASKS
 from minictrl.models import load_policy
 from minictrl.pretrain.fitting import answer_logprobs, answer_rows
 from minictrl.pretrain.packages import smollm2
 from minictrl.pretrain.ratings import cuts, load_ratings, split_of
 from minictrl.sampling import sample
 
-LONGEST = 24  # tokens of a response, as in the task
+LONGEST = TASKS["reviews"]["max_new_tokens"]
 WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)*")
 
 
